@@ -1,0 +1,98 @@
+// The one header that touches torch, and only its stable ABI: a library built here loads into every torch from 2.10 on.
+// Include it in registration code alone (CPU: behind #ifdef SSLFAST_CPU_DISPATCH); kernels see pointers and sizes.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+
+#include "common/half.h"
+#ifdef USE_CUDA
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/c/shim.h>
+#else
+#include "cpu/levels.h"
+#endif
+
+namespace sslfast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::contiguous;  // the tensor itself where its elements lie row by row without gaps, else a copy
+using torch::stable::Tensor;
+
+// An error for the caller unless `condition`; the rest are the parts of its message.
+#define SSLFAST_CHECK(condition, ...) STD_TORCH_CHECK(condition, "sslfast: ", __VA_ARGS__)
+
+// `t` has this shape and dtype and lies on the device of `like`: for tensors that Python code made, such as gradients.
+inline void check_tensor(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, ScalarType dtype,
+                         const Tensor& like) {
+  bool same_shape = t.dim() == static_cast<int64_t>(shape.size());
+  int64_t d = 0;
+  for (int64_t size : shape) same_shape = same_shape && t.size(d++) == size;
+  SSLFAST_CHECK(same_shape, name, " has an unexpected shape");
+  SSLFAST_CHECK(t.scalar_type() == dtype, name, " must be ", torch::headeronly::toString(dtype), ", got ",
+                torch::headeronly::toString(t.scalar_type()));
+  SSLFAST_CHECK(t.device() == like.device(), name, " must be on the device of the inputs");
+}
+
+// The dtype of sums over `x`: float64 for float64, else float32.
+inline ScalarType accumulator_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Data pointers under the kernels' own element types; the dtype is what dispatch_float() found.
+template <typename T>
+const T* const_data(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+template <typename T>
+T* mutable_data(Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
+// Calls f(T{}) with T = float, double, bf16 or fp16 after the dtype of `x`; any other dtype is an error naming `name`.
+template <typename F>
+auto dispatch_float(const Tensor& x, const char* name, F&& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(bf16{});
+    case ScalarType::Half:
+      return f(fp16{});
+    default:
+      SSLFAST_CHECK(false, name, " must be float32, float64, bfloat16 or float16, got ",
+                    torch::headeronly::toString(x.scalar_type()));
+  }
+}
+
+#ifdef USE_CUDA
+
+// PyTorch's current stream on the device of `x`; torch::stable::accelerator::DeviceGuard makes that device current.
+inline cudaStream_t current_stream(const Tensor& x) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+#else
+
+// PyTorch's thread pool, of as many threads as torch.get_num_threads(). Inside a parallel region it runs serially, as
+// at::parallel_for does.
+inline Parallel torch_parallel() {
+  return {[](int64_t count, void (*body)(void*, int64_t), void* data) {
+    torch::stable::parallel_for(0, count, 1, [body, data](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(data, i);
+    });
+  }, static_cast<int64_t>(torch::stable::get_num_threads())};
+}
+
+#endif
+
+}  // namespace sslfast

@@ -1,0 +1,77 @@
+"""Which implementation serves a call: ``cpu``, ``cuda``, ``triton`` or ``reference``.
+
+The choice is made once per call from the tensors' device. ``SSLFAST_BACKEND`` (read at import) or
+``with sslfast.use_backend(...)`` forces it; a forced backend that cannot serve is an error, an unforced one that is
+missing falls back to ``reference``, which computes the same function, and says so once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+
+NAMES = ("cpu", "cuda", "triton", "reference")
+
+
+def _checked(name: str | None, source: str) -> str | None:
+    if name is not None and name not in NAMES:
+        raise ValueError(f"{source}={name!r} is not a backend; allowed: {', '.join(NAMES)}")
+    return name
+
+
+_forced: str | None = _checked(os.environ.get("SSLFAST_BACKEND") or None, "SSLFAST_BACKEND")
+_told: set[tuple[str, str]] = set()
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Force one backend inside the block; ``None`` restores the automatic choice.
+
+    Args:
+        name: ``"cpu"``, ``"cuda"``, ``"triton"``, ``"reference"`` or ``None``.
+
+    The setting belongs to the process, not to the thread.
+
+    Raises:
+        ValueError: ``name`` is none of these.
+    """
+    global _forced
+    before = _forced
+    _forced = _checked(name, "name")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def select(op: str, preferred: str, why_not: Callable[[str], str | None]) -> str:
+    """The backend for one call of ``op``.
+
+    Args:
+        op: the operation's name, for messages.
+        preferred: the backend that the tensors' device and dtype call for.
+        why_not: maps a backend's name to the reason it cannot serve this call, or ``None`` if it can.
+
+    Raises:
+        RuntimeError: the forced backend cannot serve this call.
+    """
+    if _forced is not None:
+        reason = None if _forced == "reference" else why_not(_forced)
+        if reason is not None:
+            raise RuntimeError(f"sslfast.{op}: backend {_forced!r} was forced but cannot serve this call: {reason}")
+        return _forced
+    reason = why_not(preferred)
+    if reason is None:
+        return preferred
+    if not torch.compiler.is_compiling() and (op, preferred) not in _told:
+        _told.add((op, preferred))
+        warnings.warn(
+            f"sslfast.{op}: backend {preferred!r} cannot serve this call ({reason}); "
+            "using 'reference', which computes the same function with the full matrix in memory",
+            stacklevel=4,
+        )
+    return "reference"

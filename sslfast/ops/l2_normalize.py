@@ -1,0 +1,86 @@
+"""Row-wise L2-normalisation: ``y_i = x_i / max(‖x_i‖₂, eps)``, one pass over memory each way.
+
+Backward, with ``r_i = 1 / max(‖x_i‖, eps)``:  ``dx_i = r_i · (dy_i − (dy_i·y_i) y_i)``, and ``dx_i = r_i · dy_i`` where
+the norm was below ``eps`` (there the divisor is a constant).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _backends, _library, _native, reference
+from .._checks import check_matrix
+
+EPS = 1e-12
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _forward_fake(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(x.shape[0], dtype=_accumulator(x))
+
+
+def _backward_fake(grad_y: Tensor, x: Tensor, inv_norm: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, eps = inputs
+    ctx.save_for_backward(x, output[1])
+    ctx.eps = eps
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, None]:
+    if grad_y is None:
+        return None, None
+    x, inv_norm = ctx.saved_tensors
+    if torch.is_grad_enabled() and (x.requires_grad or grad_y.requires_grad):
+        # Only under create_graph=True: the reference's own graph makes the second derivative right.
+        (grad_x,) = torch.autograd.grad(reference.l2_normalize(x, ctx.eps), x, grad_y, create_graph=True)
+        return grad_x, None
+    return torch.ops.sslfast.l2_normalize_backward(grad_y, x, inv_norm, ctx.eps), None
+
+
+_library.define("l2_normalize(Tensor x, float eps) -> (Tensor y, Tensor inv_norm)", _forward_fake)
+_library.define("l2_normalize_backward(Tensor grad_y, Tensor x, Tensor inv_norm, float eps) -> Tensor", _backward_fake)
+_library.autograd("l2_normalize", _backward, _setup_context)
+
+
+def why_not(backend: str, x: Tensor) -> str | None:
+    """The reason ``backend`` cannot normalise ``x``, or ``None`` if it can."""
+    if backend == "cpu":
+        return _native.why_missing.get("_C") if x.is_cpu else f"it takes CPU tensors, and x is on {x.device}"
+    if backend == "cuda":
+        return _native.why_missing.get("_C_cuda") if x.is_cuda else f"it takes CUDA tensors, and x is on {x.device}"
+    return f"l2_normalize has no {backend} implementation"
+
+
+def l2_normalize(x: Tensor, eps: float = EPS) -> Tensor:
+    """Divide each row by its Euclidean norm: ``y_i = x_i / max(‖x_i‖₂, eps)``, as ``F.normalize(x, dim=1)``.
+
+    Args:
+        x: [M, D], float32, float64, bfloat16 or float16; any strides.
+        eps: lower bound of the divisor (default 1e-12); positive.
+
+    Returns:
+        [M, D], ``x``'s dtype. Sums are float32 (float64 for float64). Differentiable, twice through the reference.
+
+    Raises:
+        TypeError, ValueError: ``x`` is not a two-dimensional floating-point tensor, is empty, or ``eps`` is not
+            positive.
+    """
+    check_matrix("x", x)
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}")
+    preferred = "cuda" if x.device.type == "cuda" else "cpu"
+    backend = _backends.select("l2_normalize", preferred, lambda name: why_not(name, x))
+    if backend == "reference":
+        return reference.l2_normalize(x, eps)
+    return torch.ops.sslfast.l2_normalize(x, eps)[0]

@@ -1,0 +1,221 @@
+"""NT-Xent without the 2N × 2N matrix: schema, fake kernels, autograd, choice of backend, and the public function.
+
+Each backend keeps per row the running maximum and the sum of exponentials relative to it, in base 2:
+``lse_i = ln 2 · (row_max_i + log2 row_sum_i)``. Maximum and sum are kept apart because ``P_ip = 2^(s_ip − max)/sum`` is then
+exact where the positive dominates, which one rounded ``lse`` is not at small temperatures.
+The mathematics is in ``docs/nt_xent.md``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _backends, _library, _native, reference
+from .._checks import check_matrix, check_same, check_temperature
+from .l2_normalize import EPS
+
+# Similarity tiles that the CPU forward may keep for its backward, in elements. A constant, so that no buffer grows with
+# 2N × 2N: 24 MiB of float32 hold all tiles up to N ≈ 1,700 pairs and save a quarter of the arithmetic there.
+TILE_CACHE_ELEMENTS = 6 * 1024 * 1024
+
+
+def _accumulator(z: Tensor) -> torch.dtype:
+    return torch.float64 if z.dtype == torch.float64 else torch.float32
+
+
+# ------------------------------------------------------------------------------------------------ cpu: one fused operator
+
+
+def _cpu_fake(
+    z0: Tensor, z1: Tensor, temperature: Tensor, normalize: bool, tile_cache: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, kind = 2 * z0.shape[0], _accumulator(z0)
+    row = [z0.new_empty(rows, dtype=kind) for _ in range(3)]
+    return z0.new_empty((), dtype=kind), row[0], row[1], row[2], z0.new_empty(tile_cache, dtype=kind)
+
+
+def _cpu_backward_fake(
+    grad_loss: Tensor,
+    z0: Tensor,
+    z1: Tensor,
+    temperature: Tensor,
+    inv_norm: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    tiles: Tensor,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(z0, memory_format=torch.contiguous_format),
+        torch.empty_like(z1, memory_format=torch.contiguous_format),
+        torch.empty_like(temperature),
+    )
+
+
+def _cpu_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    z0, z1, temperature, normalize, _ = inputs
+    ctx.save_for_backward(z0, z1, temperature, *output[1:])
+    ctx.normalize = normalize
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _cpu_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return None, None, None, None, None
+    z0, z1, temperature, inv_norm, row_max, row_sum, tiles = ctx.saved_tensors
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (grad_loss, z0, z1, temperature)):
+        inputs = [t if needed else None for t, needed in zip((z0, z1, temperature), ctx.needs_input_grad, strict=False)]
+        return (*_second_order(reference.nt_xent(z0, z1, temperature, normalize=ctx.normalize), inputs, grad_loss), None, None)
+    grads = torch.ops.sslfast.nt_xent_backward(
+        grad_loss, z0, z1, temperature, inv_norm, row_max, row_sum, tiles, ctx.normalize
+    )
+    return (*grads, None, None)
+
+
+def _second_order(loss: Tensor, inputs: list[Tensor | None], grad_loss: Tensor) -> list[Tensor | None]:
+    """First derivatives that carry a graph, from the reference: reached only under ``create_graph=True``."""
+    wanted = [t for t in inputs if t is not None]
+    grads = iter(torch.autograd.grad(loss, wanted, grad_loss.to(loss.dtype), create_graph=True))
+    return [None if t is None else next(grads) for t in inputs]
+
+
+_library.define(
+    "nt_xent(Tensor z0, Tensor z1, Tensor temperature, bool normalize, SymInt tile_cache)"
+    " -> (Tensor loss, Tensor inv_norm, Tensor row_max, Tensor row_sum, Tensor tiles)",
+    _cpu_fake,
+)
+_library.define(
+    "nt_xent_backward(Tensor grad_loss, Tensor z0, Tensor z1, Tensor temperature, Tensor inv_norm, Tensor row_max,"
+    " Tensor row_sum, Tensor tiles, bool normalize) -> (Tensor, Tensor, Tensor)",
+    _cpu_backward_fake,
+)
+_library.autograd("nt_xent", _cpu_backward, _cpu_setup_context)
+
+# ------------------------------------------------------------------------ triton: on rows that are already normalised
+
+
+def _triton_fake(z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    row = [z.new_empty(z.shape[0], dtype=torch.float32) for _ in range(2)]
+    return z.new_empty((), dtype=torch.float32), row[0], row[1]
+
+
+def _triton_backward_fake(
+    grad_loss: Tensor, z: Tensor, temperature: Tensor, row_max: Tensor, row_sum: Tensor
+) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape, dtype=torch.float32), torch.empty_like(temperature)
+
+
+def _triton_forward(z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels import nt_xent as kernel
+
+    return kernel.nt_xent_forward(z.contiguous(), temperature)
+
+
+def _triton_backward_kernel(
+    grad_loss: Tensor, z: Tensor, temperature: Tensor, row_max: Tensor, row_sum: Tensor
+) -> tuple[Tensor, Tensor]:
+    from ..kernels import nt_xent as kernel
+
+    return kernel.nt_xent_backward(grad_loss, z.contiguous(), temperature, row_max, row_sum)
+
+
+def _triton_setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _triton_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return None, None
+    z, temperature, row_max, row_sum = ctx.saved_tensors
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (grad_loss, z, temperature)):
+        inputs = [t if needed else None for t, needed in zip((z, temperature), ctx.needs_input_grad, strict=True)]
+        return tuple(_second_order(reference.nt_xent(*z.chunk(2), temperature, normalize=False), inputs, grad_loss))
+    dz, dtemperature = torch.ops.sslfast.nt_xent_triton_backward(grad_loss, z, temperature, row_max, row_sum)
+    return dz.to(z.dtype), dtemperature
+
+
+_library.define("nt_xent_triton(Tensor z, Tensor temperature) -> (Tensor loss, Tensor row_max, Tensor row_sum)", _triton_fake)
+_library.define(
+    "nt_xent_triton_backward(Tensor grad_loss, Tensor z, Tensor temperature, Tensor row_max, Tensor row_sum)"
+    " -> (Tensor, Tensor)",
+    _triton_backward_fake,
+)
+_library.implement("nt_xent_triton", _triton_forward, "CUDA", "CPU")
+_library.implement("nt_xent_triton_backward", _triton_backward_kernel, "CUDA", "CPU")
+_library.autograd("nt_xent_triton", _triton_backward, _triton_setup_context)
+
+# --------------------------------------------------------------------------------------------------------- public function
+
+
+def why_not(backend: str, z: Tensor) -> str | None:
+    """The reason ``backend`` cannot serve inputs like ``z``, or ``None`` if it can."""
+    if backend == "cpu":
+        return _native.why_missing.get("_C") if z.device.type == "cpu" else f"the inputs are on {z.device}"
+    if backend == "triton":
+        if z.dtype == torch.float64:
+            return "the Triton kernel takes float32, bfloat16 and float16, not float64"
+        return _native.why_no_triton(z.device)
+    return f"nt_xent has no {backend} implementation"
+
+
+def _normalized(z: Tensor, normalize: bool) -> Tensor:
+    if not normalize:
+        return z
+    kernel = "cuda" if z.device.type == "cuda" else "cpu"
+    missing = _native.why_missing.get("_C_cuda" if kernel == "cuda" else "_C")
+    return reference.l2_normalize(z, EPS) if missing else torch.ops.sslfast.l2_normalize(z, EPS)[0]
+
+
+def nt_xent(z0: Tensor, z1: Tensor, temperature: float | Tensor = 0.5, *, normalize: bool = True) -> Tensor:
+    """Normalised temperature-scaled cross entropy (NT-Xent) of two views, mean over the 2N rows.
+
+    ``ℓ_i = −log( exp(s_ip / τ) / Σ_{j ≠ i} exp(s_ij / τ) )``, ``s_ij`` the cosine of rows ``i`` and ``j`` of
+    ``z = [z0; z1]`` and ``p`` the other view of row ``i``. Time grows as N²·D, extra memory as N·D: the 2N × 2N matrix is
+    never stored.
+
+    Args:
+        z0, z1: [N, D] each, row ``i`` of both a view of image ``i``; float32, float64, bfloat16 or float16; any strides.
+        temperature: τ, finite and not zero (default 0.5; negative is legal); or a one-element tensor, which then
+            receives its gradient.
+        normalize: divide each row by ``max(‖row‖₂, 1e-12)`` first (default), as part of the same pass.
+
+    Returns:
+        [] float32 (float64 for float64 inputs). Differentiable in ``z0``, ``z1`` and ``temperature``; under
+        ``create_graph=True`` the gradients come from the reference, with the matrix in memory.
+
+    Raises:
+        TypeError: an argument is not a tensor, is not floating point, or the dtypes differ (inside an autocast region
+            the wider one is used instead).
+        ValueError: shapes or devices differ, a tensor is not two-dimensional or is empty, the temperature is zero or not
+            finite (a temperature tensor on a GPU is not read: it would wait for the device).
+
+    Source: Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations", equation 1; value
+    as lightly 1.6.0's ``NTXentLoss`` (google-research/simclr reports the sum of two such means, twice this value).
+    """
+    check_matrix("z0", z0)
+    check_matrix("z1", z1)
+    if z0.dtype != z1.dtype and torch.is_autocast_enabled(z0.device.type):
+        wider = torch.promote_types(z0.dtype, z1.dtype)
+        z0, z1 = z0.to(wider), z1.to(wider)
+    check_same("z0", z0, "z1", z1)
+    check_temperature(temperature, z0.device)
+    preferred = "triton" if z0.device.type == "cuda" else "cpu"
+    backend = _backends.select("nt_xent", preferred, lambda name: why_not(name, z0))
+    kind = _accumulator(z0)
+    if backend == "reference":
+        return reference.nt_xent(z0, z1, temperature, normalize=normalize).to(kind)
+    if isinstance(temperature, Tensor):
+        tau = temperature.reshape(()).to(kind)
+    else:
+        tau = torch.full((), temperature, dtype=kind, device=z0.device)
+    if backend == "triton":
+        return torch.ops.sslfast.nt_xent_triton(_normalized(torch.cat([z0, z1]), normalize), tau)[0]
+    learns = torch.is_grad_enabled() and (z0.requires_grad or z1.requires_grad or tau.requires_grad)
+    cache = min(TILE_CACHE_ELEMENTS, (z0.shape[0] + 256) ** 2 * 4) if learns else 0
+    return torch.ops.sslfast.nt_xent(z0, z1, tau, normalize, cache)[0]
