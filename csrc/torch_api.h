@@ -58,14 +58,10 @@ T* mutable_data(Tensor& x) {
 template <typename F>
 auto dispatch_float(const Tensor& x, const char* name, F&& f) {
   switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::BFloat16:
-      return f(bf16{});
-    case ScalarType::Half:
-      return f(fp16{});
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::BFloat16: return f(bf16{});
+    case ScalarType::Half: return f(fp16{});
     default:
       SSLFAST_CHECK(false, name, " must be float32, float64, bfloat16 or float16, got ",
                     torch::headeronly::toString(x.scalar_type()));
@@ -77,7 +73,7 @@ auto dispatch_float(const Tensor& x, const char* name, F&& f) {
 // PyTorch's current stream on the device of `x`; torch::stable::accelerator::DeviceGuard makes that device current.
 inline cudaStream_t current_stream(const Tensor& x) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
@@ -86,11 +82,12 @@ inline cudaStream_t current_stream(const Tensor& x) {
 // PyTorch's thread pool, of as many threads as torch.get_num_threads(). Inside a parallel region it runs serially, as
 // at::parallel_for does.
 inline Parallel torch_parallel() {
-  return {[](int64_t count, void (*body)(void*, int64_t), void* data) {
+  const auto run = [](int64_t count, void (*body)(void*, int64_t), void* data) {
     torch::stable::parallel_for(0, count, 1, [body, data](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) body(data, i);
     });
-  }, static_cast<int64_t>(torch::stable::get_num_threads())};
+  };
+  return {run, static_cast<int64_t>(torch::stable::get_num_threads())};
 }
 
 #endif

@@ -9,7 +9,7 @@ from importlib import metadata
 import torch
 
 import sslfast
-from sslfast import _backends, _native, ops
+from sslfast import _native, ops
 
 
 def _version(package: str) -> str:
@@ -39,7 +39,7 @@ def _backend_rows(devices: list[str]) -> list[tuple[str, str]]:
     rows = []
     for op in ops.__all__:
         module = importlib.import_module(f"sslfast.ops.{op}")
-        for backend in _backends.NAMES:
+        for backend in module.BACKENDS:
             if backend == "reference":
                 rows.append((f"{op} / {backend}", f"usable on {', '.join(devices)}"))
                 continue

@@ -55,14 +55,21 @@ has_cuda = _load("_C_cuda")
 host = _import_host()
 
 
+@torch.compiler.assume_constant_result  # the tracer cannot read Triton's settings; they are fixed at its import
+def _triton_interprets() -> bool:
+    import triton
+
+    return triton.knobs.runtime.interpret
+
+
 def why_no_triton(device: torch.device) -> str | None:
     """The reason Triton kernels cannot run on ``device``, or ``None`` if they can."""
     try:
-        import triton
+        import triton  # noqa: F401  (only whether it can be imported)
     except ImportError as error:
         return f"triton is not importable ({error})"
     if device.type == "cuda":
         return None
-    if device.type == "cpu" and triton.knobs.runtime.interpret:
+    if device.type == "cpu" and _triton_interprets():
         return None
     return f"Triton runs on CUDA tensors, and on CPU tensors only with TRITON_INTERPRET=1; got a {device.type} tensor"

@@ -30,7 +30,9 @@ def within_budget(
     for how, size, least in (("largest entry", _largest, floor), ("norm", torch.linalg.vector_norm, norm_floor)):
         err, err_reference = size(kernel - truth).item(), size(reference - truth).item()
         allowed = 2 * err_reference + TOLERANCE[dtype] * max(size(truth).item(), least)
-        assert err <= allowed, f"{name}: error {err:.3e} by {how}, allowed {allowed:.3e} (reference's {err_reference:.3e})"
+        assert err <= allowed, (
+            f"{name}: error {err:.3e} by {how}, allowed {allowed:.3e} (reference's {err_reference:.3e})"
+        )
 
 
 def _largest(t: Tensor) -> Tensor:

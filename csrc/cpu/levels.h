@@ -1,5 +1,5 @@
-// CPU instruction-set levels: every csrc/cpu/<op>.cpp is compiled once per level, and the widest level that the processor
-// has is chosen when a kernel is called.
+// CPU instruction-set levels: every csrc/cpu/<op>.cpp is compiled once per level, and the widest level that the
+// processor has is chosen when a kernel is called.
 //
 // The build defines SSLFAST_CPU_LEVEL as `baseline`, `avx2` or `avx512` (with the compiler flags to match), and
 // SSLFAST_CPU_DISPATCH in the baseline pass alone. A source file puts its kernel into
@@ -38,21 +38,29 @@ void parallel_each(const Parallel& parallel, int64_t count, F& f) {
 
 // Declares `signature` in the namespace of every level: SSLFAST_DECLARE(void scale(const float* x, float* y)).
 #ifdef SSLFAST_X86_LEVELS
-#define SSLFAST_DECLARE(...)                 \
-  namespace sslfast {                        \
-  namespace baseline { __VA_ARGS__; }        \
-  namespace avx2 { __VA_ARGS__; }            \
-  namespace avx512 { __VA_ARGS__; }          \
+#define SSLFAST_DECLARE(...) \
+  namespace sslfast {        \
+  namespace baseline {       \
+  __VA_ARGS__;               \
+  }                          \
+  namespace avx2 {           \
+  __VA_ARGS__;               \
+  }                          \
+  namespace avx512 {         \
+  __VA_ARGS__;               \
+  }                          \
   }
 // Calls `name` of the active level: SSLFAST_CALL(scale, x, y).
-#define SSLFAST_CALL(name, ...)                                                       \
+#define SSLFAST_CALL(name, ...)                                                                 \
   (::sslfast::active_level() == ::sslfast::Level::avx512 ? ::sslfast::avx512::name(__VA_ARGS__) \
    : ::sslfast::active_level() == ::sslfast::Level::avx2 ? ::sslfast::avx2::name(__VA_ARGS__)   \
                                                          : ::sslfast::baseline::name(__VA_ARGS__))
 #else
 #define SSLFAST_DECLARE(...) \
   namespace sslfast {        \
-  namespace baseline { __VA_ARGS__; } \
+  namespace baseline {       \
+  __VA_ARGS__;               \
+  }                          \
   }
 #define SSLFAST_CALL(name, ...) ::sslfast::baseline::name(__VA_ARGS__)
 #endif

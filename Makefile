@@ -1,0 +1,78 @@
+# Every target sets up what it needs in .venv, on a machine that has python3 (3.10 or newer) and a C++ compiler.
+
+PYTHON ?= python3
+DATA   ?= digits
+OUT    ?= benchmarks/results
+
+BIN   := .venv/bin
+READY := .venv/.requirements
+BUILT := build/.editable
+CPP   := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+
+.PHONY: help demo test lint bench gpu clean
+
+help:
+	@echo "make demo   train SimCLR on small images (DATA=digits) and write curves and samples to out/demo"
+	@echo "make test   build in place and run every test"
+	@echo "make lint   ruff, clang-format, line lengths, mypy"
+	@echo "make bench  correctness, then timings, of every operation on this machine"
+	@echo "make gpu    on a machine with a CUDA GPU: build, GPU tests, compute-sanitizer, benchmarks (OUT=$(OUT))"
+	@echo "make clean  remove what was built; .venv stays"
+
+$(READY): requirements-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt
+	touch $@
+
+# Without build isolation: against the torch that is installed, and only what changed is compiled.
+$(BUILT): $(READY) setup.py pyproject.toml $(CPP)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	mkdir -p $(@D) && touch $@
+
+demo: $(BUILT)
+	$(BIN)/python -m examples.simclr --data $(DATA) --output out/demo
+
+test: $(BUILT)
+	$(BIN)/python -m sslfast
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	@! LC_ALL=C.UTF-8 grep -nE '^.{121,}' $(CPP) || { echo "the lines above are longer than 120 characters"; exit 1; }
+	$(BIN)/mypy
+
+bench: $(BUILT)
+	$(BIN)/python -m benchmarks
+
+# With the machine's own python3 where its torch sees the GPU (nothing is downloaded then), else with that of .venv.
+# A few tests run again under compute-sanitizer, with torch's caching allocator off so that each tensor has its own bounds;
+# some virtual machines refuse that tool, and the log then says so. All output also goes to $(OUT)/gpu.log.
+SEES_GPU  := -c "import torch; assert torch.cuda.is_available(), 'this torch sees no CUDA GPU'"
+SANITIZER := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all
+FEW_TESTS := -m gpu -k "value_and_gradient and float32 and not 20000"
+
+gpu: SHELL := /bin/bash
+gpu: .SHELLFLAGS := -o pipefail -ec
+gpu:
+	@mkdir -p $(OUT)
+	@{ python=$(PYTHON); $$python $(SEES_GPU) 2>/dev/null || python=$(BIN)/python; \
+	set -x; \
+	$$python $(SEES_GPU); \
+	nvidia-smi; \
+	$$python -m pip install --no-build-isolation --no-deps --editable .; \
+	$$python -m sslfast; \
+	$$python -m pytest -m gpu; \
+	if $(SANITIZER) --tool memcheck $$python -c "import torch; torch.zeros(1, device='cuda')"; then \
+	  for tool in memcheck racecheck; do $(SANITIZER) --tool $$tool $$python -m pytest $(FEW_TESTS); done; \
+	else \
+	  echo "compute-sanitizer is missing, or cannot use this device: not run"; \
+	fi; \
+	$$python -m benchmarks --device cuda --output $(OUT); \
+	} 2>&1 | tee $(OUT)/gpu.log
+
+clean:
+	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f sslfast/*.so
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,109 @@
+"""Settings of every test run: the Triton interpreter without a GPU, seeds, what was skipped, which backends ran."""
+
+from __future__ import annotations
+
+import collections
+import importlib
+import importlib.util
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # Triton reads it when it is first imported, which importing torch or sslfast does not do.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from sslfast import _backends, ops  # noqa: E402  (after the variable above)
+
+TESTS = Path(__file__).parent
+
+# Every (operation, backend) pair that exists, and whether this machine can run it. A full run that leaves out a pair
+# that it could have run is red: a green run must not mean that nothing but the reference was tested.
+CAN_RUN = {
+    "reference": True,
+    "cpu": True,
+    "cuda": HAS_GPU,
+    "triton": importlib.util.find_spec("triton") is not None,
+}
+PAIRS = {
+    (op, backend): CAN_RUN[backend]
+    for op in ops.__all__
+    for backend in importlib.import_module(f"sslfast.ops.{op}").BACKENDS
+}
+
+_ran: collections.Counter[tuple[str, str]] = collections.Counter()
+_choose = _backends.select
+
+
+def _choose_and_record(op: str, preferred: str, why_not: Callable[[str], str | None]) -> str:
+    backend = _choose(op, preferred, why_not)
+    if not torch.compiler.is_compiling():  # the tracer must not see the counter
+        _ran[op, backend] += 1
+    return backend
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    _backends.select = _choose_and_record
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not HAS_GPU:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """Each test draws the same numbers, whichever tests ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    yield
+
+
+def is_full_run(config: pytest.Config) -> bool:
+    """All of tests/ was selected: no -k, -m, --lf, single file or single test."""
+    options = config.option
+    narrowed = options.keyword or options.markexpr or options.collectonly or getattr(options, "lf", False)
+    whole = {TESTS.resolve(), TESTS.parent.resolve()}
+    paths = [(config.invocation_params.dir / argument).resolve() for argument in config.args]
+    return not narrowed and not getattr(options, "deselect", None) and all(path in whole for path in paths)
+
+
+def missing_pairs() -> list[tuple[str, str]]:
+    """Pairs that this machine can run and that no test has run so far."""
+    return [pair for pair, runnable in PAIRS.items() if runnable and not _ran[pair]]
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if exitstatus == pytest.ExitCode.OK and is_full_run(session.config) and missing_pairs():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    out = terminalreporter
+    skipped: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for report in out.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        test = report.nodeid.rpartition("/")[2].partition("[")[0]  # all parameters of one test together
+        skipped[reason.removeprefix("Skipped: ")][test] += 1
+    out.section("skipped tests")
+    for reason, tests in sorted(skipped.items()):
+        out.write_line(f"{tests.total()} skipped: {reason}")
+        for test, count in tests.items():
+            out.write_line(f"    {count:>4} × {test}")
+    if not skipped:
+        out.write_line("none")
+    out.section("calls by operation and backend")
+    for pair, runnable in PAIRS.items():
+        out.write_line(f"{pair[0]:<16}{pair[1]:<12}{_ran[pair] if runnable else 'cannot run on this machine'}")
+    if is_full_run(config) and missing_pairs():
+        names = ", ".join(f"{op} on {backend}" for op, backend in missing_pairs())
+        out.write_line(f"FAILED: could have run here, but no test ran: {names}", red=True)
