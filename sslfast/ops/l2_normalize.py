@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _backends, _library, _native, reference
 from .._checks import check_matrix
 
+BACKENDS = ("cpu", "cuda", "reference")
 EPS = 1e-12
 
 
