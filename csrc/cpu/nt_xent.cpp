@@ -1,12 +1,13 @@
-// NT-Xent on the CPU, without the 2N × 2N matrix. The mathematics is in docs/nt_xent.md; in short, with ẑ the normalised
-// rows of [z0; z1] and x_ij = ẑ_i·ẑ_j·log2(e)/τ:
+// NT-Xent on the CPU, without the 2N × 2N matrix. The mathematics is in docs/nt_xent.md; in short, with ẑ the
+// normalised rows of [z0; z1] and x_ij = ẑ_i·ẑ_j·log2(e)/τ:
 //
 //   forward   loss = (ln 2 / 2N) Σ_i ( max_i + log2 sum_i − x_ip ),   sum_i = Σ_{j≠i} 2^(x_ij − max_i)
 //   backward  W_ij = (g/2N)( P_ij + P_ji − 2·[j = p(i)] ),  P_ij = 2^(x_ij − max_i)/sum_i,   dẑ = W ẑ / τ
 //             dτ = −(1/2τ) Σ_i ẑ_i·dẑ_i   (the loss depends on ẑ ẑᵀ/τ alone: Euler's relation for degree 2)
 //
-// x is symmetric, so a tile x_IJ serves rows I and, transposed, rows J: half the products forward (½U of U = 2·(2N)²·D), half
-// of them again backward, and W ẑ in full: 2U in all. Tiles that fit the cache from the forward are not recomputed.
+// x is symmetric, so a tile x_IJ serves rows I and, transposed, rows J: half the products forward (½U of U =
+// 2·(2N)²·D), half of them again backward, and W ẑ in full: 2U in all. Tiles that fit the cache from the forward are
+// not recomputed.
 #include "nt_xent.h"
 
 #include <cmath>
@@ -22,19 +23,27 @@ namespace {
 constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942, kEps = 1e-12;
 constexpr double kBoundedLimit = 60;  // 2^±60 and sums of 2^66 of them are far from float's limits
 
-// Block height and memory layout for one problem. Heights depend on the problem alone, never on the number of threads, so
-// that results do not either; at least eight blocks (where there are rows for it) leave work for several threads.
+// Block height and memory layout for one problem. Heights depend on the problem alone, never on the number of
+// threads, so that results do not either; at least eight blocks (where there are rows for it) leave work for several
+// threads.
 template <typename T>
 struct Plan {
   int64_t n, d, rows, height, blocks, block, padded;  // rows = 2n; block: numbers in a block; padded: d in whole panels
 
-  explicit Plan(const NtXentInput& input) : n(input.n), d(input.d), rows(2 * input.n) {
+  int64_t slots;  // tiles that the cache holds: the first ones in the order of slot()
+
+  Plan(const NtXentInput& input, int64_t tiles_size) : n(input.n), d(input.d), rows(2 * input.n) {
     const int64_t eighth = round_up((rows + 7) / 8, kColumns<T>);
     height = rows < 16 * kTile && eighth < kTile ? eighth : kTile;
     blocks = (rows + height - 1) / height;
     block = block_size<T>(d);
     padded = round_up(d, kColumns<T>);
+    slots = tiles_size / (height * kTile);
   }
+  // A number for the pair i ≤ j that does not depend on the schedule, so that forward and backward agree on it.
+  static int64_t slot(int64_t i, int64_t j) { return j * (j + 1) / 2 + i; }
+  bool kept(int64_t i, int64_t j) const { return slot(i, j) < slots; }
+  bool all_kept() const { return kept(blocks - 1, blocks - 1); }
   int64_t first(int64_t i) const { return i * height; }
   int64_t count(int64_t i) const { return rows - first(i) < height ? rows - first(i) : height; }
   int64_t other_view(int64_t row) const { return row < n ? row + n : row - n; }
@@ -58,7 +67,7 @@ struct Workspace {
     };
     const int64_t all = plan.blocks * plan.block, vectors = plan.rows + kTile;
     take(&panels, all);
-    take(&transposed, all);
+    take(&transposed, backward && plan.all_kept() ? 0 : all);
     take(&grad_panels, backward ? all : 0);
     take(&positive, vectors);
     take(&max, vectors);
@@ -68,7 +77,8 @@ struct Workspace {
   }
 };
 
-// Packs block i, normalising its rows on the way. Returns the largest squared norm of a packed row; NaN if one is NaN.
+// Packs block i, normalising its rows on the way; without a place for it, not in the transposed layout.
+// Returns the largest squared norm of a packed row; NaN if one is NaN.
 template <typename T>
 double pack_block(const NtXentInput& input, const Plan<T>& plan, int64_t i, T* inv_norm, bool known, T* panels,
                   T* transposed, T* row) {
@@ -91,7 +101,7 @@ double pack_block(const NtXentInput& input, const Plan<T>& plan, int64_t i, T* i
     if (!(packed <= largest)) largest = packed;
     to_panels(row, factor, plan.padded, panels + r * kColumns<T>);
   }
-  transpose_panels(panels, plan.count(i), plan.d, transposed);
+  if (transposed != nullptr) transpose_panels(panels, plan.count(i), plan.d, transposed);
   return largest;
 }
 
@@ -101,19 +111,17 @@ struct Task {
   const Plan<T> plan;
   const Workspace<T> work;
   T *inv_norm, *row_max, *row_sum, *tiles;
-  int64_t slots;  // tiles that the cache holds: the first ones in the order of slot()
-  T high, low;    // log2(e)/τ in two parts
+  T high, low;  // log2(e)/τ in two parts
   bool bounded;
 
   Task(const NtXentInput& in, const NtXentSaved& saved, bool backward, void* memory)
       : input(in),
-        plan(in),
+        plan(in, saved.tiles_size),
         work(plan, backward, memory),
         inv_norm(static_cast<T*>(saved.inv_norm)),
         row_max(static_cast<T*>(saved.row_max)),
         row_sum(static_cast<T*>(saved.row_sum)),
-        tiles(static_cast<T*>(saved.tiles)),
-        slots(saved.tiles_size / (plan.height * kTile)) {
+        tiles(static_cast<T*>(saved.tiles)) {
     const double scale = kLog2e / in.temperature;
     high = static_cast<T>(scale);
     low = static_cast<T>(scale - static_cast<double>(high));
@@ -123,15 +131,15 @@ struct Task {
   PairSchedule schedule(const Parallel& parallel) const {
     return {plan.blocks, PairSchedule::group_size(plan.blocks, parallel.threads), work.done};
   }
-  // A number for the pair i ≤ j that does not depend on the schedule, so that forward and backward agree on it.
-  static int64_t slot(int64_t i, int64_t j) { return j * (j + 1) / 2 + i; }
+  T* kept_tile(int64_t i, int64_t j) const { return tiles + plan.slot(i, j) * plan.height * kTile; }
 
-  void pack(const Parallel& parallel, bool known_norms, T* rows_scratch) {
+  // Backward: the norms are known, and no transposed rows are needed if every tile was kept.
+  void pack(const Parallel& parallel, bool backward, T* rows_scratch) {
     auto body = [&](int64_t i) {
       T* row = rows_scratch + i * plan.padded;
       for (int64_t k = 0; k < plan.padded; ++k) row[k] = 0;
-      work.per_block[i] = pack_block(input, plan, i, inv_norm, known_norms, work.panels + i * plan.block,
-                                     work.transposed + i * plan.block, row);
+      T* transposed = backward && plan.all_kept() ? nullptr : work.transposed + i * plan.block;
+      work.per_block[i] = pack_block(input, plan, i, inv_norm, backward, work.panels + i * plan.block, transposed, row);
     };
     parallel_each(parallel, plan.blocks, body);
     double largest = 0;
@@ -142,8 +150,8 @@ struct Task {
 
   // x_IJ, masked, in `x`.
   void similarity(int64_t i, int64_t j, T* x) const {
-    tile_similarity(work.panels + i * plan.block, work.transposed + j * plan.block, plan.count(i), plan.count(j), plan.d,
-                    high, low, x);
+    tile_similarity(work.panels + i * plan.block, work.transposed + j * plan.block, plan.count(i), plan.count(j),
+                    plan.d, high, low, x);
     if (i == j || plan.count(j) % kLanes<T> != 0) {
       if (bounded)
         mask_tile<T, true>(x, plan.count(i), plan.count(j), i == j);
@@ -162,9 +170,10 @@ struct Task {
   }
 
   void forward_tile(int64_t i, int64_t j, T* scratch) const {
-    T* x = slot(i, j) < slots ? tiles + slot(i, j) * plan.height * kTile : scratch;
+    T* x = plan.kept(i, j) ? kept_tile(i, j) : scratch;
     similarity(i, j, x);
-    each_positive(i, j, [&](int64_t row, int64_t other, int64_t at) { work.positive[row] = work.positive[other] = x[at]; });
+    each_positive(i, j,
+                  [&](int64_t row, int64_t other, int64_t at) { work.positive[row] = work.positive[other] = x[at]; });
     const RowStatistics<T> of_rows{row_max + plan.first(i), row_sum + plan.first(i)};
     const RowStatistics<T> of_columns{row_max + plan.first(j), row_sum + plan.first(j)};
     if (bounded)
@@ -174,8 +183,8 @@ struct Task {
   }
 
   void backward_tile(int64_t i, int64_t j, T weight, T* w) const {
-    const T* x = tiles + slot(i, j) * plan.height * kTile;
-    if (slot(i, j) >= slots) similarity(i, j, w), x = w;
+    const T* x = plan.kept(i, j) ? kept_tile(i, j) : w;
+    if (x == w) similarity(i, j, w);
     const RowWeights<T> of_rows{work.max + plan.first(i), work.a + plan.first(i)};
     const RowWeights<T> of_columns{work.max + plan.first(j), work.a + plan.first(j)};
     if (bounded)
@@ -270,16 +279,17 @@ void backward(const NtXentInput& input, const NtXentSaved& saved, NtXentGradient
 }
 
 template <typename T>
-int64_t workspace(const NtXentInput& input, bool backward) {
-  const Plan<T> plan(input);
+int64_t workspace(const NtXentInput& input, int64_t tiles_size, bool backward) {
+  const Plan<T> plan(input, tiles_size);
   const Workspace<T> work(plan, backward, nullptr);
   return work.bytes + plan.blocks * plan.padded * static_cast<int64_t>(sizeof(T));  // and one row a block
 }
 
 }  // namespace
 
-int64_t nt_xent_workspace(const NtXentInput& input, bool backward) {
-  return input.z0.type == ElementType::f64 ? workspace<double>(input, backward) : workspace<float>(input, backward);
+int64_t nt_xent_workspace(const NtXentInput& input, int64_t tiles_size, bool backward) {
+  return input.z0.type == ElementType::f64 ? workspace<double>(input, tiles_size, backward)
+                                           : workspace<float>(input, tiles_size, backward);
 }
 
 double nt_xent_forward(const NtXentInput& input, const NtXentSaved& saved, void* memory, const Parallel& parallel) {
@@ -300,6 +310,7 @@ void nt_xent_backward(const NtXentInput& input, const NtXentSaved& saved, NtXent
 #include <tuple>
 
 #include "../torch_api.h"
+#include "huge_pages.h"
 
 namespace sslfast {
 namespace {
@@ -333,19 +344,23 @@ NtXentInput input_of(const Tensor& z0, const Tensor& z1, const Tensor& temperatu
   SSLFAST_CHECK(temperature.numel() == 1 && temperature.scalar_type() == accumulator_type(z0),
                 "temperature must be one number in the accumulator's dtype");
   const ElementType type = element_type(z0);
-  return {{z0.const_data_ptr(), type}, {z1.const_data_ptr(), type}, z0.size(0), z0.size(1), scalar(temperature), normalize};
+  return {
+      {z0.const_data_ptr(), type}, {z1.const_data_ptr(), type}, z0.size(0), z0.size(1), scalar(temperature), normalize};
 }
 
 // Scratch memory with 64 bytes to spare for alignment.
 Tensor scratch(const Tensor& like, int64_t bytes) {
-  return torch::stable::new_empty(like, {bytes + 64}, ScalarType::Byte);
+  Tensor memory = torch::stable::new_empty(like, {bytes + 64}, ScalarType::Byte);
+  advise_huge_pages(memory.mutable_data_ptr(), bytes);
+  return memory;
 }
 void* aligned(Tensor& memory) {
   return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.mutable_data_ptr()) + 63) / 64 * 64);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nt_xent(const Tensor& z0_any, const Tensor& z1_any,
-                                                           const Tensor& temperature, bool normalize, int64_t tile_cache) {
+                                                           const Tensor& temperature, bool normalize,
+                                                           int64_t tile_cache) {
   const Tensor z0 = ::sslfast::contiguous(z0_any), z1 = ::sslfast::contiguous(z1_any);
   const NtXentInput input = input_of(z0, z1, temperature, normalize);
   const ScalarType kind = accumulator_type(z0);
@@ -354,9 +369,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nt_xent(const Tensor& z0_any,
   Tensor row_max = torch::stable::new_empty(z0, {2 * input.n}, kind);
   Tensor row_sum = torch::stable::new_empty(z0, {2 * input.n}, kind);
   Tensor tiles = torch::stable::new_empty(z0, {tile_cache}, kind);
+  advise_huge_pages(tiles.mutable_data_ptr(), tile_cache * static_cast<int64_t>(tiles.element_size()));
   const NtXentSaved saved{inv_norm.mutable_data_ptr(), row_max.mutable_data_ptr(), row_sum.mutable_data_ptr(),
                           tiles.mutable_data_ptr(), tile_cache};
-  Tensor memory = scratch(z0, SSLFAST_CALL(nt_xent_workspace, input, false));
+  Tensor memory = scratch(z0, SSLFAST_CALL(nt_xent_workspace, input, tile_cache, false));
   set_scalar(loss, SSLFAST_CALL(nt_xent_forward, input, saved, aligned(memory), torch_parallel()));
   return {loss, inv_norm, row_max, row_sum, tiles};
 }
@@ -374,7 +390,7 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, con
                           const_cast<void*>(row_sum.const_data_ptr()), const_cast<void*>(tiles.const_data_ptr()),
                           tiles.numel()};
   NtXentGradient gradient{scalar(grad_loss), dz0.mutable_data_ptr(), dz1.mutable_data_ptr(), 0};
-  Tensor memory = scratch(z0, SSLFAST_CALL(nt_xent_workspace, input, true));
+  Tensor memory = scratch(z0, SSLFAST_CALL(nt_xent_workspace, input, tiles.numel(), true));
   SSLFAST_CALL(nt_xent_backward, input, saved, gradient, aligned(memory), torch_parallel());
   set_scalar(dtemperature, gradient.dtemperature);
   return {dz0, dz1, dtemperature};

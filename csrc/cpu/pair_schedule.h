@@ -1,12 +1,13 @@
-// Every unordered pair of row blocks, once, so that two blocks can be updated together without atomics or private copies.
+// Every unordered pair of row blocks, once, so that two blocks can be updated together without atomics or private
+// copies.
 //
-// Blocks are taken in groups, and groups meet in a round-robin tournament: in round r each group meets one other, and no
-// group is in two pairs of a round. Tasks are taken from a counter in that order; a task waits until both its groups have
-// finished their earlier rounds. So every block is updated in one fixed order, whichever thread does it; there is no barrier
-// between rounds, and a fast thread takes more tasks. It cannot deadlock: a task waits only for earlier tickets, and every
-// earlier ticket is held by a thread that is running.
-// Inside a task the tiles are walked as a snake, so that from one to the next only one block changes and the other stays in
-// the cache: groups of four were measured 11 % faster than single blocks (8192 rows, D = 128, AVX-512).
+// Blocks are taken in groups, and groups meet in a round-robin tournament: in round r each group meets one other, and
+// no group is in two pairs of a round. Tasks are taken from a counter in that order; a task waits until both its
+// groups have finished their earlier rounds. So every block is updated in one fixed order, whichever thread does it;
+// there is no barrier between rounds, and a fast thread takes more tasks. It cannot deadlock: a task waits only for
+// earlier tickets, and every earlier ticket is held by a thread that is running.
+// Inside a task the tiles are walked as a snake, so that from one to the next only one block changes and the other
+// stays in the cache: groups of four were measured 11 % faster than single blocks (8192 rows, D = 128, AVX-512).
 #pragma once
 #include <sched.h>
 

@@ -1,8 +1,8 @@
 // The packed micro-kernel that every tiled CPU operation uses, and the two layouts it reads.
 //
 // A micro-tile of C, kRows × kColumns numbers, stays in registers while k runs: per k one packed row of B (kVectors
-// vectors) and kRows broadcast numbers of A, so kRows·kVectors multiply-adds for kVectors loads. With 24 accumulators the
-// multiply-add units are never idle (latency 4, one or two a cycle), which 16 or fewer leave unproven.
+// vectors) and kRows broadcast numbers of A, so kRows·kVectors multiply-adds for kVectors loads. With 24 accumulators
+// the multiply-add units are never idle (latency 4, one or two a cycle), which 16 or fewer leave unproven.
 //
 // Rows of Z are kept in blocks of at most kTile rows, twice:
 //   panels     [D/kColumns][kTile][kColumns]  row-major pieces: B of W·Z, the accumulators of dZ, and A of Z·Zᵀ
@@ -16,11 +16,12 @@
 namespace sslfast {
 namespace SSLFAST_CPU_LEVEL {
 
-inline constexpr int kTile = 192;  // most rows in a block: a W tile (144 KiB) and six blocks at D = 128 fit in 1 MiB of L2
+inline constexpr int kTile =
+    192;  // most rows in a block: a W tile (144 KiB) and six blocks at D = 128 fit in 1 MiB of L2
 inline constexpr int kRows = kManyRegisters ? 12 : 6;
 inline constexpr int kVectors = 2;
 template <typename T>
-inline constexpr int kColumns = kVectors* kLanes<T>;
+inline constexpr int kColumns = kVectors * kLanes<T>;
 
 static inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
@@ -33,8 +34,8 @@ static inline int64_t block_size(int64_t d) {
 // What a micro-tile does with its accumulators.
 enum class Store { scaled, add };
 
-// C[rows × vectors·lanes] (+)= Σ_k A[i][k]·B[k][·] over `chunks` runs of `run` values of k, A moving by kJump from run to
-// run and the last run being `last` long. Scaled: C = acc·high + acc·low, a scale with twice the precision.
+// C[rows × vectors·lanes] (+)= Σ_k A[i][k]·B[k][·] over `chunks` runs of `run` values of k, A moving by kJump from
+// run to run and the last run being `last` long. Scaled: C = acc·high + acc·low, a scale with twice the precision.
 template <typename T, int R, int V, int kRowStride, int kStep, int kJump, int kLdc, Store kStore>
 static inline __attribute__((always_inline)) void micro_tile(const T* a, const T* b, int64_t chunks, int64_t run,
                                                              int64_t last, T* c, T high, T low) {
@@ -42,7 +43,10 @@ static inline __attribute__((always_inline)) void micro_tile(const T* a, const T
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) acc[i][v] = vec<T>{};
+    for (int v = 0; v < V; ++v) {
+      acc[i][v] = vec<T>{};
+      if constexpr (kStore == Store::add) __builtin_prefetch(c + i * kLdc + v * kLanes<T>, 1);
+    }
   for (int64_t chunk = 0; chunk < chunks; ++chunk, a += kJump) {
     const int64_t length = chunk + 1 == chunks ? last : run;
     const T* x = a;
@@ -86,8 +90,8 @@ static void tile_similarity(const T* panels_i, const T* transposed_j, int64_t ro
   const int64_t chunks = (d + C - 1) / C, last = d - (chunks - 1) * C;
   for (int64_t j = 0; j < columns; j += C)
     for (int64_t i = 0; i < rows; i += kRows)
-      micro_rows<T, kVectors, C, 1, kTile * C, kTile, Store::scaled>(
-          rows - i, panels_i + i * C, transposed_j + j * d, chunks, C, last, s + i * kTile + j, high, low);
+      micro_rows<T, kVectors, C, 1, kTile * C, kTile, Store::scaled>(rows - i, panels_i + i * C, transposed_j + j * d,
+                                                                     chunks, C, last, s + i * kTile + j, high, low);
 }
 
 // out[rows × d] += W·Z, with W read as stored (kTransposed = false: W [rows × depth]) or transposed (W [depth × rows]);

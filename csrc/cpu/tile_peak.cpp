@@ -27,8 +27,7 @@ double tile_peak(int64_t m, int64_t n, int64_t k, int64_t repeats, float* memory
   auto body = [&](int64_t thread) {
     const float *panels = memory + thread * size, *transposed = panels + block_size<float>(k);
     float* product = memory + thread * size + 2 * block_size<float>(k);
-    for (int64_t r = 0; r < repeats; ++r)
-      tile_similarity(panels, transposed, m, n, k, 1.0f, 0.0f, product);
+    for (int64_t r = 0; r < repeats; ++r) tile_similarity(panels, transposed, m, n, k, 1.0f, 0.0f, product);
   };
   timespec begin, end;
   clock_gettime(CLOCK_MONOTONIC, &begin);

@@ -2,8 +2,8 @@
 // exponentials and their row and column sums forward, weights W backward.
 //
 // Bounded = true: |x| ≤ 60 is known in advance (Cauchy–Schwarz on the rows' norms), so no maximum is needed and one
-// exponential serves the row and the column. Otherwise each row keeps its running maximum, and since row and column need
-// different ones, two exponentials are taken.
+// exponential serves the row and the column. Otherwise each row keeps its running maximum, and since row and column
+// need different ones, two exponentials are taken.
 // Tiles are padded by `nothing` to a whole number of vectors.
 #pragma once
 #include <cstdint>

@@ -101,7 +101,8 @@ template <bool Any>
 static inline vec<float> exp2v(vec<float> x) {
   using I = Vec<float>::mask;
   if constexpr (Any) x = at_most<float>(at_least<float>(x, broadcast(-127.0f)), broadcast(128.0f));
-  // 1.5·2^23: adding it rounds to an integer, which then stands in the low bits (with the exponent's bias, if added too).
+  // 1.5·2^23: adding it rounds to an integer, which then stands in the low bits (with the exponent's bias, if added
+  // too).
   const vec<float> shifter = broadcast(12582912.0f + (Any ? 127.0f : 0.0f));
   const vec<float> shifted = x + shifter;
   const vec<float> p = exp2_fraction(x - (shifted - shifter));

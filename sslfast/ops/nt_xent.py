@@ -1,8 +1,8 @@
 """NT-Xent without the 2N × 2N matrix: schema, fake kernels, autograd, choice of backend, and the public function.
 
 Each backend keeps per row the running maximum and the sum of exponentials relative to it, in base 2:
-``lse_i = ln 2 · (row_max_i + log2 row_sum_i)``. Maximum and sum are kept apart because ``P_ip = 2^(s_ip − max)/sum`` is then
-exact where the positive dominates, which one rounded ``lse`` is not at small temperatures.
+``lse_i = ln 2 · (row_max_i + log2 row_sum_i)``. Maximum and sum are kept apart because ``P_ip = 2^(s_ip − max)/sum``
+is then exact where the positive dominates, which one rounded ``lse`` is not at small temperatures.
 The mathematics is in ``docs/nt_xent.md``.
 """
 
@@ -17,16 +17,30 @@ from .. import _backends, _library, _native, reference
 from .._checks import check_matrix, check_same, check_temperature
 from .l2_normalize import EPS
 
-# Similarity tiles that the CPU forward may keep for its backward, in elements. A constant, so that no buffer grows with
-# 2N × 2N: 24 MiB of float32 hold all tiles up to N ≈ 1,700 pairs and save a quarter of the arithmetic there.
-TILE_CACHE_ELEMENTS = 6 * 1024 * 1024
+BACKENDS = ("cpu", "triton", "reference")
+
+# What one CPU step may use beyond its inputs, in bytes, as long as the packed rows themselves fit; a constant, so that
+# no buffer grows with 2N × 2N. What the rows leave of it, at least LEAST_CACHE, keeps similarity tiles from forward to
+# backward: all of them up to N ≈ 2,000 pairs, which saves a quarter of the arithmetic.
+MEMORY = 62 * 2**20
+LEAST_CACHE = 16 * 2**20
+
+
+def _tile_cache(z: Tensor) -> int:
+    """How many numbers of similarity tiles the CPU forward of ``z0`` = ``z`` keeps for its backward."""
+    rows, size = 2 * z.shape[0], _accumulator(z).itemsize
+    packed = rows * z.shape[1] * size
+    every_tile = (rows + 192) * (rows + 384) // 2 + 2**17  # of at most 192 × 192, on and above the diagonal
+    if 3 * packed + every_tile * size <= MEMORY:  # rows packed once, their gradient, dz
+        return every_tile
+    return max(MEMORY - 4 * packed, LEAST_CACHE) // size  # the transposed layout as well
 
 
 def _accumulator(z: Tensor) -> torch.dtype:
     return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
-# ------------------------------------------------------------------------------------------------ cpu: one fused operator
+# ---------------------------------------------------------------------------------------------- cpu: one fused operator
 
 
 def _cpu_fake(
@@ -69,7 +83,8 @@ def _cpu_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tupl
     z0, z1, temperature, inv_norm, row_max, row_sum, tiles = ctx.saved_tensors
     if torch.is_grad_enabled() and any(t.requires_grad for t in (grad_loss, z0, z1, temperature)):
         inputs = [t if needed else None for t, needed in zip((z0, z1, temperature), ctx.needs_input_grad, strict=False)]
-        return (*_second_order(reference.nt_xent(z0, z1, temperature, normalize=ctx.normalize), inputs, grad_loss), None, None)
+        loss = reference.nt_xent(z0, z1, temperature, normalize=ctx.normalize)
+        return (*_second_order(loss, inputs, grad_loss), None, None)
     grads = torch.ops.sslfast.nt_xent_backward(
         grad_loss, z0, z1, temperature, inv_norm, row_max, row_sum, tiles, ctx.normalize
     )
@@ -135,12 +150,15 @@ def _triton_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> t
     z, temperature, row_max, row_sum = ctx.saved_tensors
     if torch.is_grad_enabled() and any(t.requires_grad for t in (grad_loss, z, temperature)):
         inputs = [t if needed else None for t, needed in zip((z, temperature), ctx.needs_input_grad, strict=True)]
-        return tuple(_second_order(reference.nt_xent(*z.chunk(2), temperature, normalize=False), inputs, grad_loss))
+        z0, z1 = z.chunk(2)
+        return tuple(_second_order(reference.nt_xent(z0, z1, temperature, normalize=False), inputs, grad_loss))
     dz, dtemperature = torch.ops.sslfast.nt_xent_triton_backward(grad_loss, z, temperature, row_max, row_sum)
     return dz.to(z.dtype), dtemperature
 
 
-_library.define("nt_xent_triton(Tensor z, Tensor temperature) -> (Tensor loss, Tensor row_max, Tensor row_sum)", _triton_fake)
+_library.define(
+    "nt_xent_triton(Tensor z, Tensor temperature) -> (Tensor loss, Tensor row_max, Tensor row_sum)", _triton_fake
+)
 _library.define(
     "nt_xent_triton_backward(Tensor grad_loss, Tensor z, Tensor temperature, Tensor row_max, Tensor row_sum)"
     " -> (Tensor, Tensor)",
@@ -150,7 +168,7 @@ _library.implement("nt_xent_triton", _triton_forward, "CUDA", "CPU")
 _library.implement("nt_xent_triton_backward", _triton_backward_kernel, "CUDA", "CPU")
 _library.autograd("nt_xent_triton", _triton_backward, _triton_setup_context)
 
-# --------------------------------------------------------------------------------------------------------- public function
+# ------------------------------------------------------------------------------------------------------ public function
 
 
 def why_not(backend: str, z: Tensor) -> str | None:
@@ -176,11 +194,12 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float | Tensor = 0.5, *, normal
     """Normalised temperature-scaled cross entropy (NT-Xent) of two views, mean over the 2N rows.
 
     ``ℓ_i = −log( exp(s_ip / τ) / Σ_{j ≠ i} exp(s_ij / τ) )``, ``s_ij`` the cosine of rows ``i`` and ``j`` of
-    ``z = [z0; z1]`` and ``p`` the other view of row ``i``. Time grows as N²·D, extra memory as N·D: the 2N × 2N matrix is
-    never stored.
+    ``z = [z0; z1]`` and ``p`` the other view of row ``i``. Time grows as N²·D, extra memory as N·D: the 2N × 2N matrix
+    is never stored.
 
     Args:
-        z0, z1: [N, D] each, row ``i`` of both a view of image ``i``; float32, float64, bfloat16 or float16; any strides.
+        z0, z1: [N, D] each, row ``i`` of both a view of image ``i``; float32, float64, bfloat16 or float16; any
+            strides.
         temperature: τ, finite and not zero (default 0.5; negative is legal); or a one-element tensor, which then
             receives its gradient.
         normalize: divide each row by ``max(‖row‖₂, 1e-12)`` first (default), as part of the same pass.
@@ -192,8 +211,8 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float | Tensor = 0.5, *, normal
     Raises:
         TypeError: an argument is not a tensor, is not floating point, or the dtypes differ (inside an autocast region
             the wider one is used instead).
-        ValueError: shapes or devices differ, a tensor is not two-dimensional or is empty, the temperature is zero or not
-            finite (a temperature tensor on a GPU is not read: it would wait for the device).
+        ValueError: shapes or devices differ, a tensor is not two-dimensional or is empty, the temperature is zero or
+            not finite (a temperature tensor on a GPU is not read: it would wait for the device).
 
     Source: Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations", equation 1; value
     as lightly 1.6.0's ``NTXentLoss`` (google-research/simclr reports the sum of two such means, twice this value).
@@ -217,5 +236,5 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float | Tensor = 0.5, *, normal
     if backend == "triton":
         return torch.ops.sslfast.nt_xent_triton(_normalized(torch.cat([z0, z1]), normalize), tau)[0]
     learns = torch.is_grad_enabled() and (z0.requires_grad or z1.requires_grad or tau.requires_grad)
-    cache = min(TILE_CACHE_ELEMENTS, (z0.shape[0] + 256) ** 2 * 4) if learns else 0
+    cache = _tile_cache(z0) if learns else 0
     return torch.ops.sslfast.nt_xent(z0, z1, tau, normalize, cache)[0]
