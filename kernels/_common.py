@@ -1,0 +1,61 @@
+"""What the launchers share: which row of a configuration table a device uses, and how float32 products are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+# Shared memory that one program may use, in bytes, for each architecture that a configuration table names.
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+INTERPRETER = 0
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes and launch options of one kernel.
+
+    ``block_m``, ``block_n``: rows and columns of a tile of similarities; ``block_k``: features that a product takes at
+    a time; ``block_d``: features of the result that one program owns (backward only).
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    block_d: int = 0
+
+
+def architecture(z: Tensor) -> int:
+    """The key of ``z``'s device in a configuration table: 80, 86, 90, 100, or ``INTERPRETER``.
+
+    Compute capabilities 8.6, 8.9 and 12.x share one row: they have ``mma.sync`` and 99 KiB a program.
+
+    Raises:
+        RuntimeError: the GPU's compute capability is below 8.0.
+    """
+    if triton.knobs.runtime.interpret:
+        return INTERPRETER
+    major, minor = torch.cuda.get_device_capability(z.device)
+    if major < 8:
+        raise RuntimeError(f"the Triton kernels need compute capability 8.0 or newer, {z.device} has {major}.{minor}")
+    if (major, minor) == (8, 0):
+        return 80
+    return {9: 90, 10: 100, 11: 100}.get(major, 86)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of ``tl.dot``: float32 products keep float32 accuracy unless the user allowed TF32.
+
+    16-bit inputs ignore it.
+    """
+    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return "tf32x3" if exact else "tf32"
+
+
+def upcast(dtype: torch.dtype) -> bool:
+    """Whether a kernel must widen its input right after the load: the interpreter cannot compute in bfloat16."""
+    return triton.knobs.runtime.interpret and dtype == torch.bfloat16
