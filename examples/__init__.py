@@ -1,0 +1,1 @@
+"""Demos: each folder beside ``common`` is one method, run as ``python -m examples.<method>``."""

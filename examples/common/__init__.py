@@ -1,0 +1,1 @@
+"""What all demos share: data, augmentation, evaluation, measurement and the report."""

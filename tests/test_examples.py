@@ -1,0 +1,241 @@
+"""The demos run end to end on small settings, and their parts do what they say."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Generator
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("PIL")
+pytest.importorskip("rich")
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from PIL import Image
+from rich.console import Console
+from sklearn.datasets import load_sample_images
+
+import sslfast
+from examples.common import augment, evaluate, measure
+from examples.common.data import FASHION_DIR, Dataset, load
+from examples.simclr import __main__ as demo
+from examples.simclr import losses
+from examples.simclr import train as simclr
+
+
+def _numbers(content: Any) -> Iterator[float]:
+    if isinstance(content, dict):
+        content = list(content.values())
+    if isinstance(content, list):
+        for each in content:
+            yield from _numbers(each)
+    elif isinstance(content, (int, float)):
+        yield content
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two classes of 16 crops each of scikit-learn's two photographs, in two sizes, and one damaged file."""
+    root = tmp_path / "photos"
+    random = np.random.default_rng(0)
+    for name, photo in zip(("china", "flower"), load_sample_images().images, strict=True):
+        (root / name).mkdir(parents=True)
+        for i in range(16):
+            top, left = random.integers(0, 427 - 96), random.integers(0, 640 - 96)
+            Image.fromarray(photo[top : top + 96, left : left + 64 + 32 * (i % 2)]).save(root / name / f"{i:02}.png")
+    whole = (root / "china" / "00.png").read_bytes()
+    (root / "china" / "broken.png").write_bytes(whole[: len(whole) // 2])
+    (root / "china" / "notes.txt").write_text("no image, and not meant to be one")
+    return root
+
+
+def test_digits_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "ROUNDS_SECONDS", 1.0)
+    data = load("digits")
+    data = replace(data, train=data.train[:512], train_labels=data.train_labels[:512])
+    settings = demo.Settings("digits", tmp_path, epochs=6, batch_size=128, large_pairs=(1024,))
+    console = Console(record=True, width=120, file=open(tmp_path / "terminal.txt", "w"))  # noqa: SIM115
+    result = demo.run(settings, data, console)
+
+    fused, plain = result.curves["fused"], result.curves["plain"]
+    assert len(fused) == len(plain) == 6 * 4
+    for curve in (fused, plain):
+        assert np.mean(curve[-4:]) < np.mean(curve[:4]) - 0.3
+    # Same weights, batches and views: one rounding apart at first. Training then magnifies it, a little a step.
+    assert fused[0] == pytest.approx(plain[0], rel=1e-5)
+    assert fused == pytest.approx(plain, rel=5e-3)
+
+    content = json.loads((tmp_path / "simclr_digits.json").read_text())
+    assert content["curves"] == {"fused": fused, "plain": plain}
+    assert content["backend"] in ("cpu", "reference")
+    assert [cost["pairs"] for cost in content["costs"]] == [128, 1024]
+    assert all(math.isfinite(number) for number in _numbers(content))
+    for cost in content["costs"]:
+        assert cost["gradient_difference"] <= measure.AGREEMENT
+        assert all(cost["seconds"][name] > 0 for name in ("fused", "plain"))
+    if Path("/proc/self/clear_refs").exists():  # Linux tells: plain PyTorch holds a few matrices of 2048 × 2048 at once
+        assert 2 * 2048**2 * 4 < content["costs"][1]["peak_bytes"]["plain"] < 8 * 2048**2 * 4
+    assert set(content["accuracies"]["knn"]) == {"fused", "plain", "untrained", "raw pixels"}
+    assert all(0.5 < accuracy <= 1 for kind in content["accuracies"].values() for accuracy in kind.values())
+
+    with Image.open(tmp_path / "simclr_digits.png") as image:
+        assert image.width > 1000 and len(np.unique(np.asarray(image.convert("L")))) > 50
+    shown = console.export_text()
+    assert f"backend '{result.backend}'" in shown and "raw pixels" in shown
+
+
+def test_training_is_reproducible() -> None:
+    data = load("digits")
+    data = replace(data, train=data.train[:256])
+    views = augment.recipe_for(data)
+
+    def curve(seed: int) -> list[float]:
+        return simclr.train(simclr.build(data, seed), data, views, losses.fused_loss, 1, 64, seed, "test")[0]
+
+    before = torch.get_rng_state()
+    first = curve(0)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert curve(0) == first
+    assert curve(1) != first
+
+
+def test_serving_backend_is_what_ran() -> None:
+    z0, z1 = torch.randn(2, 16, 8, generator=Generator().manual_seed(0))
+    with sslfast.use_backend("reference"):
+        assert measure.serving_backend(losses.fused_loss, losses.OPERATORS, z0, z1) == "reference"
+    assert measure.serving_backend(losses.plain_loss, losses.OPERATORS, z0, z1) == "reference"
+    with sslfast.use_backend(None):
+        seen = measure.serving_backend(losses.fused_loss, losses.OPERATORS, z0, z1)
+    try:
+        with sslfast.use_backend("cpu"):
+            sslfast.nt_xent(z0, z1)
+    except RuntimeError:
+        assert seen == "reference"
+    else:
+        assert seen == "cpu"
+
+
+def _another_loss(z0: torch.Tensor, z1: torch.Tensor) -> torch.Tensor:
+    return 1.01 * losses.plain_loss(z0, z1)
+
+
+def test_losses_that_differ_are_not_compared() -> None:
+    z0, z1 = torch.randn(2, 16, 8, generator=Generator().manual_seed(0))
+    with pytest.raises(RuntimeError, match="other, plain disagree"):
+        measure.cost({"other": _another_loss, "plain": losses.plain_loss}, z0, z1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_views(channels: int) -> None:
+    images = torch.rand(64, channels, 20, 20, generator=Generator().manual_seed(0))
+    still = augment.Augment(
+        size=20, rotation=0, zoom=(1, 1), stretch=1, shift=0, shear=0, mirror=False, contrast=0, blur=0, noise=0,
+        colour=0, padding="zeros",
+    )  # fmt: skip
+    if channels == 1:  # in colour one view in five loses its colours, whatever the strength
+        torch.testing.assert_close(still(images, Generator()), images, rtol=0, atol=1e-6)
+    data = Dataset("x", images, images, None, None, (), view_size=16, mirror=True, photos=channels == 3)
+    views = augment.recipe_for(data)
+    first, second = (views(images, Generator().manual_seed(seed)) for seed in (1, 2))
+    assert first.shape == (64, channels, 16, 16) and first.isfinite().all()
+    assert torch.equal(first, views(images, Generator().manual_seed(1)))
+    assert (first - second).abs().flatten(1).amax(1).min() > 0.01
+
+
+def test_rotation_and_shift_move_as_told() -> None:
+    image = torch.zeros(1, 1, 32, 32)
+    image[..., 12:20, 24:28] = 1  # a bar right of the centre
+    base = dict(zoom=(1, 1), stretch=1, shear=0, mirror=False, contrast=0, blur=0, noise=0, colour=0, padding="zeros")
+    turn = augment.Augment(size=32, rotation=20, shift=0, **base)
+    column = torch.arange(32.0) - 15.5
+    radius = []
+    for seed in range(20):
+        mass = turn(image, Generator().manual_seed(seed))[0, 0]
+        centre = torch.stack([(mass.sum(0) * column).sum(), (mass.sum(1) * column).sum()]) / mass.sum()
+        radius.append(centre.norm().item())
+        assert math.degrees(math.atan2(abs(centre[1]), centre[0])) < 20.5
+    assert radius == pytest.approx([10.0] * 20, abs=0.1)  # a rotation keeps the distance from the centre
+
+
+def test_folder_with_classes(photos: Path) -> None:
+    data = load(str(photos))
+    assert data.class_names == ("china", "flower")
+    assert data.train.shape[1:] == (3, 32, 32) and len(data.train) + len(data.test) == 32
+    assert data.train.min() >= 0 and data.train.max() <= 1
+    assert sorted(np.bincount(data.train_labels)) == [10, 11] and sorted(np.bincount(data.test_labels)) == [5, 6]
+    assert len(data.notes) == 1 and "1 unreadable" in data.notes[0] and "broken.png" in data.notes[0]
+    again = load(str(photos))
+    assert torch.equal(again.train, data.train) and np.array_equal(again.test_labels, data.test_labels)
+
+
+def test_flat_folder_has_no_accuracies(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flat = tmp_path / "flat folder"
+    flat.mkdir()
+    for i, file in enumerate(sorted(photos.rglob("*.png"))):
+        file.rename(flat / f"{i}.png")
+    data = load(str(flat))
+    assert data.train_labels is None and evaluate.accuracies({"raw": evaluate.raw_pixels(data)}, data) is None
+    monkeypatch.setattr(measure, "peak_memory", lambda *_: None)  # as on a system that does not tell
+    console = Console(record=True, width=120, quiet=False, file=open(tmp_path / "terminal.txt", "w"))  # noqa: SIM115
+    demo.run(demo.Settings(str(flat), tmp_path, epochs=2, large_pairs=()), data, console)
+    shown = console.export_text()
+    assert "no labels" in shown and "1 unreadable" in shown and "a batch of 21" in shown
+    content = json.loads((tmp_path / "simclr_flat_folder.json").read_text())
+    assert content["accuracies"] is None and content["costs"][0]["peak_bytes"] == {"fused": None, "plain": None}
+    assert (tmp_path / "simclr_flat_folder.png").stat().st_size > 10_000
+
+
+def test_bad_data_is_told(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load(str(tmp_path / "absent"))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match="no image files"):
+        load(str(empty))
+    (empty / "broken.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="0 readable images.*broken.png"):
+        load(str(empty))
+    with pytest.raises(NotADirectoryError, match="expected a folder"):
+        load(str(empty / "broken.png"))
+    (photos / "lone").mkdir()
+    (photos / "china" / "00.png").rename(photos / "lone" / "00.png")
+    with pytest.raises(ValueError, match="these have one: lone"):
+        load(str(photos))
+    (photos / "lone" / "00.png").rename(photos / "00.png")
+    with pytest.raises(ValueError, match="both in it"):
+        load(str(photos))
+    for arguments, told in (
+        (["--data", str(tmp_path / "absent")], "no such folder"),
+        (["--batch-size", "1"], "must be at least 2, got 1"),
+        (["--epochs", "ten"], "invalid integer value: 'ten'"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            demo.main(arguments)
+        assert told in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not FASHION_DIR.exists(), reason="Debian's package dataset-fashion-mnist is not installed")
+def test_fashion_mnist() -> None:
+    data = load("fashion-mnist")
+    assert data.train.shape == (6000, 1, 28, 28) and data.test.shape == (2000, 1, 28, 28)
+    assert np.bincount(data.train_labels).tolist() == [600] * 10
+    # A trouser's column of pixels is empty between its legs' outsides and the border; a bag fills the width.
+    width = (data.train.mean(dim=(1, 2)) > 0.2).sum(dim=1).numpy()
+    assert width[data.train_labels == 1].mean() < width[data.train_labels == 8].mean()
+
+
+def test_absent_fashion_mnist_names_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("examples.common.data.FASHION_DIR", tmp_path)
+    with pytest.raises(FileNotFoundError, match="Debian's package dataset-fashion-mnist"):
+        load("fashion-mnist")
