@@ -6,16 +6,19 @@ OUT    ?= benchmarks/results
 
 BIN   := .venv/bin
 READY := .venv/.requirements
+PEERS := .venv/.peers
 BUILT := build/.editable
 CPP   := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: help demo test lint bench gpu clean
+.PHONY: help demo test lint bench readme gpu clean
 
 help:
-	@echo "make demo   train SimCLR on small images (DATA=digits) and write curves and samples to out/demo"
+	@echo "make demo   train SimCLR on real images, fused loss beside plain; table, picture and JSON in out/demo"
+	@echo "            (DATA=digits, DATA=fashion-mnist or DATA=<folder of images>)"
 	@echo "make test   build in place and run every test"
 	@echo "make lint   ruff, clang-format, line lengths, mypy"
-	@echo "make bench  correctness, then timings, of every operation on this machine"
+	@echo "make bench  correctness, then time and memory of every operation; CSV and picture"
+	@echo "make readme write the README's tables from benchmarks/results"
 	@echo "make gpu    on a machine with a CUDA GPU: build, GPU tests, compute-sanitizer, benchmarks (OUT=$(OUT))"
 	@echo "make clean  remove what was built; .venv stays"
 
@@ -43,8 +46,15 @@ lint: $(READY)
 	@! LC_ALL=C.UTF-8 grep -nE '^.{121,}' $(CPP) || { echo "the lines above are longer than 120 characters"; exit 1; }
 	$(BIN)/mypy
 
-bench: $(BUILT)
+$(PEERS): requirements-bench.txt $(READY)
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-bench.txt
+	touch $@
+
+bench: $(BUILT) $(PEERS)
 	$(BIN)/python -m benchmarks
+
+readme: $(BUILT)
+	$(BIN)/python -m benchmarks.plot --readme README.md
 
 # With the machine's own python3 where its torch sees the GPU (nothing is downloaded then), else with that of .venv.
 # A few tests run again under compute-sanitizer, with torch's caching allocator off so that each tensor has its own bounds;

@@ -153,12 +153,12 @@ def _draw_points(axes: Axes, points: np.ndarray, labels: np.ndarray | None, name
     if labels is None:
         axes.scatter(points[:, 0], points[:, 1], s=14, color=FUSED)
         return
-    # Past 20 classes colours cannot be told apart: the most frequent 19 keep theirs, the others share grey.
+    # Past 20 classes colours cannot be told apart: the most frequent 19 keep theirs, the others share black.
     order = np.argsort(-np.bincount(labels, minlength=len(names)), kind="stable")
     shown = np.sort(order[: LEGEND_MOST - 1]) if len(names) > LEGEND_MOST else np.arange(len(names))
     palette = colormaps["tab10" if len(shown) <= 10 else "tab20"]
     rest = ~np.isin(labels, shown)
-    groups = [("0.75", rest, f"{len(names) - len(shown)} others")] if rest.any() else []
+    groups = [("black", rest, f"{len(names) - len(shown)} others")] if rest.any() else []
     groups += [
         (colour, labels == i, _short(names[i]))
         for colour, i in zip(map(palette, range(palette.N)), shown, strict=False)
