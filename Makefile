@@ -10,13 +10,14 @@ PEERS := .venv/.peers
 BUILT := build/.editable
 CPP   := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: help demo test lint bench readme gpu clean
+.PHONY: help demo test lint sanitize bench readme gpu clean
 
 help:
 	@echo "make demo   train SimCLR on real images, fused loss beside plain; table, picture and JSON in out/demo"
 	@echo "            (DATA=digits, DATA=fashion-mnist or DATA=<folder of images>)"
 	@echo "make test   build in place and run every test"
 	@echo "make lint   ruff, clang-format, line lengths, mypy"
+	@echo "make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench  correctness, then time and memory of every operation; CSV and picture"
 	@echo "make readme write the README's tables from benchmarks/results"
 	@echo "make gpu    on a machine with a CUDA GPU: build, GPU tests, compute-sanitizer, benchmarks (OUT=$(OUT))"

@@ -10,10 +10,13 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
 import sslfast
+from benchmarks import Unavailable, peers
 from helpers import SHAPES, same_nonfinite, within_budget
 from sslfast import reference
 
@@ -73,6 +76,33 @@ def test_temperatures(temperature: float, dtype: torch.dtype) -> None:
 def test_without_normalisation(temperature: float, dtype: torch.dtype) -> None:
     z0, z1 = (z / z.double().norm(dim=1, keepdim=True).mean() for z in two_views(150, 30, dtype))
     check(z0.to(dtype) * 3, z1.to(dtype) * 3, temperature, normalize=False)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    n=st.integers(1, 230),
+    d=st.integers(1, 140),
+    temperature=st.sampled_from([0.02, 0.1, 1.0, -0.3]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_shape(n: int, d: int, temperature: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(n * 1000 + d)
+    check(*two_views(n, d, dtype), temperature)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (64, 32), (101, 30)], ids=str)
+@pytest.mark.parametrize("temperature", [0.5, 0.05, -0.5])
+def test_equals_lightly(shape: tuple[int, int], temperature: float) -> None:
+    try:
+        theirs = peers.nt_xent("lightly", temperature)
+    except Unavailable as reason:
+        pytest.skip(f"lightly 1.6.0 cannot be imported: {reason}")
+    z0, z1 = (z.requires_grad_() for z in two_views(*shape, torch.float64))
+    expected, loss = theirs(z0, z1), sslfast.NTXentLoss(temperature)(z0, z1)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    gradients = torch.autograd.grad(loss, (z0, z1)), torch.autograd.grad(expected, (z0, z1))
+    for ours, their in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, their, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -8,13 +8,14 @@
 
 namespace sslfast {
 
-// Asks for huge pages in the part of [p, p + bytes) that covers whole ones. Advice only: a refusal changes nothing.
+// Asks for huge pages in the part of [p, p + bytes) that covers whole ones, where that is worth a system call. Advice
+// only: a refusal changes nothing.
 inline void advise_huge_pages(void* p, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (bytes >= 8 << 20) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)p;
   (void)bytes;

@@ -23,20 +23,18 @@ namespace {
 constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942, kEps = 1e-12;
 constexpr double kBoundedLimit = 60;  // 2^±60 and sums of 2^66 of them are far from float's limits
 
-// Block height and memory layout for one problem. Heights depend on the problem alone, never on the number of
-// threads, so that results do not either; at least eight blocks (where there are rows for it) leave work for several
-// threads.
+// Block height and memory layout for one problem: from the problem alone, so that forward and backward agree. At least
+// eight blocks (where there are rows for it) leave work for several threads.
 template <typename T>
 struct Plan {
   int64_t n, d, rows, height, blocks, block, padded;  // rows = 2n; block: numbers in a block; padded: d in whole panels
-
   int64_t slots;  // tiles that the cache holds: the first ones in the order of slot()
 
   Plan(const NtXentInput& input, int64_t tiles_size) : n(input.n), d(input.d), rows(2 * input.n) {
     const int64_t eighth = round_up((rows + 7) / 8, kColumns<T>);
     height = rows < 16 * kTile && eighth < kTile ? eighth : kTile;
     blocks = (rows + height - 1) / height;
-    block = block_size<T>(d);
+    block = block_size<T>(height, d);
     padded = round_up(d, kColumns<T>);
     slots = tiles_size / (height * kTile);
   }
@@ -99,9 +97,9 @@ double pack_block(const NtXentInput& input, const Plan<T>& plan, int64_t i, T* i
     }
     const double packed = static_cast<double>(square) * factor * factor;
     if (!(packed <= largest)) largest = packed;
-    to_panels(row, factor, plan.padded, panels + r * kColumns<T>);
+    to_panels(row, factor, plan.padded, plan.height, panels + r * kColumns<T>);
   }
-  if (transposed != nullptr) transpose_panels(panels, plan.count(i), plan.d, transposed);
+  if (transposed != nullptr) transpose_panels(panels, plan.height, plan.count(i), plan.d, transposed);
   return largest;
 }
 
@@ -134,12 +132,15 @@ struct Task {
   T* kept_tile(int64_t i, int64_t j) const { return tiles + plan.slot(i, j) * plan.height * kTile; }
 
   // Backward: the norms are known, and no transposed rows are needed if every tile was kept.
-  void pack(const Parallel& parallel, bool backward, T* rows_scratch) {
+  // `also(i)` is done for each block in the same parallel region.
+  template <typename F>
+  void pack(const Parallel& parallel, bool backward, T* rows_scratch, F&& also) {
     auto body = [&](int64_t i) {
       T* row = rows_scratch + i * plan.padded;
       for (int64_t k = 0; k < plan.padded; ++k) row[k] = 0;
       T* transposed = backward && plan.all_kept() ? nullptr : work.transposed + i * plan.block;
       work.per_block[i] = pack_block(input, plan, i, inv_norm, backward, work.panels + i * plan.block, transposed, row);
+      also(i);
     };
     parallel_each(parallel, plan.blocks, body);
     double largest = 0;
@@ -150,8 +151,8 @@ struct Task {
 
   // x_IJ, masked, in `x`.
   void similarity(int64_t i, int64_t j, T* x) const {
-    tile_similarity(work.panels + i * plan.block, work.transposed + j * plan.block, plan.count(i), plan.count(j),
-                    plan.d, high, low, x);
+    tile_similarity(work.panels + i * plan.block, work.transposed + j * plan.block, plan.height, plan.count(i),
+                    plan.count(j), plan.d, high, low, x);
     if (i == j || plan.count(j) % kLanes<T> != 0) {
       if (bounded)
         mask_tile<T, true>(x, plan.count(i), plan.count(j), i == j);
@@ -192,10 +193,10 @@ struct Task {
     else
       weights<T, false>(x, plan.count(i), plan.count(j), of_rows, of_columns, w);
     each_positive(i, j, [&](int64_t, int64_t, int64_t at) { w[at] -= 2 * weight; });
-    tile_product<T, false>(w, work.panels + j * plan.block, plan.count(i), plan.count(j), plan.d,
+    tile_product<T, false>(w, work.panels + j * plan.block, plan.height, plan.count(i), plan.count(j), plan.d,
                            work.grad_panels + i * plan.block);
     if (i != j)
-      tile_product<T, true>(w, work.panels + i * plan.block, plan.count(j), plan.count(i), plan.d,
+      tile_product<T, true>(w, work.panels + i * plan.block, plan.height, plan.count(j), plan.count(i), plan.d,
                             work.grad_panels + j * plan.block);
   }
 
@@ -209,13 +210,13 @@ struct Task {
       const T* g = work.grad_panels + i * plan.block + r * kColumns<T>;
       T radial = 0;
       for (int64_t p = 0; p < plan.padded / kColumns<T>; ++p)
-        radial += dot(z + p * kTile * kColumns<T>, g + p * kTile * kColumns<T>, kColumns<T>);
+        radial += dot(z + p * plan.height * kColumns<T>, g + p * plan.height * kColumns<T>, kColumns<T>);
       along += radial;
       const bool clamped = !(inv_norm[index] < static_cast<T>(1 / kEps));
       const T factor = inv_norm[index] / static_cast<T>(input.temperature);
       const T removed = input.normalize && !clamped ? radial : T(0);
       for (int64_t k = 0; k < plan.d; ++k) {
-        const int64_t at = k / kColumns<T> * kTile * kColumns<T> + k % kColumns<T>;
+        const int64_t at = k / kColumns<T> * plan.height * kColumns<T> + k % kColumns<T>;
         row[k] = factor * (g[at] - removed * z[at]);
       }
       write_row(row, index < plan.n ? gradient.dz0 : gradient.dz1, input.z0.type, index % plan.n, plan.d);
@@ -228,7 +229,7 @@ template <typename T>
 double forward(const NtXentInput& input, const NtXentSaved& saved, void* memory, const Parallel& parallel) {
   Task<T> task(input, saved, false, memory);
   const Plan<T>& plan = task.plan;
-  task.pack(parallel, false, reinterpret_cast<T*>(static_cast<char*>(memory) + task.work.bytes));
+  task.pack(parallel, false, reinterpret_cast<T*>(static_cast<char*>(memory) + task.work.bytes), [](int64_t) {});
   for (int64_t row = 0; row < plan.rows; ++row) {
     task.row_max[row] = task.bounded ? T(0) : -static_cast<T>(__builtin_inf());
     task.row_sum[row] = 0;
@@ -252,7 +253,6 @@ void backward(const NtXentInput& input, const NtXentSaved& saved, NtXentGradient
   Task<T> task(input, saved, true, memory);
   const Plan<T>& plan = task.plan;
   T* rows_scratch = reinterpret_cast<T*>(static_cast<char*>(memory) + task.work.bytes);
-  task.pack(parallel, true, rows_scratch);
   const T weight = static_cast<T>(gradient.grad_loss / static_cast<double>(plan.rows));
   auto prepare = [&](int64_t i) {
     T* grad = task.work.grad_panels + i * plan.block;
@@ -262,7 +262,7 @@ void backward(const NtXentInput& input, const NtXentSaved& saved, NtXentGradient
       task.work.a[row] = weight / task.row_sum[row];
     }
   };
-  parallel_each(parallel, plan.blocks, prepare);
+  task.pack(parallel, true, rows_scratch, prepare);
   const PairSchedule schedule = task.schedule(parallel);
   auto body = [&](int64_t) {
     alignas(64) T scratch[kTile * kTile];

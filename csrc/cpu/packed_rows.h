@@ -65,21 +65,21 @@ static inline T dot(const T* x, const T* y, int64_t n) {
   return sum_lanes<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
-// One row's place in a block's panels: piece p of it is at row[p·kTile·kColumns].
+// One row into a block's panels: piece p of it goes to row[p·height·kColumns].
 template <typename T>
-static inline void to_panels(const T* x, T factor, int64_t padded, T* row) {
-  for (int64_t k = 0; k < padded; k += kColumns<T>, row += kTile * kColumns<T>)
+static inline void to_panels(const T* x, T factor, int64_t padded, int64_t height, T* row) {
+  for (int64_t k = 0; k < padded; k += kColumns<T>, row += height * kColumns<T>)
     for (int c = 0; c < kColumns<T>; c += kLanes<T>) store(row + c, load(x + k + c) * factor);
 }
 
 // Column panels of a block with k outermost, from its row panels; columns beyond `rows` are zero.
 template <typename T>
-static void transpose_panels(const T* panels, int64_t rows, int64_t d, T* transposed) {
+static void transpose_panels(const T* panels, int64_t height, int64_t rows, int64_t d, T* transposed) {
   constexpr int C = kColumns<T>;
   for (int64_t j = 0; j < rows; j += C, transposed += d * C) {
     const int64_t count = rows - j < C ? rows - j : C;
     for (int64_t k = 0; k < d; ++k) {
-      const T* x = panels + k / C * kTile * C + j * C + k % C;
+      const T* x = panels + k / C * height * C + j * C + k % C;
       T* out = transposed + k * C;
       for (int64_t c = 0; c < count; ++c) out[c] = x[c * C];
       for (int64_t c = count; c < C; ++c) out[c] = 0;

@@ -16,7 +16,7 @@ namespace SSLFAST_CPU_LEVEL {
 
 int64_t tile_limit() { return kTile; }
 
-int64_t tile_peak_memory(int64_t k) { return 2 * block_size<float>(k) + kTile * kTile; }
+int64_t tile_peak_memory(int64_t k) { return 2 * block_size<float>(kTile, k) + kTile * kTile; }
 
 double tile_peak(int64_t m, int64_t n, int64_t k, int64_t repeats, float* memory, const Parallel& parallel) {
   const int64_t size = tile_peak_memory(k);
@@ -25,9 +25,9 @@ double tile_peak(int64_t m, int64_t n, int64_t k, int64_t repeats, float* memory
   };
   parallel_each(parallel, parallel.threads, prepare);
   auto body = [&](int64_t thread) {
-    const float *panels = memory + thread * size, *transposed = panels + block_size<float>(k);
-    float* product = memory + thread * size + 2 * block_size<float>(k);
-    for (int64_t r = 0; r < repeats; ++r) tile_similarity(panels, transposed, m, n, k, 1.0f, 0.0f, product);
+    const float *panels = memory + thread * size, *transposed = panels + block_size<float>(kTile, k);
+    float* product = memory + thread * size + 2 * block_size<float>(kTile, k);
+    for (int64_t r = 0; r < repeats; ++r) tile_similarity(panels, transposed, kTile, m, n, k, 1.0f, 0.0f, product);
   };
   timespec begin, end;
   clock_gettime(CLOCK_MONOTONIC, &begin);
