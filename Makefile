@@ -36,9 +36,20 @@ $(BUILT): $(READY) setup.py pyproject.toml $(CPP)
 demo: $(BUILT)
 	$(BIN)/python -m examples.simclr --data $(DATA) --output out/demo
 
-test: $(BUILT)
+test: $(BUILT) $(PEERS)
 	$(BIN)/python -m sslfast
 	$(BIN)/python -m pytest
+
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, built apart from the ordinary libraries.
+SANITIZED := build/sanitized
+RUNTIMES  := $$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)
+sanitize: $(READY)
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	git ls-files -z | tar --create --null --files-from - | tar --extract --directory $(SANITIZED)
+	cd $(SANITIZED) && SSLFAST_SANITIZE=address,undefined $(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
+	cd $(SANITIZED) && LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 PYTHONPATH=. \
+	  $(CURDIR)/$(BIN)/python -m pytest -q tests/test_l2_normalize.py tests/test_nt_xent.py \
+	  -m "not slow" -k "not compile and not memory and not every_cpu_level"
 
 lint: $(READY)
 	$(BIN)/ruff check .
