@@ -67,11 +67,17 @@ def select(op: str, preferred: str, why_not: Callable[[str], str | None]) -> str
     reason = why_not(preferred)
     if reason is None:
         return preferred
-    if not torch.compiler.is_compiling() and (op, preferred) not in _told:
-        _told.add((op, preferred))
-        warnings.warn(
-            f"sslfast.{op}: backend {preferred!r} cannot serve this call ({reason}); "
-            "using 'reference', which computes the same function with the full matrix in memory",
-            stacklevel=4,
-        )
+    tell_fallback(op, preferred, reason)
     return "reference"
+
+
+def tell_fallback(op: str, preferred: str, reason: str) -> None:
+    """Warn, once for each operation and reason, that the reference serves in place of ``preferred``."""
+    if torch.compiler.is_compiling() or (op, reason) in _told:
+        return
+    _told.add((op, reason))
+    warnings.warn(
+        f"sslfast.{op}: backend {preferred!r} cannot serve this call ({reason}); "
+        "using 'reference', which computes the same function in plain PyTorch",
+        stacklevel=4,  # the caller of the public function
+    )

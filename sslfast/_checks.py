@@ -10,6 +10,11 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def accumulator(x: Tensor) -> torch.dtype:
+    """The dtype that sums over ``x`` are kept in: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def check_matrix(name: str, x: Tensor) -> None:
     """``x`` is a two-dimensional floating-point tensor with at least one row and one column."""
     if not isinstance(x, Tensor):
@@ -33,7 +38,7 @@ def check_same(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
 
 
 def check_temperature(temperature: float | Tensor, device: torch.device) -> None:
-    """A finite, non-zero number (negative is legal), or a one-element floating-point tensor on ``device``.
+    """A number τ with 1e-8 ≤ |τ| ≤ 1e8 (negative is legal), or a one-element floating-point tensor on ``device``.
 
     A tensor's value is read only where that costs nothing: on the CPU, outside ``torch.compile``. On a GPU it would
     wait for the device, so there a zero flows through as PyTorch's division would let it.
@@ -53,5 +58,7 @@ def check_temperature(temperature: float | Tensor, device: torch.device) -> None
         value = float(temperature)
     else:
         raise TypeError(f"temperature must be a float or a tensor, got {type(temperature).__name__}")
-    if not math.isfinite(value) or abs(value) < 1e-8:
-        raise ValueError(f"temperature must be finite and not zero (negative is legal), got {value}")
+    if not math.isfinite(value) or not 1e-8 <= abs(value) <= 1e8:
+        raise ValueError(
+            f"temperature must be finite and not zero, 1e-8 to 1e8 in size (negative is legal), got {value}"
+        )

@@ -69,7 +69,10 @@ def why_no_triton(device: torch.device) -> str | None:
     except ImportError as error:
         return f"triton is not importable ({error})"
     if device.type == "cuda":
-        return None
+        if torch.version.hip is not None:
+            return "the Triton kernels are made for NVIDIA GPUs"
+        major, minor = torch.cuda.get_device_capability(device)
+        return None if major >= 8 else f"the Triton kernels need compute capability 8.0, {device} has {major}.{minor}"
     if device.type == "cpu" and _triton_interprets():
         return None
     return f"Triton runs on CUDA tensors, and on CPU tensors only with TRITON_INTERPRET=1; got a {device.type} tensor"

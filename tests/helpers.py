@@ -1,4 +1,4 @@
-"""What every test of an operation shares: the error budget, the grid of shapes, the table of backends."""
+"""What every test of an operation shares: the error budget and the grid of shapes."""
 
 from __future__ import annotations
 

@@ -13,7 +13,10 @@ from helpers import same_nonfinite, within_budget
 from sslfast import _native, reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-pytestmark = pytest.mark.skipif(_native.why_no_triton(DEVICE) is not None, reason=str(_native.why_no_triton(DEVICE)))
+REASON = _native.why_no_triton(DEVICE)
+pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+if torch.cuda.is_available():  # else these tests run in the interpreter
+    pytestmark.append(pytest.mark.gpu)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (pairs, features): one pair; one feature; tiny; prime; ragged in both; aligned to the tiles; several row blocks, two

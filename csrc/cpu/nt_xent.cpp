@@ -76,7 +76,7 @@ struct Workspace {
 };
 
 // Packs block i, normalising its rows on the way; without a place for it, not in the transposed layout.
-// Returns the largest squared norm of a packed row; NaN if one is NaN.
+// Returns the largest squared norm of a packed row, NaN if one is NaN.
 template <typename T>
 double pack_block(const NtXentInput& input, const Plan<T>& plan, int64_t i, T* inv_norm, bool known, T* panels,
                   T* transposed, T* row) {
@@ -92,11 +92,11 @@ double pack_block(const NtXentInput& input, const Plan<T>& plan, int64_t i, T* i
         inv_norm[index] = T(1) / (norm < static_cast<T>(kEps) ? static_cast<T>(kEps) : norm);
       }
       factor = inv_norm[index];
-    } else {
+    } else if (!known) {
       inv_norm[index] = 1;
     }
     const double packed = static_cast<double>(square) * factor * factor;
-    if (!(packed <= largest)) largest = packed;
+    if (largest == largest && !(packed <= largest)) largest = packed;
     to_panels(row, factor, plan.padded, plan.height, panels + r * kColumns<T>);
   }
   if (transposed != nullptr) transpose_panels(panels, plan.height, plan.count(i), plan.d, transposed);
@@ -145,7 +145,7 @@ struct Task {
     parallel_each(parallel, plan.blocks, body);
     double largest = 0;
     for (int64_t i = 0; i < plan.blocks; ++i)
-      if (!(work.per_block[i] <= largest)) largest = work.per_block[i];
+      if (largest == largest && !(work.per_block[i] <= largest)) largest = work.per_block[i];
     bounded = std::fabs(static_cast<double>(high)) * largest <= kBoundedLimit;
   }
 
@@ -383,6 +383,14 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, con
                                                     bool normalize) {
   const Tensor z0 = ::sslfast::contiguous(z0_any), z1 = ::sslfast::contiguous(z1_any);
   const NtXentInput input = input_of(z0, z1, temperature, normalize);
+  const ScalarType kind = accumulator_type(z0);
+  check_tensor(grad_loss, "grad_loss", {}, kind, z0);
+  check_tensor(inv_norm, "inv_norm", {2 * input.n}, kind, z0);
+  check_tensor(row_max, "row_max", {2 * input.n}, kind, z0);
+  check_tensor(row_sum, "row_sum", {2 * input.n}, kind, z0);
+  check_tensor(tiles, "tiles", {tiles.numel()}, kind, z0);
+  SSLFAST_CHECK(inv_norm.is_contiguous() && row_max.is_contiguous() && row_sum.is_contiguous() && tiles.is_contiguous(),
+                "inv_norm, row_max, row_sum and tiles must be as nt_xent returned them");
   Tensor dz0 = torch::stable::empty_like(z0), dz1 = torch::stable::empty_like(z1);
   Tensor dtemperature = torch::stable::empty_like(temperature);
   // The backward only reads what the forward saved.

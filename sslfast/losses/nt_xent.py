@@ -16,7 +16,7 @@ class NTXentLoss(nn.Module):
 
     Args:
         temperature: finite and not zero; negative is legal. A float (default 0.5), or a one-element tensor or
-            ``nn.Parameter`` that learns (kept as ``self.temperature`` and part of the ``state_dict`` if a parameter).
+            ``nn.Parameter`` that learns (moves with the module; part of the ``state_dict`` if a parameter).
         memory_bank_size: only 0 (no bank) is served by this version.
         gather_distributed: only ``False`` is served by this version: negatives are the local batch's.
 
@@ -49,7 +49,10 @@ class NTXentLoss(nn.Module):
             raise NotImplementedError(
                 "gather_distributed=True: this version of sslfast takes negatives from the local batch only"
             )
-        self.temperature = temperature
+        if isinstance(temperature, Tensor) and not isinstance(temperature, nn.Parameter):
+            self.register_buffer("temperature", temperature, persistent=False)
+        else:
+            self.temperature = temperature
         self.memory_bank_size = memory_bank_size
         self.gather_distributed = gather_distributed
 

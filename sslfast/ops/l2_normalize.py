@@ -12,18 +12,14 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _library, _native, reference
-from .._checks import check_matrix
+from .._checks import accumulator, check_matrix
 
 BACKENDS = ("cpu", "cuda", "reference")
 EPS = 1e-12
 
 
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _forward_fake(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(x.shape[0], dtype=_accumulator(x))
+    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(x.shape[0], dtype=accumulator(x))
 
 
 def _backward_fake(grad_y: Tensor, x: Tensor, inv_norm: Tensor, eps: float) -> Tensor:
@@ -44,7 +40,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Tensor
     x, inv_norm = ctx.saved_tensors
     if torch.is_grad_enabled() and (x.requires_grad or grad_y.requires_grad):
         # Only under create_graph=True: the reference's own graph makes the second derivative right.
-        (grad_x,) = torch.autograd.grad(reference.l2_normalize(x, ctx.eps), x, grad_y, create_graph=True)
+        (grad_x,) = torch.autograd.grad(by_reference(x, ctx.eps), x, grad_y, create_graph=True)
         return grad_x, None
     return torch.ops.sslfast.l2_normalize_backward(grad_y, x, inv_norm, ctx.eps), None
 
@@ -61,6 +57,11 @@ def why_not(backend: str, x: Tensor) -> str | None:
     if backend == "cuda":
         return _native.why_missing.get("_C_cuda") if x.is_cuda else f"it takes CUDA tensors, and x is on {x.device}"
     return f"l2_normalize has no {backend} implementation"
+
+
+def by_reference(x: Tensor, eps: float = EPS) -> Tensor:
+    """The reference with the kernels' precision: norms of 16-bit rows are float32 numbers, in which eps is not 0."""
+    return reference.l2_normalize(x.to(accumulator(x)), eps).to(x.dtype)
 
 
 def l2_normalize(x: Tensor, eps: float = EPS) -> Tensor:
@@ -83,5 +84,5 @@ def l2_normalize(x: Tensor, eps: float = EPS) -> Tensor:
     preferred = "cuda" if x.device.type == "cuda" else "cpu"
     backend = _backends.select("l2_normalize", preferred, lambda name: why_not(name, x))
     if backend == "reference":
-        return reference.l2_normalize(x, eps)
+        return by_reference(x, eps)
     return torch.ops.sslfast.l2_normalize(x, eps)[0]

@@ -8,14 +8,18 @@ The mathematics is in ``docs/nt_xent.md``.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _backends, _library, _native, reference
-from .._checks import check_matrix, check_same, check_temperature
+from .._checks import accumulator, check_matrix, check_same, check_temperature
 from .l2_normalize import EPS
+from .l2_normalize import by_reference as normalize_by_reference
+from .l2_normalize import why_not as why_not_normalize
 
 BACKENDS = ("cpu", "triton", "reference")
 
@@ -28,16 +32,13 @@ LEAST_CACHE = 16 * 2**20
 
 def _tile_cache(z: Tensor) -> int:
     """How many numbers of similarity tiles the CPU forward of ``z0`` = ``z`` keeps for its backward."""
-    rows, size = 2 * z.shape[0], _accumulator(z).itemsize
+    rows, size = 2 * z.shape[0], accumulator(z).itemsize
     packed = rows * z.shape[1] * size
-    every_tile = (rows + 192) * (rows + 384) // 2 + 2**17  # of at most 192 × 192, on and above the diagonal
+    # On and above the diagonal: tiles of 192 × 192, or (few rows) 36 of an eighth of the rows × 192.
+    every_tile = max((rows + 192) * (rows + 384) // 2, 36 * 192 * (rows // 8 + 33))
     if 3 * packed + every_tile * size <= MEMORY:  # rows packed once, their gradient, dz
         return every_tile
     return max(MEMORY - 4 * packed, LEAST_CACHE) // size  # the transposed layout as well
-
-
-def _accumulator(z: Tensor) -> torch.dtype:
-    return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
 # ---------------------------------------------------------------------------------------------- cpu: one fused operator
@@ -46,7 +47,7 @@ def _accumulator(z: Tensor) -> torch.dtype:
 def _cpu_fake(
     z0: Tensor, z1: Tensor, temperature: Tensor, normalize: bool, tile_cache: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, kind = 2 * z0.shape[0], _accumulator(z0)
+    rows, kind = 2 * z0.shape[0], accumulator(z0)
     row = [z0.new_empty(rows, dtype=kind) for _ in range(3)]
     return z0.new_empty((), dtype=kind), row[0], row[1], row[2], z0.new_empty(tile_cache, dtype=kind)
 
@@ -82,20 +83,34 @@ def _cpu_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tupl
         return None, None, None, None, None
     z0, z1, temperature, inv_norm, row_max, row_sum, tiles = ctx.saved_tensors
     if torch.is_grad_enabled() and any(t.requires_grad for t in (grad_loss, z0, z1, temperature)):
-        inputs = [t if needed else None for t, needed in zip((z0, z1, temperature), ctx.needs_input_grad, strict=False)]
-        loss = reference.nt_xent(z0, z1, temperature, normalize=ctx.normalize)
-        return (*_second_order(loss, inputs, grad_loss), None, None)
-    grads = torch.ops.sslfast.nt_xent_backward(
-        grad_loss, z0, z1, temperature, inv_norm, row_max, row_sum, tiles, ctx.normalize
-    )
+        function = partial(_by_reference, normalize=ctx.normalize)
+        grads = _second_order(function, (z0, z1, temperature), ctx.needs_input_grad[:3], grad_loss)
+    else:
+        grads = torch.ops.sslfast.nt_xent_backward(
+            grad_loss, z0, z1, temperature, inv_norm, row_max, row_sum, tiles, ctx.normalize
+        )
     return (*grads, None, None)
 
 
-def _second_order(loss: Tensor, inputs: list[Tensor | None], grad_loss: Tensor) -> list[Tensor | None]:
-    """First derivatives that carry a graph, from the reference: reached only under ``create_graph=True``."""
-    wanted = [t for t in inputs if t is not None]
-    grads = iter(torch.autograd.grad(loss, wanted, grad_loss.to(loss.dtype), create_graph=True))
-    return [None if t is None else next(grads) for t in inputs]
+def _by_reference(z0: Tensor, z1: Tensor, temperature: float | Tensor, normalize: bool) -> Tensor:
+    """The reference with the kernels' precision: sums of 16-bit inputs are float32, also inside an autocast region."""
+    kind = accumulator(z0)
+    with torch.autocast(z0.device.type, enabled=False):
+        return reference.nt_xent(z0.to(kind), z1.to(kind), temperature, normalize=normalize)
+
+
+def _second_order(
+    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], needed: Sequence[bool], grad_loss: Tensor
+) -> tuple[Tensor | None, ...]:
+    """First derivatives that carry a graph, from the reference: reached only under ``create_graph=True``.
+
+    They are partial derivatives, so they are taken with respect to aliases: one input may depend on another (or be it),
+    and that dependence is for the outer graph to follow.
+    """
+    aliases = tuple(t.view_as(t) for t in inputs)
+    wanted = [t for t, asked in zip(aliases, needed, strict=True) if asked]
+    grads = iter(torch.autograd.grad(function(*aliases), wanted, grad_loss, create_graph=True))
+    return tuple(next(grads) if asked else None for asked in needed)
 
 
 _library.define(
@@ -138,6 +153,11 @@ def _triton_backward_kernel(
     return kernel.nt_xent_backward(grad_loss, z.contiguous(), temperature, row_max, row_sum)
 
 
+def _rows_by_reference(z: Tensor, temperature: Tensor) -> Tensor:
+    z0, z1 = z.chunk(2)
+    return _by_reference(z0, z1, temperature, normalize=False)
+
+
 def _triton_setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
@@ -149,9 +169,7 @@ def _triton_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> t
         return None, None
     z, temperature, row_max, row_sum = ctx.saved_tensors
     if torch.is_grad_enabled() and any(t.requires_grad for t in (grad_loss, z, temperature)):
-        inputs = [t if needed else None for t, needed in zip((z, temperature), ctx.needs_input_grad, strict=True)]
-        z0, z1 = z.chunk(2)
-        return tuple(_second_order(reference.nt_xent(z0, z1, temperature, normalize=False), inputs, grad_loss))
+        return _second_order(_rows_by_reference, (z, temperature), ctx.needs_input_grad, grad_loss)
     dz, dtemperature = torch.ops.sslfast.nt_xent_triton_backward(grad_loss, z, temperature, row_max, row_sum)
     return dz.to(z.dtype), dtemperature
 
@@ -182,12 +200,13 @@ def why_not(backend: str, z: Tensor) -> str | None:
     return f"nt_xent has no {backend} implementation"
 
 
-def _normalized(z: Tensor, normalize: bool) -> Tensor:
-    if not normalize:
-        return z
-    kernel = "cuda" if z.device.type == "cuda" else "cpu"
-    missing = _native.why_missing.get("_C_cuda" if kernel == "cuda" else "_C")
-    return reference.l2_normalize(z, EPS) if missing else torch.ops.sslfast.l2_normalize(z, EPS)[0]
+def _normalized(z: Tensor) -> Tensor:
+    backend = "cuda" if z.device.type == "cuda" else "cpu"
+    reason = why_not_normalize(backend, z)
+    if reason is None:
+        return torch.ops.sslfast.l2_normalize(z, EPS)[0]
+    _backends.tell_fallback("l2_normalize", backend, reason)
+    return normalize_by_reference(z)
 
 
 def nt_xent(z0: Tensor, z1: Tensor, temperature: float | Tensor = 0.5, *, normalize: bool = True) -> Tensor:
@@ -200,9 +219,10 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float | Tensor = 0.5, *, normal
     Args:
         z0, z1: [N, D] each, row ``i`` of both a view of image ``i``; float32, float64, bfloat16 or float16; any
             strides.
-        temperature: τ, finite and not zero (default 0.5; negative is legal); or a one-element tensor, which then
-            receives its gradient.
-        normalize: divide each row by ``max(‖row‖₂, 1e-12)`` first (default), as part of the same pass.
+        temperature: τ, finite and not zero (default 0.5; 1e-8 to 1e8 in size, negative is legal); or a one-element
+            tensor, which then receives its gradient.
+        normalize: divide each row by ``max(‖row‖₂, 1e-12)`` first (default): while packing on a CPU, by a kernel of its
+            own on a GPU.
 
     Returns:
         [] float32 (float64 for float64 inputs). Differentiable in ``z0``, ``z1`` and ``temperature``; under
@@ -226,15 +246,16 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float | Tensor = 0.5, *, normal
     check_temperature(temperature, z0.device)
     preferred = "triton" if z0.device.type == "cuda" else "cpu"
     backend = _backends.select("nt_xent", preferred, lambda name: why_not(name, z0))
-    kind = _accumulator(z0)
+    kind = accumulator(z0)
     if backend == "reference":
-        return reference.nt_xent(z0, z1, temperature, normalize=normalize).to(kind)
+        return _by_reference(z0, z1, temperature, normalize)
     if isinstance(temperature, Tensor):
         tau = temperature.reshape(()).to(kind)
     else:
         tau = torch.full((), temperature, dtype=kind, device=z0.device)
     if backend == "triton":
-        return torch.ops.sslfast.nt_xent_triton(_normalized(torch.cat([z0, z1]), normalize), tau)[0]
+        z = torch.cat([z0, z1])  # [2N, D]
+        return torch.ops.sslfast.nt_xent_triton(_normalized(z) if normalize else z, tau)[0]
     learns = torch.is_grad_enabled() and (z0.requires_grad or z1.requires_grad or tau.requires_grad)
     cache = _tile_cache(z0) if learns else 0
     return torch.ops.sslfast.nt_xent(z0, z1, tau, normalize, cache)[0]
