@@ -13,6 +13,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "../common/l2_normalize.h"
 #include "pair_schedule.h"
 #include "tile_softmax.h"
 
@@ -87,10 +88,7 @@ double pack_block(const NtXentInput& input, const Plan<T>& plan, int64_t i, T* i
     const T square = dot(row, row, plan.padded);
     T factor = 1;
     if (input.normalize) {
-      if (!known) {
-        const T norm = std::sqrt(square);
-        inv_norm[index] = T(1) / (norm < static_cast<T>(kEps) ? static_cast<T>(kEps) : norm);
-      }
+      if (!known) inv_norm[index] = inverse_norm(square, static_cast<T>(kEps));
       factor = inv_norm[index];
     } else if (!known) {
       inv_norm[index] = 1;
@@ -212,9 +210,8 @@ struct Task {
       for (int64_t p = 0; p < plan.padded / kColumns<T>; ++p)
         radial += dot(z + p * plan.height * kColumns<T>, g + p * plan.height * kColumns<T>, kColumns<T>);
       along += radial;
-      const bool clamped = !(inv_norm[index] < static_cast<T>(1 / kEps));
       const T factor = inv_norm[index] / static_cast<T>(input.temperature);
-      const T removed = input.normalize && !clamped ? radial : T(0);
+      const T removed = input.normalize ? projection_weight(radial, inv_norm[index], static_cast<T>(kEps)) : T(0);
       for (int64_t k = 0; k < plan.d; ++k) {
         const int64_t at = k / kColumns<T> * plan.height * kColumns<T> + k % kColumns<T>;
         row[k] = factor * (g[at] - removed * z[at]);

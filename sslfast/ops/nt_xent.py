@@ -214,7 +214,8 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float | Tensor = 0.5, *, normal
 
     ``ℓ_i = −log( exp(s_ip / τ) / Σ_{j ≠ i} exp(s_ij / τ) )``, ``s_ij`` the cosine of rows ``i`` and ``j`` of
     ``z = [z0; z1]`` and ``p`` the other view of row ``i``. Time grows as N²·D, extra memory as N·D: the 2N × 2N matrix
-    is never stored.
+    is never stored. (On a CPU a constant amount of it may be kept for the backward: a step stays within about 62 MiB
+    where the rows themselves leave room for that.)
 
     Args:
         z0, z1: [N, D] each, row ``i`` of both a view of image ``i``; float32, float64, bfloat16 or float16; any
