@@ -62,3 +62,48 @@ def check_temperature(temperature: float | Tensor, device: torch.device) -> None
         raise ValueError(
             f"temperature must be finite and not zero, 1e-8 to 1e8 in size (negative is legal), got {value}"
         )
+
+
+def check_keys(q: Tensor, k: Tensor) -> None:
+    """``q`` [M, D] and ``k`` [N, D] are matrices of the same width, device and dtype."""
+    check_matrix("q", q)
+    check_matrix("k", k)
+    if q.shape[1] != k.shape[1]:
+        raise ValueError(f"q and k must have the same width, got {q.shape[1]} and {k.shape[1]} features")
+    if q.device != k.device:
+        raise ValueError(f"q and k must be on the same device, got {q.device} and {k.device}")
+    if q.dtype != k.dtype:
+        raise TypeError(f"q and k must have the same dtype, got {q.dtype} and {k.dtype}")
+
+
+def check_integers(name: str, x: Tensor, length: int, device: torch.device) -> None:
+    """``x`` is a vector of ``length`` integers on ``device``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integers, got {x.dtype}")
+    if x.shape != (length,):
+        raise ValueError(f"{name} must have shape ({length},), got {tuple(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on the inputs' device {device}, got {x.device}")
+
+
+def scalar_tensor(name: str, value: float | Tensor, like: Tensor) -> Tensor:
+    """``value`` as a [] tensor on ``like``'s device in its accumulator's dtype; its gradient flows through.
+
+    Raises:
+        TypeError: it is neither a number nor a floating-point tensor. ValueError: not one element, or elsewhere.
+    """
+    kind = accumulator(like)
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.dtype not in FLOATS:
+            raise ValueError(
+                f"{name} must be a float or a one-element floating-point tensor, "
+                f"got shape {tuple(value.shape)}, dtype {value.dtype}"
+            )
+        if value.device != like.device:
+            raise ValueError(f"{name} must be on the inputs' device {like.device}, got {value.device}")
+        return value.reshape(()).to(kind)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return torch.full((), value, dtype=kind, device=like.device)
+    raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}")

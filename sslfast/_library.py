@@ -6,10 +6,11 @@ libraries and the Triton launchers only add implementations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 LIB = torch.library.Library("sslfast", "DEF")
 
@@ -29,3 +30,21 @@ def implement(name: str, function: Callable[..., Any], *dispatch_keys: str) -> N
 def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
     """Register the autograd formula of ``sslfast::<name>``."""
     torch.library.register_autograd(f"sslfast::{name}", backward, setup_context=setup_context, lib=LIB)
+
+
+def second_order(
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grad_outputs: Tensor | Sequence[Tensor],
+) -> tuple[Tensor | None, ...]:
+    """First derivatives that carry a graph, from the reference: reached only under ``create_graph=True``.
+
+    They are partial derivatives, so they are taken with respect to aliases: one input may depend on another (or be it),
+    and that dependence is for the outer graph to follow.
+    """
+    aliases = tuple(None if t is None else t.view_as(t) for t in inputs)
+    wanted = [t for t, asked in zip(aliases, needed, strict=True) if asked and t is not None]
+    outputs = function(*aliases)
+    grads = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=True, materialize_grads=True))
+    return tuple(next(grads) if asked else None for asked in needed)

@@ -2,5 +2,8 @@
 
 from .l2_normalize import l2_normalize
 from .nt_xent import nt_xent
+from .similarity_logsigmoid import similarity_logsigmoid
+from .similarity_lse import similarity_lse
 
-__all__ = ["l2_normalize", "nt_xent"]
+
+__all__ = ["l2_normalize", "nt_xent", "similarity_logsigmoid", "similarity_lse"]

@@ -8,7 +8,6 @@ The mathematics is in ``docs/nt_xent.md``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -84,7 +83,7 @@ def _cpu_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tupl
     z0, z1, temperature, inv_norm, row_max, row_sum, tiles = ctx.saved_tensors
     if torch.is_grad_enabled() and any(t.requires_grad for t in (grad_loss, z0, z1, temperature)):
         function = partial(_by_reference, normalize=ctx.normalize)
-        grads = _second_order(function, (z0, z1, temperature), ctx.needs_input_grad[:3], grad_loss)
+        grads = _library.second_order(function, (z0, z1, temperature), ctx.needs_input_grad[:3], grad_loss)
     else:
         grads = torch.ops.sslfast.nt_xent_backward(
             grad_loss, z0, z1, temperature, inv_norm, row_max, row_sum, tiles, ctx.normalize
@@ -97,20 +96,6 @@ def _by_reference(z0: Tensor, z1: Tensor, temperature: float | Tensor, normalize
     kind = accumulator(z0)
     with torch.autocast(z0.device.type, enabled=False):
         return reference.nt_xent(z0.to(kind), z1.to(kind), temperature, normalize=normalize)
-
-
-def _second_order(
-    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], needed: Sequence[bool], grad_loss: Tensor
-) -> tuple[Tensor | None, ...]:
-    """First derivatives that carry a graph, from the reference: reached only under ``create_graph=True``.
-
-    They are partial derivatives, so they are taken with respect to aliases: one input may depend on another (or be it),
-    and that dependence is for the outer graph to follow.
-    """
-    aliases = tuple(t.view_as(t) for t in inputs)
-    wanted = [t for t, asked in zip(aliases, needed, strict=True) if asked]
-    grads = iter(torch.autograd.grad(function(*aliases), wanted, grad_loss, create_graph=True))
-    return tuple(next(grads) if asked else None for asked in needed)
 
 
 _library.define(
@@ -169,7 +154,7 @@ def _triton_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> t
         return None, None
     z, temperature, row_max, row_sum = ctx.saved_tensors
     if torch.is_grad_enabled() and any(t.requires_grad for t in (grad_loss, z, temperature)):
-        return _second_order(_rows_by_reference, (z, temperature), ctx.needs_input_grad, grad_loss)
+        return _library.second_order(_rows_by_reference, (z, temperature), ctx.needs_input_grad, grad_loss)
     dz, dtemperature = torch.ops.sslfast.nt_xent_triton_backward(grad_loss, z, temperature, row_max, row_sum)
     return dz.to(z.dtype), dtemperature
 

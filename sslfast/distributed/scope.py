@@ -1,0 +1,106 @@
+"""Over which rows a loss runs: the local batch, or the batches of all ranks.
+
+A loss is written once against a :class:`Scope`. Every rank holds its own rows; results are for the local rows (and
+local columns) against the rows of the whole scope, and gradients reach the rows wherever they live.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops.similarity_logsigmoid import similarity_logsigmoid
+from ..ops.similarity_lse import SimilarityTerms, similarity_terms
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Where this rank's rows stand in the global batch: ``local`` rows from ``offset`` on, of ``total``."""
+
+    local: int
+    offset: int
+    total: int
+    sizes: tuple[int, ...]  # rows of each rank
+
+    @property
+    def world_size(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def weight(self) -> float:
+        """W / total: a rank's loss is this times the sum over its rows, so that the mean over ranks is the global mean.
+
+        DDP averages gradients over ranks, so this is also what makes them those of the global mean, for uneven local
+        batches too.
+        """
+        return self.world_size / self.total
+
+    def ids(self, device: torch.device) -> Tensor:
+        """The local rows' numbers in the global batch, int64."""
+        return torch.arange(self.offset, self.offset + self.local, device=device)
+
+
+class Scope:
+    """The local batch alone. Subclasses span a process group with the same methods."""
+
+    def shard(self, x: Tensor) -> Shard:
+        """The place of the local rows ``x`` [n, D] in the global batch."""
+        n = x.shape[0]
+        return Shard(local=n, offset=0, total=n, sizes=(n,))
+
+    def similarity_terms(
+        self,
+        q: Tensor,
+        k: Tensor,
+        scale: float | Tensor,
+        *,
+        bias: Tensor | None = None,
+        row_ids: Tensor | None = None,
+        col_ids: Tensor | None = None,
+        columns: bool = False,
+        positives: Tensor | None = None,
+        hardest: bool = False,
+    ) -> SimilarityTerms:
+        """:func:`sslfast.similarity_terms` with global columns for the local rows, and global rows for the local columns.
+
+        ``bias`` belongs to the local columns; ids must be unique over the ranks; ``positives`` are global columns.
+        """
+        return similarity_terms(
+            q,
+            k,
+            scale,
+            bias=bias,
+            row_ids=row_ids,
+            col_ids=col_ids,
+            columns=columns,
+            positives=positives,
+            hardest=hardest,
+        )
+
+    def similarity_logsigmoid(
+        self, q: Tensor, k: Tensor, scale: float | Tensor, bias: float | Tensor, *, row_ids: Tensor, col_ids: Tensor
+    ) -> Tensor:
+        """:func:`sslfast.similarity_logsigmoid`, the sum over local rows and global columns."""
+        return similarity_logsigmoid(q, k, scale, bias, row_ids=row_ids, col_ids=col_ids)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The rows ``x`` [n, ...] of all ranks, in rank order; the gradient of each row is summed over the ranks."""
+        return x
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of ``x`` over the ranks; the gradient is summed over the ranks too."""
+        return x
+
+
+def scope_of(gather_distributed: bool, strategy: str = "gather") -> Scope:
+    """The scope that a loss's arguments name.
+
+    Args:
+        gather_distributed: ``False``: the local batch.
+        strategy: ``"gather"`` or ``"ring"``.
+    """
+    if not gather_distributed:
+        return Scope()
+    raise NotImplementedError

@@ -1,0 +1,284 @@
+"""The operators behind ``similarity_lse``: schemas, fake kernels and autograd, once for C++ and once for Triton.
+
+Each keeps per row (and column) the maximum and the sum of exponentials relative to it, in base 2:
+``lse = ln 2 · (max + log2 sum)``. A result that was not asked for is an empty tensor [0]. Gradients leave the backward
+operators in the accumulator's dtype.
+
+    similarity_lse         row and column LSE of q [M, D] against k [N, D]; 1U forward, 3U backward (U = 2·M·N·D)
+    similarity_lse_self    z against itself: every tile serves its rows and its columns; 2U in all
+    similarity_lse_attend  only q learns: the softmax-weighted mean of k comes along in the forward; 2U in all
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _library, reference
+from .._checks import accumulator
+
+_SAVED = "Tensor row_max, Tensor row_sum, Tensor col_max, Tensor col_sum, Tensor tiles"
+_PAIRS = "Tensor? bias, Tensor? row_ids, Tensor? col_ids"
+
+
+def _like(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(shape, dtype=accumulator(x))
+
+
+def _wants_graph(*tensors: Tensor | None) -> bool:
+    """Under ``create_graph=True``: the gradient itself must be differentiable."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def by_reference(
+    q: Tensor,
+    k: Tensor,
+    scale: float | Tensor,
+    bias: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    positives: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The reference with the kernels' precision: sums of 16-bit inputs are float32, also inside an autocast region."""
+    kind = accumulator(q)
+    with torch.autocast(q.device.type, enabled=False):
+        return reference.similarity_terms(
+            q.to(kind),
+            k.to(kind),
+            scale,
+            bias=None if bias is None else bias.to(kind),
+            row_ids=row_ids,
+            col_ids=col_ids,
+            positives=positives,
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- rectangular
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    positives: Tensor | None,
+    columns: bool,
+    hardest: bool,
+    tile_cache: int,
+) -> tuple[Tensor, ...]:
+    m, n = q.shape[0], k.shape[0] if columns else 0
+    p, h = (m if positives is not None else 0), (m if hardest else 0)
+    sizes = (m, n, p, h, m, m, n, n, tile_cache)
+    return tuple(_like(q, size) for size in sizes)
+
+
+def _backward_fake(
+    grad_row: Tensor | None,
+    grad_col: Tensor | None,
+    grad_positive: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    positives: Tensor | None,
+    row_max: Tensor,
+    row_sum: Tensor,
+    col_max: Tensor,
+    col_sum: Tensor,
+    tiles: Tensor,
+    need_q: bool,
+    need_k: bool,
+    need_bias: bool,
+) -> tuple[Tensor, ...]:
+    dq = _like(q, *q.shape) if need_q else _like(q, 0)
+    dk = _like(q, *k.shape) if need_k else _like(q, 0)
+    return dq, dk, torch.empty_like(scale), _like(q, k.shape[0] if need_bias else 0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:7], *output[4:])
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_with(name: str) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * 10
+        q, k, scale, bias, row_ids, col_ids, positives, *saved = ctx.saved_tensors
+        given = grads[:3]
+        if all(g is None for g in given):
+            return nothing
+        need_q, need_k, need_scale, need_bias = ctx.needs_input_grad[:4]
+        if _wants_graph(*given, q, k, scale, bias):
+
+            def function(*inputs: Tensor | None) -> list[Tensor]:
+                outputs = by_reference(*inputs, row_ids, col_ids, positives)  # type: ignore[arg-type]
+                return [o for o, g in zip(outputs[:3], given, strict=True) if g is not None]
+
+            present = [g for g in given if g is not None]
+            found = _library.second_order(function, (q, k, scale, bias), ctx.needs_input_grad[:4], present)
+            return (*found, *nothing[4:])
+        # dscale comes from q·dq (or k·dk), so one of the two is needed for it.
+        also_q = need_q or (need_scale and not need_k)
+        dq, dk, dscale, dbias = getattr(torch.ops.sslfast, f"{name}_backward")(
+            *given, q, k, scale, bias, row_ids, col_ids, positives, *saved, also_q, need_k, need_bias
+        )
+        return (
+            dq.to(q.dtype) if need_q else None,
+            dk.to(k.dtype) if need_k else None,
+            dscale if need_scale else None,
+            dbias.to(bias.dtype) if need_bias else None,
+            *nothing[4:],
+        )
+
+    return backward
+
+
+# ------------------------------------------------------------------------------------------------- z against itself
+
+
+def _self_fake(
+    z: Tensor, scale: Tensor, ids: Tensor | None, positives: Tensor | None, hardest: bool, tile_cache: int
+) -> tuple[Tensor, ...]:
+    m = z.shape[0]
+    sizes = (m, m if positives is not None else 0, m if hardest else 0, m, m, tile_cache)
+    return tuple(_like(z, size) for size in sizes)
+
+
+def _self_backward_fake(
+    grad_row: Tensor | None,
+    grad_positive: Tensor | None,
+    z: Tensor,
+    scale: Tensor,
+    ids: Tensor | None,
+    positives: Tensor | None,
+    row_max: Tensor,
+    row_sum: Tensor,
+    tiles: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return _like(z, *z.shape), torch.empty_like(scale)
+
+
+def _self_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:4], *output[3:])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _self_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    given = grads[:2]
+    if all(g is None for g in given):
+        return (None,) * 6
+    z, scale, ids, positives, *saved = ctx.saved_tensors
+    if _wants_graph(*given, z, scale):
+
+        def function(z: Tensor, scale: Tensor) -> list[Tensor]:
+            row, _, positive, _ = by_reference(z, z, scale, None, ids, ids, positives)
+            return [o for o, g in zip((row, positive), given, strict=True) if g is not None]
+
+        present = [g for g in given if g is not None]
+        found = _library.second_order(function, (z, scale), ctx.needs_input_grad[:2], present)
+        return (*found, None, None, None, None)
+    dz, dscale = torch.ops.sslfast.similarity_lse_self_backward(*given, z, scale, ids, positives, *saved)
+    return dz.to(z.dtype), dscale, None, None, None, None
+
+
+# --------------------------------------------------------------------------------------------------- only q learns
+
+
+def _attend_fake(
+    q: Tensor, k: Tensor, scale: Tensor, bias: Tensor | None, row_ids: Tensor | None, col_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return _like(q, q.shape[0]), _like(q, *q.shape)
+
+
+def _attend_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _attend_backward(ctx: Any, grad_row: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_row is None:
+        return (None,) * 6
+    q, k, scale, bias, row_ids, col_ids, attended = ctx.saved_tensors
+    if _wants_graph(grad_row, q, scale):
+
+        def function(q: Tensor, scale: Tensor) -> Tensor:
+            return by_reference(q, k, scale, bias, row_ids, col_ids)[0]
+
+        needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[2])
+        dq, dscale = _library.second_order(function, (q, scale), needed, grad_row)
+        return dq, None, dscale, None, None, None
+    weighted = grad_row[:, None] * attended  # [M, D]
+    dq = (scale * weighted).to(q.dtype) if ctx.needs_input_grad[0] else None
+    dscale = (q * weighted).sum().to(scale.dtype) if ctx.needs_input_grad[2] else None
+    return dq, None, dscale, None, None, None
+
+
+# ------------------------------------------------------------------------------------------------------ registration
+
+for _name in ("similarity_lse", "similarity_lse_triton"):
+    _library.define(
+        f"{_name}(Tensor q, Tensor k, Tensor scale, {_PAIRS}, Tensor? positives, bool columns, bool hardest,"
+        " SymInt tile_cache) -> (Tensor row_lse, Tensor col_lse, Tensor positive, Tensor hardest_negative,"
+        " Tensor row_max, Tensor row_sum, Tensor col_max, Tensor col_sum, Tensor tiles)",
+        _fake,
+    )
+    _library.define(
+        f"{_name}_backward(Tensor? grad_row, Tensor? grad_col, Tensor? grad_positive, Tensor q, Tensor k, Tensor scale,"
+        f" {_PAIRS}, Tensor? positives, {_SAVED}, bool need_q, bool need_k, bool need_bias)"
+        " -> (Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)",
+        _backward_fake,
+    )
+    _library.autograd(_name, _backward_with(_name), _setup_context)
+
+_library.define(
+    "similarity_lse_self(Tensor z, Tensor scale, Tensor? ids, Tensor? positives, bool hardest, SymInt tile_cache)"
+    " -> (Tensor row_lse, Tensor positive, Tensor hardest_negative, Tensor row_max, Tensor row_sum, Tensor tiles)",
+    _self_fake,
+)
+_library.define(
+    "similarity_lse_self_backward(Tensor? grad_row, Tensor? grad_positive, Tensor z, Tensor scale, Tensor? ids,"
+    " Tensor? positives, Tensor row_max, Tensor row_sum, Tensor tiles) -> (Tensor dz, Tensor dscale)",
+    _self_backward_fake,
+)
+_library.autograd("similarity_lse_self", _self_backward, _self_setup_context)
+
+for _name in ("similarity_lse_attend", "similarity_lse_attend_triton"):
+    _library.define(
+        f"{_name}(Tensor q, Tensor k, Tensor scale, {_PAIRS}) -> (Tensor row_lse, Tensor attended)", _attend_fake
+    )
+    _library.autograd(_name, _attend_backward, _attend_setup_context)
+
+
+def _triton_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    from ..kernels import similarity_lse as kernel
+
+    q, k, *rest = arguments[:-1]  # the last is the size of the tile cache, which the GPU does without
+    return (*kernel.similarity_forward(q.contiguous(), k.contiguous(), *rest), _like(q, 0))
+
+
+def _triton_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    from ..kernels import similarity_lse as kernel
+
+    *grads, q, k = arguments[:5]
+    *rest, _tiles, need_q, need_k, need_bias = arguments[5:]
+    return kernel.similarity_backward(*grads, q.contiguous(), k.contiguous(), *rest, need_q, need_k, need_bias)
+
+
+def _triton_attend(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    from ..kernels import similarity_lse as kernel
+
+    return kernel.similarity_attend(q.contiguous(), k.contiguous(), *rest)
+
+
+_library.implement("similarity_lse_triton", _triton_forward, "CUDA", "CPU")
+_library.implement("similarity_lse_triton_backward", _triton_backward, "CUDA", "CPU")
+_library.implement("similarity_lse_attend_triton", _triton_attend, "CUDA", "CPU")
