@@ -97,13 +97,14 @@ static void tile_similarity(const T* panels_i, const T* transposed_j, int64_t he
 }
 
 // out[rows × d] += W·Z, with W read as stored (kTransposed = false: W [rows × depth]) or transposed (W [depth × rows]);
-// Z and out in panels.
+// Z in panels of blocks of `height` rows, out in panels of blocks of `out_height`.
 template <typename T, bool kTransposed>
-static void tile_product(const T* w, const T* panels, int64_t height, int64_t rows, int64_t depth, int64_t d, T* out) {
+static void tile_product(const T* w, const T* panels, int64_t height, int64_t rows, int64_t depth, int64_t d, T* out,
+                         int64_t out_height) {
   constexpr int C = kColumns<T>, kRowStride = kTransposed ? 1 : kTile, kStep = kTransposed ? kTile : 1;
   for (int64_t first = 0; first < d; first += C) {
     const T* b = panels + first * height;
-    T* c = out + first * height;
+    T* c = out + first * out_height;
     for (int64_t i = 0; i < rows; i += kRows) {
       const T* a = w + i * kRowStride;
       if (d - first > kLanes<T>)

@@ -20,10 +20,9 @@ from ._similarity_operators import by_reference
 
 BACKENDS = ("cpu", "triton", "reference")
 
-# What one CPU step may use beyond inputs and gradients, in bytes, as long as the packed rows themselves fit; a
-# constant, so that no buffer grows as M·N. What the rows leave of it keeps tiles of s from forward to backward.
-MEMORY = 62 * 2**20
-LEAST_CACHE = 16 * 2**20
+# Bytes of similarity tiles that a CPU forward keeps for its backward, at most; a constant, so that no buffer grows as M·N.
+# With the packed rows and their gradients (20 MiB) a step at M = N = 8192, D = 128 then stays below 64 MiB.
+TILE_CACHE = 42 * 2**20
 TILE = 192  # most rows and columns of a tile
 
 
@@ -53,22 +52,14 @@ def why_not(backend: str, q: Tensor) -> str | None:
 
 def _tile_cache(q: Tensor, k: Tensor) -> int:
     """How many numbers of tiles the rectangular CPU forward keeps for its backward."""
-    size = accumulator(q).itemsize
-    packed = (q.shape[0] + k.shape[0]) * q.shape[1] * size
-    every_tile = (q.shape[0] + TILE) * (k.shape[0] + TILE)
-    # Rows packed once, columns twice, and the gradients of both while they are summed.
-    room = max(MEMORY - 5 * packed // 2, LEAST_CACHE) // size
-    return min(every_tile, room)
+    return min((q.shape[0] + TILE) * (k.shape[0] + TILE), TILE_CACHE // accumulator(q).itemsize)
 
 
 def _self_tile_cache(z: Tensor) -> int:
     """The same for rows against themselves, where tiles on and above the diagonal are enough."""
-    rows, size = z.shape[0], accumulator(z).itemsize
-    packed = rows * z.shape[1] * size
+    rows = z.shape[0]
     every_tile = max((rows + TILE) * (rows + 2 * TILE) // 2, 36 * TILE * (rows // 8 + 33))
-    if 3 * packed + every_tile * size <= MEMORY:
-        return every_tile
-    return max(MEMORY - 4 * packed, LEAST_CACHE) // size
+    return min(every_tile, TILE_CACHE // accumulator(z).itemsize)
 
 
 def _check_positives(positives: Tensor, q: Tensor, k: Tensor) -> None:
