@@ -68,10 +68,19 @@ def _import_torchvision() -> None:
     importlib.import_module("torchvision")
 
 
-def _lightly_nt_xent(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
+def lightly_loss(module: str, name: str, **options: float) -> Callable[..., Tensor]:
+    """``lightly.loss.<module>.<name>(**options)``.
+
+    Raises:
+        Unavailable: lightly, or the torchvision that it needs, is not importable.
+    """
     _import("lightly")
     _import_torchvision()  # through lightly.loss.__init__, whatever loss one asks for
-    return _import("lightly.loss.ntx_ent_loss").NTXentLoss(temperature=temperature)
+    return getattr(_import(f"lightly.loss.{module}"), name)(**options)
+
+
+def _lightly_nt_xent(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
+    return lightly_loss("ntx_ent_loss", "NTXentLoss", temperature=temperature)
 
 
 def _metric_learning_nt_xent(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:

@@ -2,18 +2,65 @@
 
 from . import _native as _native
 from ._backends import use_backend
-from .losses import NTXentLoss
-from .ops import l2_normalize, nt_xent, similarity_logsigmoid, similarity_lse
+from .losses import (
+    ClipLoss,
+    DCLLoss,
+    DCLWLoss,
+    Diagnostics,
+    HypersphereLoss,
+    InfoNCELoss,
+    MemoryQueue,
+    MoCoLoss,
+    MoCoV3Loss,
+    MultipleNegativesRankingLoss,
+    NTXentLoss,
+    SigLipLoss,
+    SupConLoss,
+)
+from .losses.clip import clip
+from .losses.dcl import dcl, dclw
+from .losses.hypersphere import alignment, hypersphere, uniformity
+from .losses.info_nce import info_nce
+from .losses.moco import moco, moco_v3
+from .losses.nt_xent import nt_xent
+from .losses.ranking import multiple_negatives_ranking
+from .losses.sig_lip import sig_lip
+from .losses.sup_con import sup_con
+from .ops import l2_normalize, similarity_logsigmoid, similarity_lse
 from .ops.similarity_lse import SimilarityTerms, similarity_terms
 
 __version__ = "0.1.0"
 __all__ = [
+    "ClipLoss",
+    "DCLLoss",
+    "DCLWLoss",
+    "Diagnostics",
+    "HypersphereLoss",
+    "InfoNCELoss",
+    "MemoryQueue",
+    "MoCoLoss",
+    "MoCoV3Loss",
+    "MultipleNegativesRankingLoss",
     "NTXentLoss",
+    "SigLipLoss",
     "SimilarityTerms",
+    "SupConLoss",
+    "alignment",
+    "clip",
+    "dcl",
+    "dclw",
+    "hypersphere",
+    "info_nce",
     "l2_normalize",
+    "moco",
+    "moco_v3",
+    "multiple_negatives_ranking",
     "nt_xent",
+    "sig_lip",
     "similarity_logsigmoid",
     "similarity_lse",
     "similarity_terms",
+    "sup_con",
+    "uniformity",
     "use_backend",
 ]

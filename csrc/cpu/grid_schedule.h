@@ -1,10 +1,10 @@
 // Every pair of a row block and a column block, once, so that both can be updated without atomics or private copies.
 //
 // Blocks are taken in groups. With P groups on the longer side and S ≤ P on the shorter, in round t = 0 … P − 1 group x
-// of the shorter side meets group (x + t) mod P of the longer: no group is in two pairs of a round. Tasks are taken from
-// a counter in that order, and a task waits until both its groups have finished their earlier tasks. So every block is
-// updated in one fixed order, whichever thread does it, without a barrier between rounds. It cannot deadlock: a task
-// waits only for earlier tickets, and every earlier ticket is held by a thread that is running.
+// of the shorter side meets group (x + t) mod P of the longer: no group is in two pairs of a round. Tasks are taken
+// from a counter in that order, and a task waits until both its groups have finished their earlier tasks. So every
+// block is updated in one fixed order, whichever thread does it, without a barrier between rounds. It cannot deadlock:
+// a task waits only for earlier tickets, and every earlier ticket is held by a thread that is running.
 #pragma once
 #include <cstdint>
 
@@ -14,9 +14,9 @@ namespace sslfast {
 namespace SSLFAST_CPU_LEVEL {
 
 struct GridSchedule {
-  int64_t rows, columns;              // blocks
-  int64_t row_group, column_group;    // blocks in a group
-  int64_t* done;                      // rows + columns + 1 numbers, all zero: finished tasks of each group, tickets
+  int64_t rows, columns;            // blocks
+  int64_t row_group, column_group;  // blocks in a group
+  int64_t* done;                    // rows + columns + 1 numbers, all zero: finished tasks of each group, tickets
 
   static GridSchedule make(int64_t rows, int64_t columns, int64_t threads, int64_t* done) {
     return {rows, columns, PairSchedule::group_size(rows, threads), PairSchedule::group_size(columns, threads), done};

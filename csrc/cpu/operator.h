@@ -57,7 +57,8 @@ inline MaybeTensor contiguous_or_none(const MaybeTensor& x) {
 inline const void* data_or_null(const MaybeTensor& x) { return x.has_value() ? x->const_data_ptr() : nullptr; }
 inline void* data_or_null(Tensor& x) { return x.numel() == 0 ? nullptr : x.mutable_data_ptr(); }
 
-inline void check_optional(const MaybeTensor& x, const char* name, int64_t length, ScalarType dtype, const Tensor& like) {
+inline void check_optional(const MaybeTensor& x, const char* name, int64_t length, ScalarType dtype,
+                           const Tensor& like) {
   if (x.has_value()) check_tensor(*x, name, {length}, dtype, like);
 }
 

@@ -21,14 +21,17 @@ struct RowTarget {
 
 namespace SSLFAST_CPU_LEVEL {
 
-// Block height and sizes: from the matrix alone, so that forward and backward agree. At least eight blocks (where there
-// are rows for it) leave work for several threads.
+// Fewer rows than this in a block, and the products of the backward are too short to pay for loading their sums.
+inline constexpr int64_t kLeastHeight = 64;
+
+// Block height and sizes: from the matrix alone, so that forward and backward agree. Eight blocks (where there are rows
+// for it) leave work for several threads.
 template <typename T>
 struct Blocks {
   int64_t rows, d, height, count, size, padded;  // size: numbers in a block; padded: d in whole panels
 
   Blocks(int64_t m, int64_t width) : rows(m), d(width) {
-    const int64_t eighth = round_up((rows + 7) / 8, kColumns<T>);
+    const int64_t eighth = round_up((rows + 7) / 8 < kLeastHeight ? kLeastHeight : (rows + 7) / 8, kColumns<T>);
     height = rows < 16 * kTile && eighth < kTile ? eighth : kTile;
     count = (rows + height - 1) / height;
     size = block_size<T>(height, d);

@@ -6,7 +6,8 @@
 //             dscale = ½ Σ_i z_i·(W z)_i
 //
 // x is symmetric, so a tile x_IJ serves rows I and, transposed, rows J: half the products forward (½U of U = 2·M²·D),
-// half of them again backward, and W z in full: 2U in all. Tiles that fit the cache from the forward are not recomputed.
+// half of them again backward, and W z in full: 2U in all. Tiles that fit the cache from the forward are not
+// recomputed.
 #pragma once
 #include "../common/l2_normalize.h"
 #include "levels.h"
@@ -20,10 +21,10 @@ struct SelfInput {
   RowSource rows;
   int64_t m, d;
   double scale;
-  bool normalize;             // divide each row by max(‖row‖, kNormEps) first
-  bool leave_out_itself;      // exclude i = j
-  const int64_t* ids;         // [m] or null: exclude pairs with equal ids
-  const int64_t* positives;   // [m] or null: p(i), or a number outside [0, m) for none
+  bool normalize;            // divide each row by max(‖row‖, kNormEps) first
+  bool leave_out_itself;     // exclude i = j
+  const int64_t* ids;        // [m] or null: exclude pairs with equal ids
+  const int64_t* positives;  // [m] or null: p(i), or a number outside [0, m) for none
 };
 
 // Arrays of float, or of double for double rows.
@@ -94,8 +95,8 @@ struct SelfSimilarity {
     };
     auto body = [&](int64_t i) {
       T* t = transposed == nullptr ? nullptr : transposed + i * blocks.size;
-      per_block[i] = pack_block(input.rows, blocks, i, panels + i * blocks.size, t, scratch_rows + i * blocks.padded,
-                                factor);
+      per_block[i] =
+          pack_block(input.rows, blocks, i, panels + i * blocks.size, t, scratch_rows + i * blocks.padded, factor);
       if (input.ids != nullptr) ranges[i] = range_of(input.ids + blocks.first(i), blocks.length(i));
       also(i);
     };
@@ -202,8 +203,7 @@ struct SelfSimilarity {
       for (int64_t k = 0; k < blocks.size; ++k) grad[k] = 0;
     });
     const bool folded = bounded && foldable(grad_row, row_max, row_sum, blocks.rows);
-    for (int64_t row = 0; row < blocks.rows; ++row)
-      prepare_weight(grad_row, row_max, row_sum, row, folded, a, max);
+    for (int64_t row = 0; row < blocks.rows; ++row) prepare_weight(grad_row, row_max, row_sum, row, folded, a, max);
     each_tile(parallel, [&](int64_t i, int64_t j, T* w) {
       const T* x = kept(i, j) ? kept_tile(i, j) : w;
       if (x == w) {

@@ -1,8 +1,9 @@
-// The pairwise sigmoid loss (SigLIP) on the CPU: value and gradient in one pass over the tiles. With y_ij = +1 where the
-// ids are equal, else −1, t_ij = −y_ij·(scale·q_i·k_j + bias) and u = exp(−|t|):
+// The pairwise sigmoid loss (SigLIP) on the CPU: value and gradient in one pass over the tiles. With y_ij = +1 where
+// the ids are equal, else −1, t_ij = −y_ij·(scale·q_i·k_j + bias) and u = exp(−|t|):
 //
 //   loss = Σ_ij softplus(t_ij),   softplus(t) = max(t, 0) + log(1 + u)
-//   W_ij = d loss/d s_ij = −y_ij σ(t_ij),   dq = scale·W k,   dk = scale·Wᵀ q,   dscale = Σ_i q_i·(W k)_i,   dbias = Σ W
+//   W_ij = d loss/d s_ij = −y_ij σ(t_ij),   dq = scale·W k,   dk = scale·Wᵀ q,   dscale = Σ_i q_i·(W k)_i
+//   dbias = Σ_ij W_ij
 //
 // 3U operations in all (U = 2·M·N·D): no normaliser couples the pairs, so nothing is recomputed.
 #include "cross_similarity.h"

@@ -1,10 +1,11 @@
 // Row log-sum-exp of q against k where only q learns, on the CPU: the gradient comes along in the forward, as in flash
 // attention. With x_ij = (scale·q_i·k_j + bias_j)·log2(e) over the pairs that are not excluded:
 //
-//   sum_i = Σ_j 2^(x_ij − max_i),   row_lse_i = ln 2·(max_i + log2 sum_i),   attended_i = Σ_j 2^(x_ij − max_i) k_j / sum_i
+//   sum_i = Σ_j 2^(x_ij − max_i),   row_lse_i = ln 2·(max_i + log2 sum_i)
+//   attended_i = Σ_j 2^(x_ij − max_i) k_j / sum_i
 //
-// and d row_lse_i / d q_i = scale·attended_i. 2U in all (U = 2·M·N·D), nothing recomputed. k may be much larger than q (a
-// queue): it is packed a few blocks at a time, so scratch memory does not grow with it.
+// and d row_lse_i / d q_i = scale·attended_i. 2U in all (U = 2·M·N·D), nothing recomputed. k may be much larger than q
+// (a queue): it is packed a few blocks at a time, so scratch memory does not grow with it.
 
 #include "cross_similarity.h"
 
@@ -181,9 +182,7 @@ struct Attend {
     }
   }
   // 2^(max − top), 0 for a split that has summed nothing.
-  static T factor_of(T max, T top) {
-    return max == top ? T(1) : exp2v<true>(broadcast(max - shift_of(top)))[0];
-  }
+  static T factor_of(T max, T top) { return max == top ? T(1) : exp2v<true>(broadcast(max - shift_of(top)))[0]; }
 };
 
 template <typename T>

@@ -107,9 +107,10 @@ SelfInput input_of(const Tensor& z, const Tensor& scale, const MaybeTensor& ids,
           static_cast<const int64_t*>(data_or_null(positives))};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> similarity_lse_self(
-    const Tensor& z_any, const Tensor& scale, const MaybeTensor& ids_any, const MaybeTensor& positives_any,
-    bool hardest, int64_t tile_cache) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> similarity_lse_self(const Tensor& z_any, const Tensor& scale,
+                                                                               const MaybeTensor& ids_any,
+                                                                               const MaybeTensor& positives_any,
+                                                                               bool hardest, int64_t tile_cache) {
   const Tensor z = ::sslfast::contiguous(z_any);
   const MaybeTensor ids = contiguous_or_none(ids_any), positives = contiguous_or_none(positives_any);
   const SelfInput input = input_of(z, scale, ids, positives);

@@ -60,7 +60,7 @@ static inline IdRange range_of(const int64_t* ids, int64_t count) {
   return range;
 }
 
-// Calls f(i, j) for every pair of the tile with equal ids. Equal ids are rare, so each row is first searched as a whole.
+// Calls f(i, j) for every pair of the tile with equal ids. They are rare, so each row is first searched as a whole.
 template <typename F>
 static inline void each_equal(const int64_t* row_ids, int64_t rows, const int64_t* col_ids, int64_t columns, F&& f) {
   for (int64_t i = 0; i < rows; ++i) {
@@ -116,8 +116,8 @@ static inline void raise_max(T top, T* max, T* sum) {
   *max = top;
 }
 
-// What a row's exponents are taken relative to: its maximum, or 0 where that is infinite, because ∞ − ∞ is NaN: a row that
-// has seen nothing yet, or an infinite similarity, whose exponential is infinite as it should be.
+// What a row's exponents are taken relative to: its maximum, or 0 where that is infinite, because ∞ − ∞ is NaN: a row
+// that has seen nothing yet, or an infinite similarity, whose exponential is infinite as it should be.
 template <typename T>
 static inline T shift_of(T max) {
   constexpr T infinity = static_cast<T>(__builtin_inf());
@@ -201,8 +201,8 @@ static void largest_of_columns(const T* x, int64_t rows, int64_t columns, T* top
     for (int64_t j = 0; j < columns; ++j) top[j] = x[i * kTile + j] > top[j] ? x[i * kTile + j] : top[j];
 }
 
-// W_ij = a_i·2^(x_ij − max_i) + b_j·2^(x_ij − max_j), with a = g/sum: the two softmaxes that s_ij takes part in. Bounded:
-// the maxima are already in a and b.
+// W_ij = a_i·2^(x_ij − max_i) + b_j·2^(x_ij − max_j), with a = g/sum: the two softmaxes that s_ij takes part in.
+// Bounded: the maxima are already in a and b.
 template <typename T>
 struct RowWeights {
   const T* max;

@@ -7,12 +7,19 @@ local columns) against the rows of the whole scope, and gradients reach the rows
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..ops.similarity_logsigmoid import similarity_logsigmoid
 from ..ops.similarity_lse import SimilarityTerms, similarity_terms
+from .collectives import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+STRATEGIES = ("gather", "ring")
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class Scope:
         positives: Tensor | None = None,
         hardest: bool = False,
     ) -> SimilarityTerms:
-        """:func:`sslfast.similarity_terms` with global columns for the local rows, and global rows for the local columns.
+        """:func:`sslfast.similarity_terms`: local rows against global columns, local columns against global rows.
 
         ``bias`` belongs to the local columns; ids must be unique over the ranks; ``positives`` are global columns.
         """
@@ -94,13 +101,30 @@ class Scope:
         return x
 
 
-def scope_of(gather_distributed: bool, strategy: str = "gather") -> Scope:
-    """The scope that a loss's arguments name.
+def scope_of(gather_distributed: bool, strategy: str = "gather", group: ProcessGroup | None = None) -> Scope:
+    """The scope that a loss's arguments name. Make one for each call of a loss: that is cheap.
 
     Args:
-        gather_distributed: ``False``: the local batch.
-        strategy: ``"gather"`` or ``"ring"``.
+        gather_distributed: ``False``: the local batch, whatever the other arguments.
+        strategy: ``"gather"`` (every rank holds the columns of all) or ``"ring"`` (columns visit rank after rank; no
+            rank ever holds the global batch).
+        group: the process group (default: all processes).
+
+    Returns:
+        The local scope also where the group has only one process.
+
+    Raises:
+        ValueError: ``strategy`` is neither of the two.
+        RuntimeError: ``gather_distributed=True`` without an initialised process group, or from a process outside it.
     """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
     if not gather_distributed:
         return Scope()
-    raise NotImplementedError
+    from .gather import GatherScope  # these build on this module
+    from .ring import RingScope
+
+    ranks = Ranks(group)
+    if ranks.size == 1:
+        return Scope()
+    return RingScope(ranks) if strategy == "ring" else GatherScope(ranks)

@@ -5,5 +5,4 @@ from .nt_xent import nt_xent
 from .similarity_logsigmoid import similarity_logsigmoid
 from .similarity_lse import similarity_lse
 
-
 __all__ = ["l2_normalize", "nt_xent", "similarity_logsigmoid", "similarity_lse"]

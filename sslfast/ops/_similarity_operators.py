@@ -103,6 +103,11 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:7], *output[4:])
+    ctx.asked = (
+        True,
+        inputs[7],
+        inputs[6] is not None,
+    )  # row LSE, column LSE, positives: an empty output has no gradient
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
 
@@ -111,14 +116,14 @@ def _backward_with(name: str) -> Any:
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         nothing = (None,) * 10
         q, k, scale, bias, row_ids, col_ids, positives, *saved = ctx.saved_tensors
-        given = grads[:3]
+        given = tuple(g if asked else None for g, asked in zip(grads[:3], ctx.asked, strict=True))
         if all(g is None for g in given):
             return nothing
         need_q, need_k, need_scale, need_bias = ctx.needs_input_grad[:4]
         if _wants_graph(*given, q, k, scale, bias):
 
-            def function(*inputs: Tensor | None) -> list[Tensor]:
-                outputs = by_reference(*inputs, row_ids, col_ids, positives)  # type: ignore[arg-type]
+            def function(q: Tensor, k: Tensor, scale: Tensor, bias: Tensor | None) -> list[Tensor]:
+                outputs = by_reference(q, k, scale, bias, row_ids, col_ids, positives)
                 return [o for o, g in zip(outputs[:3], given, strict=True) if g is not None]
 
             present = [g for g in given if g is not None]
@@ -167,12 +172,13 @@ def _self_backward_fake(
 
 def _self_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:4], *output[3:])
+    ctx.asked = (True, inputs[3] is not None)
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
 
 def _self_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    given = grads[:2]
+    given = tuple(g if asked else None for g, asked in zip(grads[:2], ctx.asked, strict=True))
     if all(g is None for g in given):
         return (None,) * 6
     z, scale, ids, positives, *saved = ctx.saved_tensors

@@ -52,8 +52,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Te
     needed = ctx.needs_input_grad[:4]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (grad_loss, q, k, scale, bias)):
 
-        def function(*inputs: Tensor) -> Tensor:
-            return by_reference(*inputs, row_ids, col_ids)
+        def function(q: Tensor, k: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+            return by_reference(q, k, scale, bias, row_ids, col_ids)
 
         found = _library.second_order(function, (q, k, scale, bias), needed, grad_loss)
         return (*found, None, None, None, None)

@@ -20,8 +20,8 @@ from ._similarity_operators import by_reference
 
 BACKENDS = ("cpu", "triton", "reference")
 
-# Bytes of similarity tiles that a CPU forward keeps for its backward, at most; a constant, so that no buffer grows as M·N.
-# With the packed rows and their gradients (20 MiB) a step at M = N = 8192, D = 128 then stays below 64 MiB.
+# Bytes of similarity tiles that a CPU forward keeps for its backward, at most; a constant, so that no buffer grows as
+# M·N. With the packed rows and their gradients (20 MiB) a step at M = N = 8192, D = 128 then stays below 64 MiB.
 TILE_CACHE = 42 * 2**20
 TILE = 192  # most rows and columns of a tile
 
@@ -151,25 +151,17 @@ def _by_kernel(
         row, positive, largest, *_ = ops.similarity_lse_self(q, scale, row_ids, positives, hardest, cache)
         return row, row, positive, largest
     keys_learn = grad and (k.requires_grad or (bias is not None and bias.requires_grad))
-    if grad and q.requires_grad and not (keys_learn or columns or hardest):
+    # With a positive among the columns, scale·(attended − k_p) would cancel where the positive dominates: there the
+    # gradient is made from weights in which it is already subtracted.
+    if grad and q.requires_grad and positives is None and not (keys_learn or columns or hardest):
         row, _ = getattr(ops, f"similarity_lse_attend{suffix}")(q, k, scale, bias, row_ids, col_ids)
-        return row, row, row if positives is None else _positive_logits(q, k, scale, bias, positives), row
+        return row, row, row, row
     learns = keys_learn or (grad and (q.requires_grad or scale.requires_grad))
     cache = _tile_cache(q, k) if backend == "cpu" and learns else 0
     row, col, positive, largest, *_ = getattr(ops, f"similarity_lse{suffix}")(
         q, k, scale, bias, row_ids, col_ids, positives, columns, hardest, cache
     )
     return row, col, positive, largest
-
-
-def _positive_logits(q: Tensor, k: Tensor, scale: Tensor, bias: Tensor | None, positives: Tensor) -> Tensor:
-    """``s_ip`` from its row of ``k``, 0 where there is none."""
-    kind = accumulator(q)
-    column = positives.clamp(min=0)
-    logit = scale * (q.to(kind) * k.to(kind).index_select(0, column)).sum(1)
-    if bias is not None:
-        logit = logit + bias.index_select(0, column)
-    return logit.masked_fill(positives < 0, 0.0)
 
 
 def similarity_lse(
@@ -184,10 +176,10 @@ def similarity_lse(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-sum-exp of scaled similarities along the rows, and along the columns if asked, from one pass.
 
-    ``row_lse_i = log Σ_j exp(scale·q_i·k_j + bias_j)`` over the columns with ``col_ids[j] != row_ids[i]``. Time grows as
-    M·N·D, extra memory as (M + N)·D: the M × N matrix is never stored. (On a CPU a constant amount of it may be kept for
-    the backward.) ``similarity_lse(z, z, ...)`` with the same tensor, and the same ids, uses the symmetry: half the work.
-    Where only ``q`` learns (a queue, a frozen tower), its gradient comes along in the forward.
+    ``row_lse_i = log Σ_j exp(scale·q_i·k_j + bias_j)`` over the columns with ``col_ids[j] != row_ids[i]``. Time grows
+    as M·N·D, extra memory as (M + N)·D: the M × N matrix is never stored. (On a CPU a constant amount of it, 42 MiB, may
+    be kept for the backward.) ``similarity_lse(z, z, ...)`` with the same tensor, and the same ids, uses the symmetry:
+    half the work. Where only ``q`` learns (a queue, a frozen tower), its gradient comes along in the forward.
 
     Args:
         q: [M, D]; k: [N, D]; float32, float64, bfloat16 or float16, any strides. Used as they are: normalise first

@@ -1,0 +1,40 @@
+"""CLIP, forward and backward, with a learnable logit scale: open_clip's formula beside rows and columns in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import sslfast
+
+from .contrastive import Benchmark, Loss, number, views
+from .harness import Case
+
+SCALE = 1 / 0.07
+
+
+def _plain(case: Case) -> Loss:
+    label = torch.arange(case.shape["N"], device=case.device)
+
+    def clip(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        logits = scale * image @ text.T  # [N, N]
+        return (F.cross_entropy(logits, label) + F.cross_entropy(logits.T, label)) / 2
+
+    return clip
+
+
+BENCHMARK = Benchmark(
+    op="clip",
+    sweep=[{"N": n, "D": d} for n, d in ((256, 512), (1024, 512), (2048, 512), (4096, 512), (8192, 128))],
+    gpu_sweep=[{"N": n, "D": d} for n, d in ((4096, 512), (32768, 512), (65536, 512), (65536, 768))],
+    inputs=lambda case: (*views(case), number(case, SCALE)),
+    plain=_plain,
+    fused=lambda case: sslfast.clip,
+    pairs=lambda shape: (shape["N"], shape["N"]),
+    share=4.0,
+    tiny={"N": 64, "D": 32},
+)
+PROVIDERS, TINY = BENCHMARK.providers, BENCHMARK.tiny
+cases, setup, truth = BENCHMARK.cases, BENCHMARK.setup, BENCHMARK.truth
+cost, why_skip = BENCHMARK.cost, BENCHMARK.why_skip

@@ -1,0 +1,37 @@
+"""SigLIP, forward and backward, with learnable scale and bias: open_clip's formula beside one pass over the tiles."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import sslfast
+
+from .contrastive import Benchmark, Loss, number, views
+from .harness import Case
+
+
+def _plain(case: Case) -> Loss:
+    def sig_lip(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        logits = scale * image @ text.T + bias  # [N, N]
+        sign = 2 * torch.eye(len(image), dtype=logits.dtype, device=logits.device) - 1
+        return -F.logsigmoid(sign * logits).sum() / len(image)
+
+    return sig_lip
+
+
+BENCHMARK = Benchmark(
+    op="sig_lip",
+    sweep=[{"N": n, "D": d} for n, d in ((256, 512), (1024, 512), (2048, 512), (4096, 512), (8192, 128))],
+    gpu_sweep=[{"N": n, "D": d} for n, d in ((4096, 512), (32768, 512), (65536, 512), (65536, 768))],
+    inputs=lambda case: (*views(case), number(case, 10.0), number(case, -10.0)),
+    plain=_plain,
+    fused=lambda case: sslfast.sig_lip,
+    pairs=lambda shape: (shape["N"], shape["N"]),
+    share=3.0,
+    tiny={"N": 64, "D": 32},
+)
+PROVIDERS, TINY = BENCHMARK.providers, BENCHMARK.tiny
+cases, setup, truth = BENCHMARK.cases, BENCHMARK.setup, BENCHMARK.truth
+cost, why_skip = BENCHMARK.cost, BENCHMARK.why_skip

@@ -1,0 +1,347 @@
+"""InfoNCE: rows against columns, with extra and per-row negatives, several positives, smoothing and debiasing."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._checks import accumulator, check_integers, check_keys, check_matrix
+from ..distributed.scope import Scope, Shard, scope_of
+from ..ops.l2_normalize import l2_normalize
+from ..ops.similarity_lse import SimilarityTerms
+from ._inputs import ContrastiveLoss, check_fits, in_one_dtype, inverse, row_dots, softplus
+from .diagnostics import Diagnostics, diagnostics_of
+
+
+class _Inputs(NamedTuple):
+    """Checked, in one dtype, rows normalised if asked."""
+
+    q: Tensor  # [M, D]
+    k: Tensor  # [N, D]
+    positives: Tensor | None  # [M, P] rows of this rank's k, −1 for none; None: row i has k_i
+    negatives: Tensor | None  # [K, D]
+    hard_negatives: Tensor | None  # [M, H, D]
+
+
+def info_nce(
+    q: Tensor,
+    k: Tensor,
+    temperature: float | Tensor = 0.07,
+    *,
+    positives: Tensor | None = None,
+    negatives: Tensor | None = None,
+    hard_negatives: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    tau_plus: float = 0.0,
+    symmetric: bool = False,
+    normalize: bool = True,
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: bool = False,
+) -> Tensor | tuple[Tensor, Diagnostics]:
+    """InfoNCE of queries against keys, mean over the M queries; the M × N matrix is never stored.
+
+        ℓ_i = log Σ_{j ∈ C(i)} exp(s_ij) − (1/|P(i)|) Σ_{p ∈ P(i)} s_ip,        s_ij = q_i·k_j / τ
+
+    ``C(i)`` holds all keys, all shared negatives and row ``i``'s own hard negatives; every positive stays in it. Which
+    options make which package's loss is in ``docs/info_nce.md``.
+
+    Args:
+        q, k: [M, D], [N, D]; float32, float64, bfloat16 or float16.
+        temperature: τ, finite and not zero (default 0.07); or a one-element tensor, which receives its gradient.
+        positives: [M] or [M, P] integers, rows of (this rank's) ``k``; −1 for none. Default: row ``i`` of q has row
+            ``i`` of k. With several the loss is the mean over them (SupCon's L_out); a row with none adds 0 to the sum.
+        negatives: [K, D], more columns for every row. Without gradient if they want none.
+        hard_negatives: [M, H, D], row ``i``'s own.
+        row_ids, col_ids: [M] and [N] integers, one numbering over all ranks: pairs of q and k with equal ids leave the
+            denominator (a positive's own logit is still subtracted).
+        label_smoothing: ε in [0, 1): the target is 1 − ε on the positives and ε spread evenly over ``C(i)``, as in
+            ``F.cross_entropy``. Not with ids.
+        tau_plus: τ⁺ in [0, 1), the probability that a negative is a positive: the sum of the negatives becomes
+            ``max((Σ_{j≠p} e^{s_ij} − n τ⁺ e^{s_ip}) / (1 − τ⁺), n e^{−1/|τ|})`` with ``n = |C(i)| − 1``. One positive
+            a row, not with ids.
+        symmetric: the mean of this and the same over the columns, from one pass (CLIP). Needs M = N; not with
+            positives or extra negatives.
+        normalize: divide each row by its norm first (default).
+        gather_distributed: contrast with the keys and the shared negatives of all ranks; ``False``: this rank's. All
+            ranks must pass the same kinds of arguments.
+        strategy: how, ``"gather"`` or ``"ring"``.
+        diagnostics: also return :class:`Diagnostics` (of the rows). Needs one positive in every row.
+
+    Returns:
+        [] float32 (float64 for float64 inputs), or ``(loss, diagnostics)``. Over several ranks the mean of their values
+        is the loss of the global batch.
+
+    Raises:
+        TypeError, ValueError: shapes, widths, dtypes, devices or options do not fit, an option is out of its range, the
+            temperature is zero or not finite.
+
+    Source: van den Oord et al. 2018, "Representation Learning with Contrastive Predictive Coding", equation 4;
+    debiasing: Chuang et al. 2020, "Debiased Contrastive Learning", equations 7 and 8 with one positive sample.
+    """
+    x = _checked(q, k, positives, negatives, hard_negatives, normalize)
+    _check_options(x, row_ids, label_smoothing, tau_plus, symmetric, diagnostics)
+    scale = inverse(temperature, x.q)
+    scope = scope_of(gather_distributed, strategy)
+    rows, keys = scope.shard(x.q), scope.shard(x.k)
+    columns = _positive_columns(x, rows, keys)  # [M]
+    if tau_plus:  # the sum of the negatives alone: taking e^{s_ip} out of a sum that it dominates would lose them
+        row_ids, col_ids = columns, keys.ids(x.q.device)
+    terms = scope.similarity_terms(
+        x.q,
+        x.k,
+        scale,
+        row_ids=row_ids,
+        col_ids=col_ids,
+        columns=symmetric,
+        positives=columns,
+        hardest=diagnostics,
+    )
+    row_lse, hardest, hard_sum = _with_extra_negatives(terms, x, scale, scope)
+    assert terms.positive is not None
+    positive = terms.positive if x.positives is None else _mean_positive(terms.positive, x.positives, x, scale)
+    count = keys.total  # |C(i)|
+    if x.negatives is not None:
+        count += scope.shard(x.negatives).total
+    if x.hard_negatives is not None:
+        count += x.hard_negatives.shape[1]
+
+    def per_row(lse: Tensor, q: Tensor, mean_key: Tensor | None, hard_mean: Tensor | float) -> Tensor:
+        ell = _debiased(lse, positive, scale, tau_plus, count - 1) if tau_plus else lse - positive
+        if mean_key is None:
+            return ell
+        return ell + label_smoothing * (positive - scale * (q * mean_key).sum(1) - hard_mean)
+
+    smooth = label_smoothing > 0
+    mean_key = _mean_row(scope, count, x.k, x.negatives) if smooth else None
+    ell = per_row(row_lse, x.q, mean_key, hard_sum / count)  # [M]
+    if x.positives is not None:
+        ell = ell.masked_fill((x.positives < 0).all(1), 0.0)
+    if symmetric:
+        assert terms.col_lse is not None
+        mean_query = _mean_row(scope, count, x.q) if smooth else None
+        ell = (ell + per_row(terms.col_lse, x.k, mean_query, 0.0)) / 2
+    loss = rows.weight * ell.sum()
+    if not diagnostics:
+        return loss
+    pairs = rows.local * count
+    whole = torch.logaddexp(row_lse, positive) if tau_plus else row_lse
+    found = diagnostics_of(SimilarityTerms(whole, None, positive, hardest), scale, pairs)
+    if row_ids is not None and col_ids is not None and not tau_plus:
+        found = _less_excluded(found, pairs, row_ids, scope.gather(col_ids))
+    return loss, found
+
+
+def _checked(
+    q: Tensor,
+    k: Tensor,
+    positives: Tensor | None,
+    negatives: Tensor | None,
+    hard_negatives: Tensor | None,
+    normalize: bool,
+) -> _Inputs:
+    check_matrix("q", q)
+    check_matrix("k", k)
+    if negatives is not None:
+        check_matrix("negatives", negatives)
+    if hard_negatives is not None:
+        if not isinstance(hard_negatives, Tensor):
+            raise TypeError(f"hard_negatives must be a torch.Tensor, got {type(hard_negatives).__name__}")
+        if hard_negatives.dim() != 3 or hard_negatives.shape[0] != q.shape[0] or hard_negatives.shape[1] == 0:
+            raise ValueError(
+                f"hard_negatives must have shape (M, H, D), M = {q.shape[0]} rows of q and H at least 1, "
+                f"got {tuple(hard_negatives.shape)}"
+            )
+        check_matrix("hard_negatives", hard_negatives.flatten(0, 1))
+    q, k, negatives, hard_negatives = in_one_dtype(q, k, negatives, hard_negatives)  # type: ignore[assignment]
+    check_keys(q, k)
+    for name, x in (("negatives", negatives), ("hard_negatives", hard_negatives)):
+        if x is not None:
+            check_fits(name, x, "q", q)
+    positives = None if positives is None else _checked_positives(positives, q, k)
+    if normalize:
+        q, k = l2_normalize(q), l2_normalize(k)
+        negatives = None if negatives is None else l2_normalize(negatives)
+        if hard_negatives is not None:
+            hard_negatives = l2_normalize(hard_negatives.flatten(0, 1)).view_as(hard_negatives)
+    return _Inputs(q, k, positives, negatives, hard_negatives)
+
+
+def _checked_positives(positives: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """``positives`` as [M, P] int64."""
+    if not isinstance(positives, Tensor):
+        raise TypeError(f"positives must be a torch.Tensor, got {type(positives).__name__}")
+    if positives.dim() not in (1, 2) or positives.shape[0] != q.shape[0] or positives.numel() == 0:
+        raise ValueError(
+            f"positives must have shape ({q.shape[0]},) or ({q.shape[0]}, P), got {tuple(positives.shape)}"
+        )
+    check_integers("positives", positives.flatten(), positives.numel(), q.device)
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in torch.aminmax(positives))
+        if low < -1 or high >= k.shape[0]:
+            raise ValueError(f"positives must be rows of k, 0 to {k.shape[0] - 1}, or -1 for none; got {low} to {high}")
+    return positives.long().reshape(q.shape[0], -1)
+
+
+def _check_options(
+    x: _Inputs,
+    row_ids: Tensor | None,
+    label_smoothing: float,
+    tau_plus: float,
+    symmetric: bool,
+    diagnostics: bool,
+) -> None:
+    for name, value in (("label_smoothing", label_smoothing), ("tau_plus", tau_plus)):
+        if not 0.0 <= value < 1.0:
+            raise ValueError(f"{name} must be at least 0 and less than 1, got {value}")
+        if value and row_ids is not None:
+            raise ValueError(f"{name}={value} cannot be combined with row_ids and col_ids")
+    several = x.positives is not None and x.positives.shape[1] > 1
+    if several and tau_plus:
+        raise ValueError(f"tau_plus={tau_plus} takes one positive a row, got several")
+    if diagnostics and (several or (x.positives is not None and _some_missing(x.positives))):
+        raise ValueError("diagnostics=True takes one positive in every row")
+    if x.positives is None and x.q.shape[0] > x.k.shape[0]:
+        raise ValueError(
+            f"q has {x.q.shape[0]} rows and k only {x.k.shape[0]}: say with positives which row of k belongs to which"
+        )
+    if symmetric:
+        if x.q.shape[0] != x.k.shape[0]:
+            raise ValueError(f"symmetric=True needs as many rows in q as in k, got {x.q.shape[0]} and {x.k.shape[0]}")
+        if x.positives is not None or x.negatives is not None or x.hard_negatives is not None:
+            raise ValueError("symmetric=True cannot be combined with positives, negatives or hard_negatives")
+
+
+def _some_missing(positives: Tensor) -> bool:
+    """Whether a positive is −1, where reading it costs nothing."""
+    readable = positives.device.type == "cpu" and not torch.compiler.is_compiling()
+    return readable and bool((positives < 0).any())
+
+
+def _positive_columns(x: _Inputs, rows: Shard, keys: Shard) -> Tensor:
+    """[M], the global column of each row's (first) positive, −1 for none."""
+    if x.positives is None:
+        return keys.offset + torch.arange(rows.local, device=x.q.device)
+    first = x.positives[:, 0]
+    return torch.where(first < 0, first, first + keys.offset)
+
+
+def _mean_positive(first: Tensor, positives: Tensor, x: _Inputs, scale: Tensor) -> Tensor:
+    """[M], mean logit of each row's positives, 0 where it has none; ``first`` [M] is that of their first column."""
+    if positives.shape[1] == 1:
+        return first
+    others = scale * row_dots(x.q, x.k[positives[:, 1:].clamp(min=0)])  # [M, P − 1]
+    logits = torch.cat([first[:, None], others], dim=1).masked_fill(positives < 0, 0.0)
+    return logits.sum(1) / (positives >= 0).sum(1).clamp(min=1)
+
+
+def _with_extra_negatives(
+    terms: SimilarityTerms, x: _Inputs, scale: Tensor, scope: Scope
+) -> tuple[Tensor, Tensor | None, Tensor | float]:
+    """Row LSE and hardest negative with the extra columns, and the sum of the hard negatives' logits."""
+    row_lse, hardest, hard_sum = terms.row_lse, terms.hardest, 0.0
+    if x.negatives is not None:
+        shared = scope.similarity_terms(x.q, x.negatives, scale, hardest=hardest is not None)
+        row_lse = torch.logaddexp(row_lse, shared.row_lse)
+        if hardest is not None and shared.hardest is not None:
+            hardest = torch.maximum(hardest, shared.hardest)
+    if x.hard_negatives is None:
+        return row_lse, hardest, hard_sum
+    own = scale * row_dots(x.q, x.hard_negatives)  # [M, H]
+    if hardest is not None:
+        hardest = torch.maximum(hardest, own.detach().amax(1))
+    return torch.logaddexp(row_lse, own.logsumexp(1)), hardest, own.sum(1)
+
+
+def _debiased(log_negatives: Tensor, positive: Tensor, scale: Tensor, tau_plus: float, n: int) -> Tensor:
+    """``log(1 + N_g e^{−s_p})`` with ``N_g`` the debiased sum of ``n`` negatives, from logarithms alone."""
+    if n == 0:
+        return softplus(log_negatives - positive)
+    gap = math.log(n * tau_plus) + positive - log_negatives  # log of the share that is taken for positives
+    left = gap < 0
+    # Where nothing is left the floor stands in; the number there must only not make NaN of a zero gradient.
+    share = torch.log(-torch.expm1(torch.where(left, gap.clamp(max=-1e-30), -1.0)))
+    log_ng = log_negatives + share - math.log1p(-tau_plus)
+    floor = math.log(n) - scale.abs()
+    return softplus(torch.where(left & (log_ng > floor), log_ng, floor) - positive)
+
+
+def _mean_row(scope: Scope, count: int, *blocks: Tensor | None) -> Tensor:
+    """[D], the sum of the blocks' rows over all ranks, divided by ``count``."""
+    sums = [scope.total(x.sum(0, dtype=accumulator(x))) for x in blocks if x is not None]
+    return torch.stack(sums).sum(0) / count
+
+
+def _less_excluded(found: Diagnostics, pairs: int, row_ids: Tensor, col_ids: Tensor) -> Diagnostics:
+    """Uniformity over the pairs that the ids leave."""
+    ordered = col_ids.sort().values
+    ends = (torch.searchsorted(ordered, row_ids, right=right) for right in (True, False))
+    excluded = (next(ends) - next(ends)).sum()
+    share = (1 - excluded / pairs).to(found.uniformity.dtype)
+    return found._replace(uniformity=found.uniformity - share.log())
+
+
+class InfoNCELoss(ContrastiveLoss):
+    """The module form of :func:`info_nce`.
+
+    Args:
+        temperature: as :func:`info_nce` (default 0.07); a tensor or ``nn.Parameter`` moves with the module.
+        label_smoothing, tau_plus, symmetric, normalize, gather_distributed, strategy, diagnostics: as :func:`info_nce`.
+
+    Shapes:
+        ``q`` [M, D], ``k`` [N, D], and the tensors of :func:`info_nce` by name; output: [], or ``(loss, diagnostics)``.
+
+    Raises:
+        As :func:`info_nce`.
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.07,
+        *,
+        label_smoothing: float = 0.0,
+        tau_plus: float = 0.0,
+        symmetric: bool = False,
+        normalize: bool = True,
+        gather_distributed: bool = False,
+        strategy: str = "gather",
+        diagnostics: bool = False,
+    ) -> None:
+        super().__init__(temperature, gather_distributed, strategy, diagnostics)
+        self.label_smoothing = label_smoothing
+        self.tau_plus = tau_plus
+        self.symmetric = symmetric
+        self.normalize = normalize
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        positives: Tensor | None = None,
+        negatives: Tensor | None = None,
+        hard_negatives: Tensor | None = None,
+        row_ids: Tensor | None = None,
+        col_ids: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Diagnostics]:
+        """The loss of M queries against N keys."""
+        return info_nce(
+            q,
+            k,
+            self.temperature,
+            positives=positives,
+            negatives=negatives,
+            hard_negatives=hard_negatives,
+            row_ids=row_ids,
+            col_ids=col_ids,
+            label_smoothing=self.label_smoothing,
+            tau_plus=self.tau_plus,
+            symmetric=self.symmetric,
+            normalize=self.normalize,
+            **self.shared(),
+        )
