@@ -49,6 +49,7 @@ sanitize: $(READY)
 	cd $(SANITIZED) && SSLFAST_SANITIZE=address,undefined $(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 PYTHONPATH=. \
 	  $(CURDIR)/$(BIN)/python -m pytest -q tests/test_l2_normalize.py tests/test_nt_xent.py \
+	  tests/test_similarity_lse.py tests/test_similarity_logsigmoid.py \
 	  -m "not slow" -k "not compile and not memory and not every_cpu_level"
 
 lint: $(READY)

@@ -53,9 +53,13 @@ double forward(const NtXentInput& input, const NtXentSaved& saved, void* memory,
   if (!input.normalize)
     for (int64_t row = 0; row < task.rows; ++row) task.similarity.inv_norm[row] = 1;
   double total = 0;
-  for (int64_t row = 0; row < task.rows; ++row)
-    total += (static_cast<double>(task.similarity.row_max[row]) - static_cast<double>(task.positive[row])) +
+  for (int64_t row = 0; row < task.rows; ++row) {
+    const T max = task.similarity.row_max[row];
+    // With an infinite maximum the log-softmax is ∞ − ∞, NaN, and so are the gradients; the log-sum-exp alone is not.
+    if (max - max != 0) task.similarity.row_sum[row] = max - max;
+    total += (static_cast<double>(max) - static_cast<double>(task.positive[row])) +
              std::log2(static_cast<double>(task.similarity.row_sum[row]));
+  }
   return kLn2 * total / static_cast<double>(task.rows);
 }
 

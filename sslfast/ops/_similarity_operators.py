@@ -205,7 +205,11 @@ def _attend_fake(
 
 
 def _attend_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, output[1])
+    q, k, scale, *pairs = inputs
+    # The first derivative does not read k, so it is not saved as something that must stay: a queue may take in new keys
+    # before the backward. The second derivative reads it, and checks that it is what it was.
+    ctx.save_for_backward(q, scale, *pairs, output[1])
+    ctx.k, ctx.k_version = k, k._version
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -213,8 +217,11 @@ def _attend_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
 def _attend_backward(ctx: Any, grad_row: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_row is None:
         return (None,) * 6
-    q, k, scale, bias, row_ids, col_ids, attended = ctx.saved_tensors
+    q, scale, bias, row_ids, col_ids, attended = ctx.saved_tensors
     if _wants_graph(grad_row, q, scale):
+        k = ctx.k
+        if k._version != ctx.k_version:
+            raise RuntimeError("k was overwritten after the loss was computed: create_graph=True needs it unchanged")
 
         def function(q: Tensor, scale: Tensor) -> Tensor:
             return by_reference(q, k, scale, bias, row_ids, col_ids)[0]

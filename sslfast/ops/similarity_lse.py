@@ -119,7 +119,9 @@ def similarity_terms(
     col_ids = row_ids if with_itself else None if col_ids is None else col_ids.long()
     bias = None if bias is None else bias.to(accumulator(q))
     if backend == "reference":
-        row, col, positive, largest = by_reference(q, k, tau, bias, row_ids, col_ids, positives)
+        # Kernels keep nothing of keys that do not learn, so a queue may be overwritten before the backward: here too.
+        keys = k.clone() if torch.is_grad_enabled() and q.requires_grad and not k.requires_grad else k
+        row, col, positive, largest = by_reference(q, keys, tau, bias, row_ids, col_ids, positives)
     else:
         row, col, positive, largest = _by_kernel(
             backend, q, k, tau, bias, row_ids, col_ids, columns, positives, hardest, with_itself
@@ -177,9 +179,9 @@ def similarity_lse(
     """Log-sum-exp of scaled similarities along the rows, and along the columns if asked, from one pass.
 
     ``row_lse_i = log Σ_j exp(scale·q_i·k_j + bias_j)`` over the columns with ``col_ids[j] != row_ids[i]``. Time grows
-    as M·N·D, extra memory as (M + N)·D: the M × N matrix is never stored. (On a CPU a constant amount of it, 42 MiB, may
-    be kept for the backward.) ``similarity_lse(z, z, ...)`` with the same tensor, and the same ids, uses the symmetry:
-    half the work. Where only ``q`` learns (a queue, a frozen tower), its gradient comes along in the forward.
+    as M·N·D, extra memory as (M + N)·D: the M × N matrix is never stored. (On a CPU at most 42 MiB of it are kept for
+    the backward.) ``similarity_lse(z, z, ...)`` with the same tensor, and the same ids, uses the symmetry: half the
+    work. Where only ``q`` learns (a queue, a frozen tower), its gradient comes along in the forward.
 
     Args:
         q: [M, D]; k: [N, D]; float32, float64, bfloat16 or float16, any strides. Used as they are: normalise first

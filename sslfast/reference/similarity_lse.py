@@ -53,6 +53,6 @@ def similarity_lse(
     col_ids: Tensor | None = None,
     columns: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``row_lse_i = log Σ_j exp(scale·q_i·k_j + bias_j)`` over pairs with different ids, and the column LSE if asked."""
+    """``row_lse_i = log Σ_j exp(scale·q_i·k_j + bias_j)`` over pairs with different ids; the column LSE if asked."""
     row, col, _, _ = similarity_terms(q, k, scale, bias=bias, row_ids=row_ids, col_ids=col_ids)
     return (row, col) if columns else row
