@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 DATA   ?= digits
+RANKS  ?= 1
 OUT    ?= benchmarks/results
 
 BIN   := .venv/bin
@@ -14,7 +15,7 @@ CPP   := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
 help:
 	@echo "make demo   train SimCLR on real images, fused loss beside plain; table, picture and JSON in out/demo"
-	@echo "            (DATA=digits, DATA=fashion-mnist or DATA=<folder of images>)"
+	@echo "            (DATA=digits, DATA=fashion-mnist or DATA=<folder of images>; RANKS=2 on two processes)"
 	@echo "make test   build in place and run every test"
 	@echo "make lint   ruff, clang-format, line lengths, mypy"
 	@echo "make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -33,8 +34,9 @@ $(BUILT): $(READY) setup.py pyproject.toml $(CPP)
 	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	mkdir -p $(@D) && touch $@
 
+RUN := $(if $(filter 1,$(RANKS)),$(BIN)/python,$(BIN)/torchrun --nproc-per-node $(RANKS))
 demo: $(BUILT)
-	$(BIN)/python -m examples.simclr --data $(DATA) --output out/demo
+	$(RUN) -m examples.simclr --data $(DATA) --output out/demo
 
 test: $(BUILT) $(PEERS)
 	$(BIN)/python -m sslfast

@@ -31,7 +31,7 @@ class Result:
     Attributes:
         method, loss: names for titles.
         data: the data set's name; ``images`` its sizes; ``notes`` what its reader has to know.
-        settings: epochs, steps, batch size, seed, versions, threads.
+        settings: epochs, steps, batch size, seed, versions, ranks, threads of each.
         backend: which of sslfast's backends served the fused loss.
         curves: the loss of every training step, ``fused`` and ``plain``.
         training_seconds: by loss.
@@ -74,9 +74,10 @@ def write_json(result: Result, path: Path) -> None:
 def print_table(result: Result, console: Console) -> None:
     """The numbers side by side."""
     images, settings = result.images, result.settings
+    spread = f"{settings['ranks']} ranks, " if settings["ranks"] > 1 else ""
     table = Table(
         title=f"{result.method} on {result.data}: {images['train']} training and {images['test']} test images",
-        caption=f"{result.loss}; fused served by backend {result.backend!r}; {settings['threads']} threads",
+        caption=f"{result.loss}; fused served by backend {result.backend!r}; {spread}{settings['threads']} threads",
     )
     table.add_column("")
     columns = ("fused", "plain", "untrained", "raw pixels")

@@ -1,4 +1,7 @@
-"""SimCLR on real images, with the fused loss beside the plain one: ``python -m examples.simclr --data digits``."""
+"""SimCLR on real images, with the fused loss beside the plain one: ``python -m examples.simclr --data digits``.
+
+On several processes: ``torchrun --nproc-per-node 2 -m examples.simclr --data digits``.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,12 @@ import torch
 from rich.console import Console
 
 import sslfast
-from examples.common import evaluate, report
+from examples.common import evaluate, ranks, report
 from examples.common.augment import Augment, recipe_for
 from examples.common.data import Dataset, load
 from examples.common.measure import Cost, Loss, cost, serving_backend
 
-from .losses import LOSSES, OPERATORS, TEMPERATURE
+from .losses import LOSSES, LOSSES_OVER_RANKS, OPERATORS, TEMPERATURE
 from .train import DEFAULT_STEPS, Model, build, embedded_views, train, untrained
 
 LARGE_PAIRS = (4096, 8192)
@@ -38,9 +41,14 @@ class Settings:
     large_pairs: tuple[int, ...] = LARGE_PAIRS
 
 
-def run(settings: Settings, data: Dataset, console: Console) -> report.Result:
-    """Train with both losses, evaluate, measure the loss alone, and write table, picture and JSON."""
+def run(settings: Settings, data: Dataset, console: Console) -> report.Result | None:
+    """Train with both losses, evaluate, measure the loss alone, and write table, picture and JSON.
+
+    With several ranks all train together; all but the first then return ``None``.
+    """
     start = time.perf_counter()
+    rank, world = ranks.place()
+    losses = LOSSES if world == 1 else LOSSES_OVER_RANKS
     notes = list(data.notes)
     batch_size = min(settings.batch_size, len(data.train))
     if batch_size < settings.batch_size:
@@ -51,17 +59,21 @@ def run(settings: Settings, data: Dataset, console: Console) -> report.Result:
     initial = build(data, settings.seed)
 
     small = embedded_views(initial, data, augment, min(8, batch_size), settings.seed)
-    backend = serving_backend(LOSSES["fused"], OPERATORS, *small)
-    console.print(
-        f"{data.name}: {len(data.train)} training images, {epochs} epochs of {steps_per_epoch} step(s), "
-        f"batch {batch_size}; sslfast.NTXentLoss is served by backend {backend!r}",
-        markup=False,
-    )
+    backend = serving_backend(losses["fused"], OPERATORS, *small)
+    if rank == 0:
+        spread = "" if world == 1 else f" over {world} ranks"
+        console.print(
+            f"{data.name}: {len(data.train)} training images, {epochs} epochs of {steps_per_epoch} step(s), "
+            f"batch {batch_size}{spread}; sslfast.NTXentLoss is served by backend {backend!r}",
+            markup=False,
+        )
     models = {name: initial.copy() for name in LOSSES}
     runs = {
         name: train(models[name], data, augment, loss, epochs, batch_size, settings.seed, name)
-        for name, loss in LOSSES.items()
+        for name, loss in losses.items()
     }
+    if rank > 0:
+        return None
     console.print("Evaluating the features ...")
     features = {name: evaluate.encode(model.encoder, data) for name, model in models.items()}
     features["untrained"] = evaluate.encode(untrained(initial, data), data)
@@ -80,6 +92,7 @@ def run(settings: Settings, data: Dataset, console: Console) -> report.Result:
             "steps": epochs * steps_per_epoch,
             "batch_size": batch_size,
             "seed": settings.seed,
+            "ranks": world,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "sslfast": sslfast.__version__,
@@ -145,7 +158,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data = load(given.data)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    run(Settings(given.data, given.output, given.epochs, given.batch_size, given.seed), data, Console())
+    with ranks.group():
+        if given.batch_size < 2 * ranks.place()[1]:
+            parser.error(f"--batch-size must be at least 2 a rank, got {given.batch_size} for {ranks.place()[1]} ranks")
+        run(Settings(given.data, given.output, given.epochs, given.batch_size, given.seed), data, Console())
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from examples.common import ranks
 from examples.common.augment import Augment
 from examples.common.data import Dataset
 from examples.common.measure import Loss
@@ -109,17 +111,26 @@ def train(
 ) -> tuple[list[float], float]:
     """Train ``model`` in place with AdamW and a cosine schedule.
 
+    With several ranks each trains on its part of every batch, with batch statistics of its own, and
+    DistributedDataParallel keeps the weights alike.
+
     Args:
-        loss: takes the embeddings of both views, [batch_size, 128] each.
-        batch_size: images a step, at most the number of training images; what is left over at the end of an epoch waits
-            for the next shuffle.
+        loss: takes the embeddings of both views, [rows, 128] each, where ``rows`` is this rank's part of the batch.
+        batch_size: images a step, of all ranks together, at most the number of training images; what is left over at
+            the end of an epoch waits for the next shuffle.
         seed: fixes the order of the images and all views, so two calls see the same batches.
         label: shown by the progress bar.
 
     Returns:
-        The loss of each step, and the seconds the training took.
+        The loss of each step (the mean over the ranks), and the seconds the training took.
     """
     generator = Generator().manual_seed(seed)
+    rank, world = ranks.place()
+    # All ranks shuffle alike; with several of them each draws views of its own.
+    views_generator = generator if world == 1 else Generator().manual_seed(seed + 1 + rank)
+    embed: nn.Module = nn.Sequential(model.encoder, model.projector)
+    if world > 1:
+        embed = DistributedDataParallel(embed)
     parameters = [*model.encoder.parameters(), *model.projector.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     steps_per_epoch = len(data.train) // batch_size
@@ -133,18 +144,18 @@ def train(
     model.projector.train()
     losses: list[float] = []
     start = time.perf_counter()
-    with tqdm(total=steps, desc=f"{label:>5} loss", unit="step") as progress:
+    with tqdm(total=steps, desc=f"{label:>5} loss", unit="step", disable=rank > 0) as progress:
         for _ in range(epochs):
             order = torch.randperm(len(data.train), generator=generator)
             for batch in order[: steps_per_epoch * batch_size].split(batch_size):
-                images = data.train[batch]  # [N, C, H, W]
-                views = torch.cat([augment(images, generator), augment(images, generator)])  # [2N, C, s, s]
-                value = loss(*model.embed(views).chunk(2))
+                images = data.train[batch.tensor_split(world)[rank]]  # [n, C, H, W]
+                views = torch.cat([augment(images, views_generator) for _ in range(2)])  # [2n, C, s, s]
+                value = loss(*embed(views).chunk(2))
                 optimizer.zero_grad()
                 value.backward()
                 optimizer.step()
                 schedule.step()
-                losses.append(value.item())
+                losses.append(ranks.mean(value.detach()).item())
                 progress.update()
                 progress.set_postfix(loss=f"{losses[-1]:.3f}")
     return losses, time.perf_counter() - start
