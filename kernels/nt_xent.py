@@ -13,8 +13,7 @@ are no atomics: the result is the same in every run.
 
 Backward: a program owns rows of dz and streams over the columns, recomputing S.
 
-Rounding: s_ij must be one number wherever it is used, so that s_ip cancels against an equal maximum. Fusing the product
-dot·scale into the subtraction of the maximum would break that, so every launch takes the options ``EXACT``.
+Rounding: s_ij is one number wherever it is used (``_tiles.py``), so that s_ip cancels against an equal maximum.
 """
 
 from __future__ import annotations
@@ -26,10 +25,8 @@ from torch import Tensor
 
 from ._common import architecture, dot_precision, upcast
 from ._nt_xent_configs import BACKWARD, FORWARD, config_for
+from ._tiles import EXACT, LN2, LOG2E, accumulate, finite_or_zero, fold, load_rows, overlap, padded, wide_products
 
-EXACT = {"enable_fp_fusion": False}
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 # |row_max| up to which 2^s and 2^(−row_max) are both far from float32's limits (2^±126); see the backward kernel.
 PLAIN_LIMIT = tl.constexpr(60.0)
 
@@ -45,47 +42,6 @@ FORWARD_PROGRAMS = 1024
 BACKWARD_PROGRAMS = 512
 MAX_SPLIT = 8
 MERGE_ROWS = 32
-
-# Features are padded to a multiple of ALIGN, so that every row starts at a 16-byte boundary and loads are vectors:
-# the addresses of single elements alone would fill the registers.
-ALIGN = 8
-
-
-@triton.jit
-def _load_rows(Z, rows, first, M, D: tl.constexpr, WIDTH: tl.constexpr, UPCAST: tl.constexpr):
-    """``Z[rows, first : first + WIDTH]`` with zeros outside [M, D]: zero features change no dot product."""
-    features = first + tl.arange(0, WIDTH)
-    inside = rows[:, None] < M
-    if D % WIDTH != 0:
-        inside = inside & (features[None, :] < D)
-    z = tl.load(Z + rows.to(tl.int64)[:, None] * D + features[None, :], mask=inside, other=0.0)
-    if UPCAST:
-        z = z.to(tl.float32)
-    return z
-
-
-@triton.jit
-def _wide_products(
-    Z, rows, cols, M, D: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr
-):
-    """``Z[rows] @ Z[cols].T`` in float32, BLOCK_K features at a time."""
-    products = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
-    for first in range(0, D, BLOCK_K):
-        zi = _load_rows(Z, rows, first, M, D, BLOCK_K, UPCAST)
-        zj = _load_rows(Z, cols, first, M, D, BLOCK_K, UPCAST)
-        products = tl.dot(zi, tl.trans(zj), products, input_precision=PRECISION)
-    return products
-
-
-@triton.jit
-def _finite_or_zero(top):
-    """A maximum over nothing is −inf; 0 in its place keeps 2^(−inf − max) = 0 instead of NaN."""
-    return tl.where(top == float("-inf"), 0.0, top)
-
-
-@triton.jit
-def _overlap(a, A_SIZE: tl.constexpr, b, B_SIZE: tl.constexpr):
-    return (a < b + B_SIZE) & (b < a + A_SIZE)
 
 
 @triton.jit(do_not_specialize=["M", "first_block", "run_length"])
@@ -122,21 +78,21 @@ def _nt_xent_forward_kernel(
     rows = row0 + tl.arange(0, BLOCK_M)
     partner = tl.where(rows < N, rows + N, rows - N)
     if D <= BLOCK_K:
-        zi = _load_rows(Z, rows, 0, M, D, BLOCK_K, UPCAST)
+        zi = load_rows(Z, rows, 0, M, D, BLOCK_K, UPCAST)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for col0 in range(begin, tl.minimum(end, M), BLOCK_N):
         cols = col0 + tl.arange(0, BLOCK_N)
         if D <= BLOCK_K:
-            zj = _load_rows(Z, cols, 0, M, D, BLOCK_K, UPCAST)
+            zj = load_rows(Z, cols, 0, M, D, BLOCK_K, UPCAST)
             s = tl.dot(zi, tl.trans(zj), input_precision=PRECISION) * scale
         else:
-            s = _wide_products(Z, rows, cols, M, D, BLOCK_K, PRECISION, UPCAST) * scale
+            s = wide_products(Z, Z, rows, cols, M, M, D, BLOCK_K, PRECISION, UPCAST) * scale
 
         # Only tiles of the diagonal block, on the line of positives j − i = N and at the ragged edge need masks. Rows
         # are ragged in the last block alone, which meets no other block than itself.
         above = col0 >= row0 + BLOCK_M
-        if (above == 0) | _overlap(row0 + N, BLOCK_M, col0, BLOCK_N) | (col0 + BLOCK_N > M):
+        if (above == 0) | overlap(row0 + N, BLOCK_M, col0, BLOCK_N) | (col0 + BLOCK_N > M):
             chosen = tl.where(cols[None, :] == partner[:, None], s, 0.0)
             here = (partner >= col0) & (partner < col0 + BLOCK_N) & (rows < M)
             tl.store(Positive + rows, tl.sum(chosen, 1), mask=here)
@@ -146,30 +102,16 @@ def _nt_xent_forward_kernel(
             tl.store(Positive + cols, tl.sum(chosen, 0), mask=here)
             s = tl.where((rows[:, None] != cols[None, :]) & (cols[None, :] < M), s, float("-inf"))
 
-        new = tl.maximum(top, tl.max(s, 1))
-        safe = _finite_or_zero(new)
-        total = total * tl.exp2(top - safe) + tl.sum(tl.exp2(s - safe[:, None]), 1)
-        top = new
+        top, total = accumulate(top, total, s)
         # The diagonal block holds both (i, j) and (j, i), so its rows are enough.
         col_top = tl.max(s, 0)
-        col_total = tl.sum(tl.exp2(s - _finite_or_zero(col_top)[None, :]), 0)
+        col_total = tl.sum(tl.exp2(s - finite_or_zero(col_top)[None, :]), 0)
         at = ColPartial + tl.program_id(0).to(tl.int64) * M + cols
         tl.store(at, col_top, mask=(cols < M) & above)
         tl.store(at + band.to(tl.int64) * M, col_total, mask=(cols < M) & above)
     at = RowPartial + (tl.program_id(1) * band + tl.program_id(0)).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     tl.store(at, top)
     tl.store(at + runs.to(tl.int64) * band * BLOCK_M, total)
-
-
-@triton.jit
-def _fold(top, total, Partial, offsets, plane, inside):
-    """Merge the partials at ``offsets`` [parts, rows] into the running (top, total) [rows]."""
-    tops = tl.load(Partial + offsets, mask=inside, other=float("-inf"))
-    totals = tl.load(Partial + plane + offsets, mask=inside, other=0.0)
-    new = tl.maximum(top, tl.max(tops, 0))
-    safe = _finite_or_zero(new)
-    total = total * tl.exp2(top - safe) + tl.sum(totals * tl.exp2(tops - safe[None, :]), 0)
-    return new, total
 
 
 @triton.jit(do_not_specialize=["M", "first_block", "band", "runs", "run_length"])
@@ -204,14 +146,16 @@ def _nt_xent_merge_kernel(
     for first in range(0, count, PARTS):
         part = (first + parts)[:, None]
         inside = (part < count) & (rows[None, :] < M)
-        top, total = _fold(top, total, ColPartial, part.to(tl.int64) * M + rows[None, :], plane, inside)
+        top, total = fold(top, total, ColPartial, part.to(tl.int64) * M + rows[None, :], plane, inside)
 
     plane = runs.to(tl.int64) * band * BLOCK
     for first in range(before // run_length, tl.where(own, runs, 0), PARTS):
         part = (first + parts)[:, None]
         offsets = part.to(tl.int64) * band * BLOCK + (rows - first_block * BLOCK)[None, :]
-        top, total = _fold(top, total, RowPartial, offsets, plane, (part < runs) & (rows[None, :] < M))
+        top, total = fold(top, total, RowPartial, offsets, plane, (part < runs) & (rows[None, :] < M))
 
+    # An infinite logit makes its row's loss and gradient NaN, as in torch's log_softmax.
+    total = tl.where(total == float("inf"), float("nan"), total)
     tl.store(RowMax + rows, top, mask=rows < M)
     tl.store(RowSum + rows, total, mask=rows < M)
     done = own & (rows < M)
@@ -275,7 +219,7 @@ def _nt_xent_backward_kernel(
     weight_i = tl.load(Stats + M + rows, mask=rows < M, other=0.0) * W_SCALE
     rows_in_range = tl.min((tl.abs(top_i) <= PLAIN_LIMIT).to(tl.int32), 0) != 0
     if D <= BLOCK_K:
-        zi = _load_rows(Z, rows, 0, M, D, BLOCK_K, UPCAST)
+        zi = load_rows(Z, rows, 0, M, D, BLOCK_K, UPCAST)
     dz = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     tiles = tl.cdiv(M, BLOCK_N)
@@ -284,16 +228,16 @@ def _nt_xent_backward_kernel(
     for tile in range(begin, tl.minimum(begin + share, tiles)):
         col0 = tile * BLOCK_N
         cols = col0 + tl.arange(0, BLOCK_N)
-        zj = _load_rows(Z, cols, chunk, M, D, BLOCK_D, UPCAST)
+        zj = load_rows(Z, cols, chunk, M, D, BLOCK_D, UPCAST)
         if D <= BLOCK_K:
             s = tl.dot(zi, tl.trans(zj), input_precision=PRECISION) * scale
         else:
-            s = _wide_products(Z, rows, cols, M, D, BLOCK_K, PRECISION, UPCAST) * scale
+            s = wide_products(Z, Z, rows, cols, M, M, D, BLOCK_K, PRECISION, UPCAST) * scale
 
         plain = rows_in_range & (tl.load(InRange + tile) != 0) & (col0 + BLOCK_N <= M)
-        plain = plain & (_overlap(row0, BLOCK_M, col0, BLOCK_N) == 0)
-        plain = plain & (_overlap(row0 + N, BLOCK_M, col0, BLOCK_N) == 0)
-        plain = plain & (_overlap(row0 - N, BLOCK_M, col0, BLOCK_N) == 0)
+        plain = plain & (overlap(row0, BLOCK_M, col0, BLOCK_N) == 0)
+        plain = plain & (overlap(row0 + N, BLOCK_M, col0, BLOCK_N) == 0)
+        plain = plain & (overlap(row0 - N, BLOCK_M, col0, BLOCK_N) == 0)
         if plain:
             # P_ij + P_ji = 2^s (2^(−max_i)/sum_i + 2^(−max_j)/sum_j): one exponential for two probabilities. s is at
             # most either maximum, so nothing overflows, and where 2^s underflows both probabilities are below 2^−66.
@@ -314,14 +258,9 @@ def _nt_xent_backward_kernel(
     offsets = (tl.program_id(2).to(tl.int64) * M + rows)[:, None] * D + features[None, :]
     tl.store(DZ + offsets, dz, mask=(rows[:, None] < M) & (features[None, :] < D))
     # Rows and features outside z are zero there, so they add nothing.
-    z = _load_rows(Z, rows, chunk, M, D, BLOCK_D, UPCAST).to(tl.float32)
+    z = load_rows(Z, rows, chunk, M, D, BLOCK_D, UPCAST).to(tl.float32)
     at = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * M + rows
     tl.store(RowDot + at, tl.sum(z * dz, 1), mask=rows < M)
-
-
-def _padded(z: Tensor) -> Tensor:
-    """[M, D] with D a multiple of ALIGN; zero features change no dot product."""
-    return z if z.shape[1] % ALIGN == 0 else torch.nn.functional.pad(z, (0, -z.shape[1] % ALIGN))
 
 
 def nt_xent_forward(z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -334,7 +273,7 @@ def nt_xent_forward(z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Ten
     Returns:
         loss [], row_max [M], row_sum [M]: float32, base 2.
     """
-    z = _padded(z)
+    z = padded(z)
     m, d = z.shape
     config = config_for(FORWARD, architecture(z), z.element_size(), d)
     block = config.block_m
@@ -375,7 +314,7 @@ def nt_xent_backward(
         dz [M, D] and dtemperature [], float32.
     """
     features = z.shape[1]
-    z = _padded(z)
+    z = padded(z)
     m, d = z.shape
     config = config_for(BACKWARD, architecture(z), z.element_size(), d)
     row_blocks, chunks = triton.cdiv(m, config.block_m), triton.cdiv(d, config.block_d)

@@ -6,6 +6,7 @@ For every row of the configuration tables: the kernel compiles, its shared memor
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -25,62 +26,129 @@ if importlib.util.find_spec("triton") is None:
 FEATURES = {"bf16": (8, 64, 104, 128, 304), "fp16": (128, 304), "fp32": (32, 56, 304)}
 ARCHITECTURES = (80, 86, 90, 100)
 
+# kernel: its module, the table of its tiles ("" for a kernel without products), and the launches to compile, each by
+# the arguments that are None in it. The first launch has most of everything, and presses hardest on the registers.
+KERNELS: dict[str, tuple[str, str, dict[str, str]]] = {
+    "nt_xent_forward": ("nt_xent", "FORWARD", {"": ""}),
+    "nt_xent_backward": ("nt_xent", "BACKWARD", {"": ""}),
+    "nt_xent_merge": ("nt_xent", "", {"": ""}),
+    "nt_xent_stats": ("nt_xent", "", {"": ""}),
+    "similarity_forward": (
+        "similarity_lse",
+        "FORWARD",
+        {
+            "all": "",
+            "columns": "Bias RowIds ColIds ColRanges Hardest",
+            "rows": "Bias RowIds ColIds ColRanges ColPartial Hardest",
+        },
+    ),
+    "similarity_backward": (
+        "similarity_lse_backward",
+        "OWNER",
+        {
+            "dq": "ABias BPositives Sums",
+            "dk": "BBias APositives",
+            "rows": "BWeights ABias BBias AIds BIds BPositives BRanges Sums",
+        },
+    ),
+    "similarity_weights": ("similarity_lse_backward", "", {"": ""}),
+    "similarity_attend": ("similarity_lse_attend", "OWNER", {"all": "", "rows": "Bias RowIds ColIds ColRanges"}),
+    "similarity_attend_merge": ("similarity_lse_attend", "", {"": ""}),
+    "similarity_logsigmoid": (
+        "similarity_logsigmoid",
+        "OWNER",
+        {"all": "", "loss": "DA Dots", "gradient": "Loss Sums"},
+    ),
+    "merge": ("_tiles", "", {"": ""}),
+    "block_ranges": ("_tiles", "", {"": ""}),
+}
+# Compile-time arguments and options of the kernels without products.
+SMALL = {
+    "nt_xent_merge": ({"BLOCK": 128, "ROWS": 32, "PARTS": 64}, 4),
+    "nt_xent_stats": ({"BLOCK": 64}, 1),
+    "similarity_weights": ({"BLOCK": 256}, 4),
+    "similarity_attend_merge": ({"D": 128, "PARTS": 16, "BLOCK_D": 128}, 4),
+    "merge": ({"ROWS": 32, "PARTS": 64}, 4),
+    "block_ranges": ({"BLOCK": 64}, 1),
+}
 
-def products(dtypes: dict[str, tuple[int, ...]], architecture: int) -> list[list[Any]]:
-    """[kernel, architecture, dtype, features, precision] for the two kernels with products."""
+
+def products(kernels: dict[str, Any], dtypes: dict[str, tuple[int, ...]], architecture: int) -> list[list[Any]]:
+    """[kernel, launch, architecture, dtype, features, precision] for the kernels with products."""
     return [
-        [kernel, architecture, dtype, d, precision]
-        for kernel in ("forward", "backward")
+        [kernel, launch, architecture, dtype, d, precision]
+        for kernel, launches in kernels.items()
+        for launch in launches
         for dtype, all_d in dtypes.items()
         for d in all_d
         for precision in (("tf32x3", "tf32") if dtype == "fp32" else ("tf32",))
     ]
 
 
-QUICK = [*products({"bf16": (128, 304)}, 90), ["merge", 90, "fp32", 0, ""], ["stats", 90, "fp32", 0, ""]]
+def small(architecture: int) -> list[list[Any]]:
+    return [[kernel, "", architecture, "fp32", 0, ""] for kernel in SMALL]
+
+
+WITH_PRODUCTS = {kernel: launches for kernel, (_, table, launches) in KERNELS.items() if table}
+NT_XENT = {kernel: launches for kernel, launches in WITH_PRODUCTS.items() if kernel.startswith("nt_xent")}
+SIMILARITY = {kernel: launches for kernel, launches in WITH_PRODUCTS.items() if kernel not in NT_XENT}
+HEAVIEST = {kernel: list(launches)[:1] for kernel, launches in SIMILARITY.items()}
+LIGHTER = {kernel: list(launches)[1:] for kernel, launches in SIMILARITY.items()}
+# In every run: the heaviest launches on Hopper, by a narrow and a wide row.
+QUICK = [*products(NT_XENT | HEAVIEST, {"bf16": (128, 304)}, 90), *small(90)]
 FULL = [
     case
     for architecture in ARCHITECTURES
     for case in [
-        *products(FEATURES, architecture),
-        ["merge", architecture, "fp32", 0, ""],
-        ["stats", architecture, "fp32", 0, ""],
+        *products(NT_XENT, FEATURES, architecture),
+        *products(HEAVIEST, {"bf16": (64, 128, 304), "fp16": (128, 304), "fp32": (32, 304)}, architecture),
+        *products(LIGHTER, {"bf16": (128, 304), "fp32": (32, 304)}, architecture),
+        *small(architecture),
     ]
 ]
+INTEGERS = {"M", "N", "R", "C", "L", "first_block", "run_length", "band", "runs", "parts", "resume", "splits", "limit"}
 
 
-def compile_one(kernel: str, architecture: int, dtype: str, features: int, precision: str) -> dict[str, Any]:
+def argument_type(name: str, dtype: str) -> str:
+    if name in INTEGERS:
+        return "i32"
+    if name in {"Z", "Q", "K", "A", "B"}:
+        return f"*{dtype}"
+    if name == "InRange":
+        return "*i32"
+    return "*i64" if name.endswith(("Ids", "Positives", "Ranges")) else "*fp32"
+
+
+def compile_one(
+    kernel: str, launch: str, architecture: int, dtype: str, features: int, precision: str
+) -> dict[str, Any]:
     """Compile as a launch would: 16-byte aligned pointers, integers not specialised; what ptxas made of it."""
     import triton
-    from sslfast.kernels import nt_xent
-    from sslfast.kernels._nt_xent_configs import BACKWARD, FORWARD, config_for
+    from sslfast.kernels import _nt_xent_configs, _similarity_lse_configs
+    from sslfast.kernels._tiles import EXACT
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function = getattr(nt_xent, f"_nt_xent_{kernel}_kernel")
-    size = 4 if dtype == "fp32" else 2
-    options = dict(nt_xent.EXACT)
-    if kernel in ("forward", "backward"):
-        table = FORWARD if kernel == "forward" else BACKWARD
-        config = config_for(table, architecture, size, features)
+    module, table, launches = KERNELS[kernel]
+    prefix = "" if module == "_tiles" else "_"
+    function = getattr(importlib.import_module(f"sslfast.kernels.{module}"), f"{prefix}{kernel}_kernel")
+    options: dict[str, Any] = {} if kernel == "similarity_logsigmoid" else dict(EXACT)
+    if table:
+        tables = _nt_xent_configs if module == "nt_xent" else _similarity_lse_configs
+        size = 4 if dtype == "fp32" else 2
+        config = _nt_xent_configs.config_for(getattr(tables, table), architecture, size, features)
         constants = {"D": features, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
-        constants |= {"BLOCK_D": config.block_d} if kernel == "backward" else {}
+        constants |= {"BLOCK_D": config.block_d} if config.block_d else {}
         constants |= {"PRECISION": precision, "UPCAST": False}
         options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    elif kernel == "merge":
-        constants = {"BLOCK": 128, "ROWS": nt_xent.MERGE_ROWS, "PARTS": 64}
     else:
-        constants = {"BLOCK": 64}
-        options["num_warps"] = 1
-    integers = {"M", "first_block", "run_length", "band", "runs"}
+        constants, options["num_warps"] = dict(SMALL[kernel][0]), SMALL[kernel][1]
+    absent = launches[launch].split() + (["Factor"] if dtype != "fp16" else [])
+    constants |= {name: None for name in absent if name in function.arg_names}
     signature, attributes = {}, {}
     for index, name in enumerate(function.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in integers:
-            signature[name] = "i32"
-        else:
-            signature[name] = {"Z": f"*{dtype}", "InRange": "*i32"}.get(name, "*fp32")
+        signature[name] = "constexpr" if name in constants else argument_type(name, dtype)
+        if signature[name].startswith("*"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
@@ -121,13 +189,14 @@ def compile_all(cases: list[list[Any]]) -> dict[str, dict[str, Any]]:
 def check(case: list[Any], result: dict[str, Any]) -> None:
     from sslfast.kernels._common import SHARED_MEMORY
 
-    kernel, architecture, dtype, *_ = case
+    kernel, _, architecture, dtype, *_ = case
     assert "error" not in result, result["error"]
     assert result["stack"] == 0, f"ptxas spills {result['stack']} bytes: {result}"
     assert result["shared"] <= SHARED_MEMORY[architecture], result
-    if kernel != "merge":  # log2 is a polynomial of explicit ones there
+    # log2 is a polynomial of explicit ones in the merging kernels; the pairwise sigmoid loss subtracts no maximum.
+    if kernel not in ("nt_xent_merge", "merge", "similarity_logsigmoid"):
         assert result["fused"] == 0, f"{result['fused']} fused multiply-adds: {result}"
-    if kernel in ("forward", "backward") and architecture == 90 and dtype != "fp32":
+    if kernel in WITH_PRODUCTS and architecture == 90 and dtype != "fp32":
         assert result["wgmma"] > 0 and result["mma_sync"] == 0, result
 
 
@@ -154,20 +223,47 @@ def test_every_configuration(case: list[Any], full: dict[str, dict[str, Any]]) -
 
 def test_every_row_of_the_tables_is_compiled() -> None:
     """A row that a change adds must come under ``test_every_configuration``."""
+    from sslfast.kernels import _nt_xent_configs, _similarity_lse_configs
     from sslfast.kernels._common import INTERPRETER, SHARED_MEMORY
-    from sslfast.kernels._nt_xent_configs import BACKWARD, FORWARD, NARROW
-    from sslfast.kernels.nt_xent import MERGE_ROWS
+    from sslfast.kernels._nt_xent_configs import NARROW
+    from sslfast.kernels._tiles import MERGE_ROWS
 
     sizes = {"bf16": 2, "fp16": 2, "fp32": 4}
-    for kernel, table in (("forward", FORWARD), ("backward", BACKWARD)):
+    for kernel in WITH_PRODUCTS:
+        module, name, _ = KERNELS[kernel]
+        table = getattr(_nt_xent_configs if module == "nt_xent" else _similarity_lse_configs, name)
         reached = {
             (architecture, sizes[dtype], d > NARROW[sizes[dtype]])
-            for name, architecture, dtype, d, _ in FULL
-            if name == kernel
+            for case, _, architecture, dtype, d, _ in FULL
+            if case == kernel
         }
         assert {row for row in table if row[0] != INTERPRETER} == reached
         assert {row[0] for row in table} == {*SHARED_MEMORY, INTERPRETER}
-    assert all(config.block_m % config.block_n == config.block_m % MERGE_ROWS == 0 for config in FORWARD.values())
+    forward = _nt_xent_configs.FORWARD.values()
+    assert all(config.block_m % config.block_n == config.block_m % MERGE_ROWS == 0 for config in forward)
+
+
+def test_forward_and_backward_of_similarity_lse_round_alike() -> None:
+    from sslfast.kernels._common import INTERPRETER
+    from sslfast.kernels._nt_xent_configs import NARROW
+    from sslfast.kernels._similarity_lse_configs import FORWARD, OWNER
+
+    for row, forward in FORWARD.items():
+        architecture, size, wide = row
+        owner = OWNER[row]
+        if size == 4 or architecture == INTERPRETER:
+            assert forward.block_k == owner.block_k
+        if architecture == INTERPRETER:
+            assert (forward.block_m, forward.block_n) == (owner.block_m, owner.block_n)
+        if not wide:  # one product of all features, whose other factor is the rows of the second product
+            assert forward.block_k == owner.block_k == owner.block_d == NARROW[size]
+
+
+def test_products_of_the_sigmoid_loss_stay_finite() -> None:
+    """One logarithm for the product of block_n factors of up to 2."""
+    from sslfast.kernels._similarity_lse_configs import OWNER
+
+    assert all(config.block_n <= 64 for config in OWNER.values())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,257 @@
+"""Gradients of similarity_lse: see ``similarity_lse.py`` for the notation and the formulas."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import architecture, dot_precision, upcast
+from ._nt_xent_configs import config_for
+from ._similarity_lse_configs import OWNER
+from ._tiles import EXACT, LOG2E, block_ranges, contiguous, dot_products, load_positives, load_rows, padded
+
+# Programs wanted in a launch. Where there are few rows, the other side is split among several programs, whose partial
+# results take 4·split·rows·D ≤ 4·PROGRAMS·block_m·block_d = 16 MiB for any shape.
+PROGRAMS = 256
+
+
+@triton.jit(do_not_specialize=["L"])
+def _similarity_weights_kernel(
+    Grad,  # [L]: of the LSE
+    Max,  # [L]
+    Sum,  # [L]
+    Factor,  # [] or None
+    Weights,  # [2, L]: g_i/sum_i, 0 where there is no pair; and the maximum, 0 in place of −inf
+    L,
+    BLOCK: tl.constexpr,
+):
+    """What the backward needs of each row or column, once instead of once a tile."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    grad = tl.load(Grad + rows, mask=rows < L, other=0.0)
+    if Factor is not None:
+        grad *= tl.load(Factor)
+    total = tl.load(Sum + rows, mask=rows < L, other=1.0)
+    top = tl.load(Max + rows, mask=rows < L, other=0.0)
+    tl.store(Weights + rows, tl.where(total == 0, 0.0, grad / tl.where(total == 0, 1.0, total)), mask=rows < L)
+    tl.store(Weights + L + rows, tl.where(top == float("-inf"), 0.0, top), mask=rows < L)
+
+
+@triton.jit(do_not_specialize=["R", "C"])
+def _similarity_backward_kernel(
+    A,  # [R, D]: q, and B is k; or the other way round
+    B,  # [C, D]
+    Scale,  # []
+    Factor,  # [] or None: a power of two on every weight, taken out at the end
+    AWeights,  # [2, R] or None
+    BWeights,  # [2, C] or None
+    ABias,  # [R] or None
+    BBias,  # [C] or None
+    AIds,  # [R] or None
+    BIds,  # [C], with AIds
+    APositives,  # [R] or None
+    BPositives,  # [C] or None
+    GradPositive,  # [R] or [C], with the positives
+    BRanges,  # [4, tiles], with ids or BPositives
+    DA,  # [splits, R, D]
+    Dots,  # [splits, chunks, R]: a_i·(W b)_i over this program's features and rows of B
+    Sums,  # [splits, R] or None: Σ_j W_ij
+    R,
+    C,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Program (b, c, h): row block b, features [c·BLOCK_D, (c+1)·BLOCK_D) of dA, the h-th part of the rows of B."""
+    scale, factor = tl.load(Scale), 1.0
+    if Factor is not None:
+        factor = tl.load(Factor)
+    row0 = tl.program_id(0) * BLOCK_M
+    rows = row0 + tl.arange(0, BLOCK_M)
+    last = tl.minimum(rows, R - 1)
+    chunk = tl.program_id(1) * BLOCK_D
+    if AWeights is not None:
+        weight_i, top_i = tl.load(AWeights + last), tl.load(AWeights + R + last)
+    if ABias is not None:
+        bias_i = tl.load(ABias + last) * LOG2E
+    if AIds is not None:
+        row_ids = tl.load(AIds + last)
+        low_id, high_id = tl.min(row_ids, 0), tl.max(row_ids, 0)
+    if APositives is not None:
+        positives = load_positives(APositives, last, C)
+        low, high = tl.min(tl.where(positives < 0, C, positives), 0), tl.max(positives, 0)
+        grad_i = tl.load(GradPositive + last) * factor
+    ai = load_rows(A, rows, 0, R, D, BLOCK_K, UPCAST)
+    da = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    sums = tl.zeros((BLOCK_M,), tl.float32)
+
+    tiles = tl.cdiv(C, BLOCK_N)
+    share = tl.cdiv(tiles, tl.num_programs(2))
+    begin = tl.program_id(2) * share
+    for tile in range(begin, tl.minimum(begin + share, tiles)):
+        col0 = tile * BLOCK_N
+        cols = col0 + tl.arange(0, BLOCK_N)
+        bj = load_rows(B, cols, chunk, C, D, BLOCK_D, UPCAST)
+        x = dot_products(ai, bj, A, B, rows, cols, R, C, D, BLOCK_K, PRECISION, UPCAST) * (scale * LOG2E)
+        if ABias is not None:
+            x += bias_i[:, None]
+        if BBias is not None:
+            x += (tl.load(BBias + cols, mask=cols < C, other=0.0) * LOG2E)[None, :]
+        w = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if AWeights is not None:
+            w += tl.exp2(x - top_i[:, None]) * weight_i[:, None]
+        if BWeights is not None:
+            weight_j = tl.load(BWeights + cols, mask=cols < C, other=0.0)
+            top_j = tl.load(BWeights + C + cols, mask=cols < C, other=0.0)
+            w += tl.exp2(x - top_j[None, :]) * weight_j[None, :]
+
+        masked = (col0 + BLOCK_N > C) | (row0 + BLOCK_M > R)
+        if AIds is not None:
+            masked |= (low_id <= tl.load(BRanges + tiles + tile)) & (high_id >= tl.load(BRanges + tile))
+        if masked:
+            keep = (rows[:, None] < R) & (cols[None, :] < C)
+            if AIds is not None:
+                col_ids = tl.load(BIds + tl.minimum(cols, C - 1))
+                keep = keep & (row_ids[:, None] != col_ids[None, :])
+            w = tl.where(keep, w, 0.0)
+        # Here and not after the product: where P_ip is nearly 1 it cancels, in float32.
+        if APositives is not None:
+            has_positives = (low < col0 + BLOCK_N) & (high >= col0)
+            if has_positives:
+                w += tl.where(cols[None, :] == positives[:, None], grad_i[:, None], 0.0)
+        if BPositives is not None:
+            low_j, high_j = tl.load(BRanges + 2 * tiles + tile), tl.load(BRanges + 3 * tiles + tile)
+            if (low_j < row0 + BLOCK_M) & (high_j >= row0):
+                at = tl.minimum(cols, C - 1)
+                mates = tl.where(cols < C, load_positives(BPositives, at, R), -1)
+                grad_j = tl.load(GradPositive + at) * factor
+                w += tl.where(mates[None, :] == rows[:, None], grad_j[None, :], 0.0)
+        if Sums is not None:
+            sums += tl.sum(w, 1)
+        da = tl.dot(w.to(bj.dtype), bj, da, input_precision=PRECISION)
+
+    da = da * (1.0 / factor)
+    features = chunk + tl.arange(0, BLOCK_D)
+    part = tl.program_id(2).to(tl.int64)
+    offsets = (part * R + rows)[:, None] * D + features[None, :]
+    tl.store(DA + offsets, da * scale, mask=(rows[:, None] < R) & (features[None, :] < D))
+    # Rows and features outside A are zero there, so they add nothing.
+    a = load_rows(A, rows, chunk, R, D, BLOCK_D, UPCAST).to(tl.float32)
+    at = (part * tl.num_programs(1) + tl.program_id(1)) * R + rows
+    tl.store(Dots + at, tl.sum(a * da, 1), mask=rows < R)
+    if Sums is not None:
+        tl.store(Sums + part * R + rows, sums / factor, mask=(rows < R) & (tl.program_id(1) == 0))
+
+
+class Side(NamedTuple):
+    """The rows (or columns) of x and what belongs to each: the vectors are [L], or ``None``."""
+
+    z: Tensor  # [L, D]
+    weights: Tensor | None = None  # [2, L], see _similarity_weights_kernel
+    bias: Tensor | None = None
+    ids: Tensor | None = None
+    positives: Tensor | None = None
+
+
+def _weights(
+    grad: Tensor | None, top: Tensor, total: Tensor, factor: Tensor | None, *, block: int = 256
+) -> Tensor | None:
+    if grad is None:
+        return None
+    weights = grad.new_empty((2, len(grad)))
+    _similarity_weights_kernel[(triton.cdiv(len(grad), block),)](
+        grad, top, total, factor, weights, len(grad), BLOCK=block, num_warps=4, **EXACT
+    )
+    return weights
+
+
+def _gradient(
+    a: Side, b: Side, scale: Tensor, factor: Tensor | None, grad_positive: Tensor | None, sums: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """scale·(W b) [R, D], its dots a·(W b) summed [], and the row sums of W [R] if asked."""
+    (r, d), c = a.z.shape, b.z.shape[0]
+    config = config_for(OWNER, architecture(a.z), a.z.element_size(), d)
+    blocks, chunks, tiles = (
+        triton.cdiv(r, config.block_m),
+        triton.cdiv(d, config.block_d),
+        triton.cdiv(c, config.block_n),
+    )
+    split = max(1, min(tiles, PROGRAMS // (blocks * chunks)))
+    da = a.z.new_empty((split, r, d), dtype=torch.float32)
+    dots = a.z.new_empty((split, chunks, r), dtype=torch.float32)
+    row_sums = a.z.new_empty((split, r), dtype=torch.float32) if sums else None
+    _similarity_backward_kernel[(blocks, chunks, split)](
+        a.z, b.z, scale, factor, a.weights, b.weights, a.bias, b.bias, a.ids, b.ids, a.positives, b.positives,
+        grad_positive, block_ranges(b.ids, b.positives, r, config.block_n), da, dots, row_sums, r, c,
+        D=d, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_D=config.block_d,
+        PRECISION=dot_precision(a.z.dtype), UPCAST=upcast(a.z.dtype),
+        num_warps=config.num_warps, num_stages=config.num_stages, **EXACT,
+    )  # fmt: skip
+    return da[0] if split == 1 else da.sum(0), dots.sum(), None if row_sums is None else row_sums.sum(0)
+
+
+def _float16_factor(grads: list[Tensor]) -> Tensor:
+    """[]: the power of two that brings the largest gradient to 2^13 … 2^14: three of them stay below float16's 65504.
+
+    The probabilities they multiply then stay normal numbers down to 8e-9.
+    """
+    largest = torch.stack([g.abs().nan_to_num(0.0, 0.0).amax() for g in grads]).amax()
+    return torch.ldexp(torch.ones_like(largest), 14 - torch.frexp(largest).exponent.clamp(min=-100))
+
+
+def similarity_backward(
+    grad_row: Tensor | None,
+    grad_col: Tensor | None,
+    grad_positive: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    positives: Tensor | None,
+    row_max: Tensor,
+    row_sum: Tensor,
+    col_max: Tensor,
+    col_sum: Tensor,
+    need_q: bool,
+    need_k: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients, from those of row_lse [M], col_lse [N] and positive [M] (``None``: zero).
+
+    The other arguments are those of ``similarity_forward`` and what it returned. For rows against themselves (q = k,
+    equal ids), ``grad_col`` = ``grad_row`` with the rows' statistics in place of the columns' makes dq the whole
+    gradient of the row LSE, and dscale twice its own; of the positives, dq has the part through q even then.
+
+    Returns:
+        dq [M, D], dk [N, D], dscale [] (needs dq or dk, else 0), dbias [N]; float32; [0] for what was not asked for.
+    """
+    features = q.shape[1]
+    q, k = padded(q), padded(k)
+    vectors = contiguous(grad_row, grad_col, grad_positive, bias, row_ids, col_ids, positives)
+    grad_row, grad_col, grad_positive, bias, row_ids, col_ids, positives = vectors
+    if grad_positive is None:
+        positives = None
+    given = [g for g in (grad_row, grad_col, grad_positive) if g is not None]
+    factor = _float16_factor(given) if q.dtype == torch.float16 and given else None
+    dq, dk, dbias = (q.new_empty(0, dtype=torch.float32) for _ in range(3))
+    dscale = q.new_zeros((), dtype=torch.float32)
+    with torch.cuda.device_of(q):
+        rows = Side(q, _weights(grad_row, row_max, row_sum, factor), None, row_ids, positives)
+        columns = Side(k, _weights(grad_col, col_max, col_sum, factor), bias, col_ids)
+        if need_k or need_bias:
+            grad, dscale, sums = _gradient(columns, rows, scale, factor, grad_positive, need_bias)
+            dk = grad[:, :features].contiguous() if need_k else dk
+            dbias = dbias if sums is None else sums
+        if need_q:
+            grad, dscale, _ = _gradient(rows, columns, scale, factor, grad_positive, False)
+            dq = grad[:, :features].contiguous()
+    return dq, dk, dscale, dbias
