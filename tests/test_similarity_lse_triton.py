@@ -365,3 +365,22 @@ def test_opcheck() -> None:
     inputs = tuple(t.detach() for t in (q, k, scale, bias))
     arguments = (*grads, *inputs, *pairs[1:], a["positives"], *saved, True, True, True)
     torch.library.opcheck(torch.ops.sslfast.similarity_lse_triton_backward, arguments)
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_rows_against_themselves_with_positives(with_ids: bool) -> None:
+    """The public call with one tensor: positives that are not mutual, and rows without one."""
+    z = torch.randn(50, 12, device=DEVICE, requires_grad=True)
+    ids = torch.arange(50, device=DEVICE) // 2 if with_ids else None
+    positives = torch.randint(-1, 50, (50,)).to(DEVICE)
+    weight = torch.linspace(0.5, 1.5, 50, device=DEVICE)
+    results = []
+    for backend, kind in (("triton", torch.float32), ("reference", torch.float64), ("reference", torch.float32)):
+        x = z.detach().to(kind).requires_grad_()
+        scale = torch.tensor(0.5, dtype=kind, device=DEVICE, requires_grad=True)
+        with sslfast.use_backend(backend):
+            terms = sslfast.similarity_terms(x, x, scale, row_ids=ids, col_ids=ids, positives=positives)
+        loss = (terms.row_lse * weight - terms.positive * weight.flip(0)).sum()
+        results.append((loss, *torch.autograd.grad(loss, (x, scale))))
+    for name, mine, right, own in zip(("loss", "dz", "dscale"), *results, strict=True):
+        within_budget(name, mine, own, right, torch.float32, floor=1.0)

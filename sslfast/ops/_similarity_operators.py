@@ -5,7 +5,7 @@ Each keeps per row (and column) the maximum and the sum of exponentials relative
 operators in the accumulator's dtype.
 
     similarity_lse         row and column LSE of q [M, D] against k [N, D]; 1U forward, 3U backward (U = 2·M·N·D)
-    similarity_lse_self    z against itself: every tile serves its rows and its columns; 2U in all
+    similarity_lse_self    z against itself: 2U in all on a CPU (a tile serves its rows and its columns), 3U on a GPU
     similarity_lse_attend  only q learns: the softmax-weighted mean of k comes along in the forward; 2U in all
 """
 
@@ -177,7 +177,14 @@ def _self_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
     ctx.set_materialize_grads(False)
 
 
-def _self_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def _self_backward_with(name: str) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _self_backward(name, ctx, *grads)
+
+    return backward
+
+
+def _self_backward(name: str, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     given = tuple(g if asked else None for g, asked in zip(grads[:2], ctx.asked, strict=True))
     if all(g is None for g in given):
         return (None,) * 6
@@ -191,7 +198,8 @@ def _self_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
         present = [g for g in given if g is not None]
         found = _library.second_order(function, (z, scale), ctx.needs_input_grad[:2], present)
         return (*found, None, None, None, None)
-    dz, dscale = torch.ops.sslfast.similarity_lse_self_backward(*given, z, scale, ids, positives, *saved)
+    operator = getattr(torch.ops.sslfast, f"{name}_backward")
+    dz, dscale = operator(*given, z, scale, ids, positives, *saved)
     return dz.to(z.dtype), dscale, None, None, None, None
 
 
@@ -252,17 +260,18 @@ for _name in ("similarity_lse", "similarity_lse_triton"):
     )
     _library.autograd(_name, _backward_with(_name), _setup_context)
 
-_library.define(
-    "similarity_lse_self(Tensor z, Tensor scale, Tensor? ids, Tensor? positives, bool hardest, SymInt tile_cache)"
-    " -> (Tensor row_lse, Tensor positive, Tensor hardest_negative, Tensor row_max, Tensor row_sum, Tensor tiles)",
-    _self_fake,
-)
-_library.define(
-    "similarity_lse_self_backward(Tensor? grad_row, Tensor? grad_positive, Tensor z, Tensor scale, Tensor? ids,"
-    " Tensor? positives, Tensor row_max, Tensor row_sum, Tensor tiles) -> (Tensor dz, Tensor dscale)",
-    _self_backward_fake,
-)
-_library.autograd("similarity_lse_self", _self_backward, _self_setup_context)
+for _name in ("similarity_lse_self", "similarity_lse_self_triton"):
+    _library.define(
+        f"{_name}(Tensor z, Tensor scale, Tensor? ids, Tensor? positives, bool hardest, SymInt tile_cache)"
+        " -> (Tensor row_lse, Tensor positive, Tensor hardest_negative, Tensor row_max, Tensor row_sum, Tensor tiles)",
+        _self_fake,
+    )
+    _library.define(
+        f"{_name}_backward(Tensor? grad_row, Tensor? grad_positive, Tensor z, Tensor scale, Tensor? ids,"
+        " Tensor? positives, Tensor row_max, Tensor row_sum, Tensor tiles) -> (Tensor dz, Tensor dscale)",
+        _self_backward_fake,
+    )
+    _library.autograd(_name, _self_backward_with(_name), _self_setup_context)
 
 for _name in ("similarity_lse_attend", "similarity_lse_attend_triton"):
     _library.define(
@@ -292,6 +301,50 @@ def _triton_attend(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return kernel.similarity_attend(q.contiguous(), k.contiguous(), *rest)
 
 
+def _triton_self(
+    z: Tensor, scale: Tensor, ids: Tensor | None, positives: Tensor | None, hardest: bool, tile_cache: int
+) -> tuple[Tensor, ...]:
+    from ..kernels import similarity_lse as kernel
+
+    z = z.contiguous()
+    found = kernel.similarity_forward(z, z, scale, None, ids, ids, positives, False, hardest)
+    row_lse, _, positive, negative, row_max, row_sum, _, _ = found
+    return row_lse, positive, negative, row_max, row_sum, _like(z, 0)
+
+
+def _triton_self_backward(
+    grad_row: Tensor | None,
+    grad_positive: Tensor | None,
+    z: Tensor,
+    scale: Tensor,
+    ids: Tensor | None,
+    positives: Tensor | None,
+    row_max: Tensor,
+    row_sum: Tensor,
+    tiles: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """With W = G + Gᵀ, dz = scale·W z is one launch, dq of a rectangular backward that is given g for the columns too.
+
+    Of a positive that holds the half through q; the other, ``gp_i·scale·z_i`` in row p(i), is added here.
+    """
+    from ..kernels import similarity_lse as kernel
+
+    z = z.contiguous()
+    statistics = (row_max, row_sum, row_max, row_sum)
+    dz, _, twice, _ = kernel.similarity_backward(
+        grad_row, grad_row, grad_positive, z, z, scale, None, ids, ids, positives, *statistics, True, False, False
+    )
+    if grad_positive is not None and positives is not None:
+        present = (positives >= 0) & (positives < z.shape[0])
+        place = torch.where(present, positives, 0)
+        weighted = torch.where(present, grad_positive, 0.0)[:, None] * z.to(dz.dtype)  # [M, D]
+        twice = twice + (weighted * z.index_select(0, place)).sum()
+        dz = dz.index_put((place,), scale * weighted, accumulate=True)  # sorts: no atomics
+    return dz, twice / 2
+
+
+_library.implement("similarity_lse_self_triton", _triton_self, "CUDA", "CPU")
+_library.implement("similarity_lse_self_triton_backward", _triton_self_backward, "CUDA", "CPU")
 _library.implement("similarity_lse_triton", _triton_forward, "CUDA", "CPU")
 _library.implement("similarity_lse_triton_backward", _triton_backward, "CUDA", "CPU")
 _library.implement("similarity_lse_attend_triton", _triton_attend, "CUDA", "CPU")

@@ -148,9 +148,10 @@ def _by_kernel(
     ops = torch.ops.sslfast
     suffix = "_triton" if backend == "triton" else ""
     grad = torch.is_grad_enabled()
-    if with_itself and backend == "cpu":
-        cache = _self_tile_cache(q) if grad and (q.requires_grad or scale.requires_grad) else 0
-        row, positive, largest, *_ = ops.similarity_lse_self(q, scale, row_ids, positives, hardest, cache)
+    if with_itself:
+        cache = _self_tile_cache(q) if backend == "cpu" and grad and (q.requires_grad or scale.requires_grad) else 0
+        function = getattr(ops, f"similarity_lse_self{suffix}")
+        row, positive, largest, *_ = function(q, scale, row_ids, positives, hardest, cache)
         return row, row, positive, largest
     keys_learn = grad and (k.requires_grad or (bias is not None and bias.requires_grad))
     # With a positive among the columns, scale·(attended − k_p) would cancel where the positive dominates: there the
