@@ -23,6 +23,7 @@ BACKENDS = ("cpu", "triton", "reference")
 # Bytes of similarity tiles that a CPU forward keeps for its backward, at most; a constant, so that no buffer grows as
 # M·N. With the packed rows and their gradients (20 MiB) a step at M = N = 8192, D = 128 then stays below 64 MiB.
 TILE_CACHE = 42 * 2**20
+LEAST_CACHE = 16 * 2**20
 TILE = 192  # most rows and columns of a tile
 
 
@@ -59,7 +60,10 @@ def _self_tile_cache(z: Tensor) -> int:
     """The same for rows against themselves, where tiles on and above the diagonal are enough."""
     rows = z.shape[0]
     every_tile = max((rows + TILE) * (rows + 2 * TILE) // 2, 36 * TILE * (rows // 8 + 33))
-    return min(every_tile, TILE_CACHE // accumulator(z).itemsize)
+    # Two views make twice the rows: beyond 8,192 of them at D = 128 the cache gives way to the packed rows.
+    size = accumulator(z).itemsize
+    room = TILE_CACHE + 5 * (2**22 - rows * z.shape[1] * size)
+    return min(every_tile, min(max(room, LEAST_CACHE), TILE_CACHE) // size)
 
 
 def _check_positives(positives: Tensor, q: Tensor, k: Tensor) -> None:
