@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import sslfast
 from helpers import within_budget
 from sslfast.losses.info_nce import InfoNCELoss, info_nce
 
@@ -268,3 +269,25 @@ def test_wrong_input(q, k, options: dict, error: type[Exception], message: str) 
 def test_module_rejects_a_zero_temperature() -> None:
     with pytest.raises(ValueError, match="temperature must be finite and not zero"):
         InfoNCELoss(math.nan)
+
+
+def test_a_nan_comes_out_of_the_debiased_loss() -> None:
+    q, negatives = torch.randn(4, 8), torch.randn(3, 8)
+    negatives[1] = float("nan")
+    assert info_nce(q, q + 0.1, negatives=negatives, tau_plus=0.1).isnan()
+
+
+def test_diagnostics_do_not_hold_on_to_a_queue() -> None:
+    q, queue = torch.randn(4, 8, requires_grad=True), torch.randn(16, 8)
+    loss, _ = info_nce(q, q.detach() + 0.1, negatives=queue, normalize=False, diagnostics=True)
+    queue.add_(1.0)
+    loss.backward()
+    assert q.grad is not None and q.grad.isfinite().all()
+
+
+def test_an_unknown_strategy_is_refused_at_once() -> None:
+    for make in (sslfast.InfoNCELoss, sslfast.NTXentLoss, sslfast.ClipLoss, sslfast.SupConLoss):
+        with pytest.raises(ValueError, match="strategy must be one of 'gather', 'ring', got 'rings'"):
+            make(strategy="rings")
+    with pytest.raises(ValueError, match="got 'rings'"):
+        sslfast.nt_xent(torch.randn(4, 3), torch.randn(4, 3), strategy="rings")

@@ -102,3 +102,10 @@ def test_bad_arguments() -> None:
         sslfast.similarity_logsigmoid(q, k[:, :2], 1.0)
     with pytest.raises(ValueError, match="bias must be a float"):
         sslfast.similarity_logsigmoid(q, k, 1.0, torch.zeros(5))
+
+
+def test_reference_backend() -> None:
+    q, k = torch.randn(9, 4), torch.randn(7, 4)
+    with sslfast.use_backend("reference"):
+        plain = sslfast.similarity_logsigmoid(q, k, 2.0, -1.0)
+    torch.testing.assert_close(sslfast.similarity_logsigmoid(q, k, 2.0, -1.0), plain)

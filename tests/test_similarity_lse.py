@@ -402,3 +402,24 @@ def test_bad_arguments() -> None:
     for error, message, arguments, options in cases:
         with pytest.raises(error, match=message):
             sslfast.similarity_terms(*arguments, **options)
+
+
+def test_statistics_of_more_columns_than_the_block_has() -> None:
+    """What a ring does: total statistics with a large maximum, and a block of small logits with excluded pairs."""
+    q, k = torch.full((1, 2), 0.1), torch.tensor([[0.1, 0.0], [0.2, 0.1]])
+    one, ids = torch.ones(1), (torch.tensor([5]), torch.tensor([5, 6]))
+    for top in (-282.0, 150.0):
+        dq, dk, _, _ = torch.ops.sslfast.similarity_lse_backward(
+            one, None, None, q, k, torch.tensor(1.0), None, *ids, None, torch.tensor([top]), one,
+            *[torch.empty(0)] * 3, True, True, False,
+        )  # fmt: skip
+        weight = torch.tensor([[0.0, 2.0 ** (0.03 * 1.4426950408889634 - top)]])
+        torch.testing.assert_close(dq, weight @ k)
+        torch.testing.assert_close(dk, weight.T @ q)
+
+
+def test_hardest_of_a_nan_row_is_nan() -> None:
+    q, k = torch.randn(30, 4), torch.randn(40, 4)
+    q[3] = float("nan")
+    hardest = sslfast.similarity_terms(q, k, 1.0, hardest=True).hardest
+    assert hardest is not None and hardest[3].isnan() and hardest.isnan().sum() == 1

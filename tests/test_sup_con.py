@@ -175,3 +175,9 @@ LABELS = torch.zeros(4, dtype=torch.int64)
 def test_wrong_input(features, options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         sup_con(features, **options)
+
+
+def test_a_nan_comes_out_of_the_mean_over_nonzero_rows() -> None:
+    features = torch.randn(4, 2, 8)
+    features[2, 0, 1] = float("nan")
+    assert sup_con(features, reduction="mean_nonzero").isnan()

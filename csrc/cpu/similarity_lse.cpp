@@ -143,6 +143,9 @@ struct CrossLse {
     const T* gp = static_cast<const T*>(given.positive);
     T* dbias = static_cast<T*>(gradient.dbias);
     const bool folded = bounded && foldable(g, row_max, row_sum, input.m) && foldable(h, col_max, col_sum, input.n);
+    // Statistics of more columns than these may have large maxima, and relative to such a one the finite stand-in for
+    // an excluded pair is not nothing: recomputed tiles then hold −∞. Kept tiles come with maxima of 0, which fold.
+    bounded = folded;
     for (int64_t i = 0; i < input.m; ++i) prepare_weight(g, row_max, row_sum, i, folded, row_a, row_shift);
     for (int64_t j = 0; j < input.n; ++j) prepare_weight(h, col_max, col_sum, j, folded, col_a, col_shift);
     if (dbias != nullptr) cross.clear(dbias, input.n);

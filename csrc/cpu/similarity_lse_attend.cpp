@@ -5,7 +5,8 @@
 //   attended_i = Σ_j 2^(x_ij − max_i) k_j / sum_i
 //
 // and d row_lse_i / d q_i = scale·attended_i. 2U in all (U = 2·M·N·D), nothing recomputed. k may be much larger than q
-// (a queue): it is packed a few blocks at a time, so scratch memory does not grow with it.
+// (a queue): it is read once for its norms, then packed a few blocks at a time, so scratch memory does not grow with
+// it.
 
 #include "cross_similarity.h"
 
@@ -46,8 +47,8 @@ struct Attend {
       : input(in),
         of_q(in.m, in.d),
         of_k(in.n, in.d),
-        splits(split_count(of_q.count, of_k.count, threads)),
-        chunk(chunk_count(of_k, splits)) {
+        splits(split_count(of_q, of_k, threads)),
+        chunk(chunk_count(of_k)) {
     q_panels = arena.take<T>(of_q.count * of_q.size);
     k_panels = arena.take<T>(chunk * of_k.size);
     k_transposed = arena.take<T>(chunk * of_k.size);
@@ -63,14 +64,14 @@ struct Attend {
     low = static_cast<T>(kLog2e * in.scale - static_cast<double>(high));
   }
 
-  // Two tasks a thread, unless there are not so many blocks of k.
-  static int64_t split_count(int64_t rows, int64_t columns, int64_t threads) {
-    const int64_t wanted = (2 * threads + rows - 1) / rows;
-    return wanted < columns ? wanted : columns;
+  // Two tasks a thread, unless there are not so many blocks in a chunk of k.
+  static int64_t split_count(const Blocks<T>& of_q, const Blocks<T>& of_k, int64_t threads) {
+    const int64_t wanted = (2 * threads + of_q.count - 1) / of_q.count, most = chunk_count(of_k);
+    return wanted < most ? wanted : most;
   }
-  static int64_t chunk_count(const Blocks<T>& of_k, int64_t splits) {
+  static int64_t chunk_count(const Blocks<T>& of_k) {
     const int64_t fit = kChunkBytes / (2 * of_k.size * static_cast<int64_t>(sizeof(T)));
-    const int64_t least = fit < 2 * splits ? 2 * splits : fit;
+    const int64_t least = fit < 1 ? 1 : fit;
     return least < of_k.count ? least : of_k.count;
   }
 

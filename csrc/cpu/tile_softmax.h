@@ -188,17 +188,23 @@ static void exponentials(T* x, int64_t rows, int64_t columns, RowStatistics<T> o
   }
 }
 
+// The larger of two numbers, NaN if one is NaN.
+template <typename T>
+static inline T larger_or_nan(T a, T b) {
+  return a == a && !(b <= a) ? b : a;
+}
+
 // The largest x of each row into top[0 … rows).
 template <typename T>
 static void largest_of_rows(const T* x, int64_t rows, int64_t columns, T* top) {
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; ++j) top[i] = x[i * kTile + j] > top[i] ? x[i * kTile + j] : top[i];
+    for (int64_t j = 0; j < columns; ++j) top[i] = larger_or_nan(top[i], x[i * kTile + j]);
 }
 
 template <typename T>
 static void largest_of_columns(const T* x, int64_t rows, int64_t columns, T* top) {
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; ++j) top[j] = x[i * kTile + j] > top[j] ? x[i * kTile + j] : top[j];
+    for (int64_t j = 0; j < columns; ++j) top[j] = larger_or_nan(top[j], x[i * kTile + j]);
 }
 
 // W_ij = a_i·2^(x_ij − max_i) + b_j·2^(x_ij − max_j), with a = g/sum: the two softmaxes that s_ij takes part in.

@@ -1,8 +1,8 @@
 """What the scopes send: rows gathered and summed back to their owners, sums over ranks, and blocks round a ring.
 
 Every function is a collective: all ranks of the group call it, in the same order. Tensors travel as bytes, so any dtype
-does. Sums are made by the receiver, in rank order: the result is the same from run to run, and 16-bit gradients are
-added in float32 though they travel in 16 bits.
+does. Sums of rows are made by the receiver, in rank order: the result is the same from run to run, and 16-bit gradients
+are added in float32 though they travel in 16 bits. (`total` is the backend's own all-reduce, in the backend's order.)
 """
 
 from __future__ import annotations

@@ -20,6 +20,10 @@ def learns(x: Tensor | None) -> bool:
     return x is not None and x.requires_grad and torch.is_grad_enabled()
 
 
+def _learns(x: float | Tensor) -> bool:
+    return isinstance(x, Tensor) and learns(x)
+
+
 def _merged_lse(parts: Tensor) -> Tensor:
     """Log-sum-exp over the ranks of [W, n] partial ones; −inf, with zero gradient, where all are."""
     empty = (parts == float("-inf")).all(0)
@@ -52,7 +56,7 @@ class GatherScope(Scope):
         positives: Tensor | None = None,
         hardest: bool = False,
     ) -> SimilarityTerms:
-        sizes = self._agreed(q, k, bias, row_ids, col_ids, columns, positives)
+        sizes = self._agreed(q, k, scale, bias, row_ids, col_ids, columns, positives)
         terms = similarity_terms(
             q,
             gather_rows(k, sizes, self.ranks),
@@ -72,7 +76,7 @@ class GatherScope(Scope):
     def similarity_logsigmoid(
         self, q: Tensor, k: Tensor, scale: float | Tensor, bias: float | Tensor, *, row_ids: Tensor, col_ids: Tensor
     ) -> Tensor:
-        sizes = self._agreed_pairs(q, k, row_ids, col_ids)
+        sizes = self._agreed_pairs(q, k, scale, bias, row_ids, col_ids)
         k = gather_rows(k, sizes, self.ranks)
         col_ids = gather_rows(col_ids.long(), sizes, self.ranks)
         return similarity_logsigmoid(q, k, scale, bias, row_ids=row_ids, col_ids=col_ids)
@@ -90,6 +94,7 @@ class GatherScope(Scope):
         self,
         q: Tensor,
         k: Tensor,
+        scale: float | Tensor,
         bias: Tensor | None,
         row_ids: Tensor | None,
         col_ids: Tensor | None,
@@ -118,10 +123,21 @@ class GatherScope(Scope):
             "columns": columns,
             "whether k needs a gradient": learns(k),
             "whether bias needs a gradient": learns(bias),
+            "whether q or scale needs a gradient": learns(q) or _learns(scale),
         }
-        return sizes_of(self.ranks, "similarity_terms", k, traits, check)
+        sizes = sizes_of(self.ranks, "similarity_terms", k, traits, check)
+        if positives is not None and positives.device.type == "cpu":
+            low, high = (int(x) for x in torch.aminmax(positives))
+            if low < -1 or high >= sum(sizes):
+                raise ValueError(
+                    f"positives must be columns of all ranks, 0 to {sum(sizes) - 1}, or -1 for none; "
+                    f"got {low} to {high}"
+                )
+        return sizes
 
-    def _agreed_pairs(self, q: Tensor, k: Tensor, row_ids: Tensor, col_ids: Tensor) -> tuple[int, ...]:
+    def _agreed_pairs(
+        self, q: Tensor, k: Tensor, scale: float | Tensor, bias: float | Tensor, row_ids: Tensor, col_ids: Tensor
+    ) -> tuple[int, ...]:
         """The ranks' numbers of columns for ``similarity_logsigmoid``."""
 
         def check() -> None:
@@ -129,7 +145,11 @@ class GatherScope(Scope):
             check_integers("row_ids", row_ids, len(q), q.device)
             check_integers("col_ids", col_ids, len(k), q.device)
 
-        traits = {"the strategy (True: ring)": self._is_ring, "whether k needs a gradient": learns(k)}
+        traits = {
+            "the strategy (True: ring)": self._is_ring,
+            "whether k needs a gradient": learns(k),
+            "whether q, scale or bias needs a gradient": learns(q) or _learns(scale) or _learns(bias),
+        }
         return sizes_of(self.ranks, "similarity_logsigmoid", k, traits, check)
 
     _is_ring = False

@@ -266,7 +266,7 @@ class RingScope(GatherScope):
                 q, k, scale, bias=bias, row_ids=row_ids, col_ids=col_ids, columns=columns, positives=positives,
                 hardest=hardest,
             )  # fmt: skip
-        sizes = self._agreed(q, k, bias, row_ids, col_ids, columns, positives)
+        sizes = self._agreed(q, k, scale, bias, row_ids, col_ids, columns, positives)
         backend = _backend("similarity_lse", why_not_lse, q)
         found = recorded(
             _RingTerms,
@@ -287,7 +287,7 @@ class RingScope(GatherScope):
     ) -> Tensor:
         if self._falls_back(q.device):
             return super().similarity_logsigmoid(q, k, scale, bias, row_ids=row_ids, col_ids=col_ids)
-        sizes = self._agreed_pairs(q, k, row_ids, col_ids)
+        sizes = self._agreed_pairs(q, k, scale, bias, row_ids, col_ids)
         scale, bias = scalar_tensor("scale", scale, q), scalar_tensor("bias", bias, q)
         backend = _backend("similarity_logsigmoid", why_not_logsigmoid, q)
         return recorded(

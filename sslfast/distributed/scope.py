@@ -101,6 +101,12 @@ class Scope:
         return x
 
 
+def check_strategy(strategy: str) -> None:
+    """``strategy`` is one of ``STRATEGIES``."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
+
+
 def scope_of(gather_distributed: bool, strategy: str = "gather", group: ProcessGroup | None = None) -> Scope:
     """The scope that a loss's arguments name. Make one for each call of a loss: that is cheap.
 
@@ -117,8 +123,7 @@ def scope_of(gather_distributed: bool, strategy: str = "gather", group: ProcessG
         ValueError: ``strategy`` is neither of the two.
         RuntimeError: ``gather_distributed=True`` without an initialised process group, or from a process outside it.
     """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
+    check_strategy(strategy)
     if not gather_distributed:
         return Scope()
     from .gather import GatherScope  # these build on this module

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._checks import accumulator, check_matrix, check_same, check_temperature, scalar_tensor
+from ..distributed.scope import check_strategy
 from ..ops.l2_normalize import l2_normalize
 
 
@@ -65,8 +66,9 @@ def softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=40.0)
 
 
-def check_gather(gather_distributed: bool) -> None:
-    """``gather_distributed=True`` needs a torch that was built with ``torch.distributed``."""
+def check_gather(gather_distributed: bool, strategy: str = "gather") -> None:
+    """``strategy`` exists, and ``gather_distributed=True`` needs a torch that was built with ``torch.distributed``."""
+    check_strategy(strategy)
     if gather_distributed and not torch.distributed.is_available():
         raise ValueError(
             "gather_distributed=True, but torch.distributed is not available: "
@@ -83,7 +85,7 @@ class ContrastiveLoss(nn.Module):
         super().__init__()
         device = temperature.device if isinstance(temperature, Tensor) else torch.device("cpu")
         check_temperature(temperature, device)
-        check_gather(gather_distributed)
+        check_gather(gather_distributed, strategy)
         if isinstance(temperature, Tensor) and not isinstance(temperature, nn.Parameter):
             self.register_buffer("temperature", temperature, persistent=False)
         else:

@@ -95,7 +95,7 @@ class ClipLoss(nn.Module):
         self, gather_distributed: bool = False, *, strategy: str = "gather", diagnostics: bool = False
     ) -> None:
         super().__init__()
-        check_gather(gather_distributed)
+        check_gather(gather_distributed, strategy)
         self.gather_distributed = gather_distributed
         self.strategy = strategy
         self.diagnostics = diagnostics

@@ -169,7 +169,7 @@ class HypersphereLoss(nn.Module):
         strategy: str = "gather",
     ) -> None:
         super().__init__()
-        check_gather(gather_distributed)
+        check_gather(gather_distributed, strategy)
         _check_positive("t", t)
         _check_positive("alpha", alpha)
         self.t = t

@@ -246,10 +246,13 @@ def _with_extra_negatives(
     """Row LSE and hardest negative with the extra columns, and the sum of the hard negatives' logits."""
     row_lse, hardest, hard_sum = terms.row_lse, terms.hardest, 0.0
     if x.negatives is not None:
-        shared = scope.similarity_terms(x.q, x.negatives, scale, hardest=hardest is not None)
+        shared = scope.similarity_terms(x.q, x.negatives, scale)
         row_lse = torch.logaddexp(row_lse, shared.row_lse)
-        if hardest is not None and shared.hardest is not None:
-            hardest = torch.maximum(hardest, shared.hardest)
+        if hardest is not None:
+            with torch.no_grad():  # a pass of its own: the one with a gradient may not hold on to a queue
+                hardest_shared = scope.similarity_terms(x.q, x.negatives, scale, hardest=True).hardest
+            assert hardest_shared is not None
+            hardest = torch.maximum(hardest, hardest_shared)
     if x.hard_negatives is None:
         return row_lse, hardest, hard_sum
     own = scale * row_dots(x.q, x.hard_negatives)  # [M, H]
@@ -263,12 +266,12 @@ def _debiased(log_negatives: Tensor, positive: Tensor, scale: Tensor, tau_plus: 
     if n == 0:
         return softplus(log_negatives - positive)
     gap = math.log(n * tau_plus) + positive - log_negatives  # log of the share that is taken for positives
-    left = gap < 0
+    left = ~(gap >= 0)  # also where a NaN came in, which must come out
     # Where nothing is left the floor stands in; the number there must only not make NaN of a zero gradient.
     share = torch.log(-torch.expm1(torch.where(left, gap.clamp(max=-1e-30), -1.0)))
     log_ng = log_negatives + share - math.log1p(-tau_plus)
     floor = math.log(n) - scale.abs()
-    return softplus(torch.where(left & (log_ng > floor), log_ng, floor) - positive)
+    return softplus(torch.where(left & ~(log_ng <= floor), log_ng, floor) - positive)
 
 
 def _mean_row(scope: Scope, count: int, *blocks: Tensor | None) -> Tensor:

@@ -30,7 +30,7 @@ def moco(
 
         ℓ_i = −log( exp(q_i·k_i / τ) / (exp(q_i·k_i / τ) + Σ_j exp(q_i·queue_j / τ)) )
 
-    The gradient comes along in the forward, and neither logits nor a copy of the queue is stored.
+    The gradient comes along in the forward; neither logits nor (where the dtypes agree) a copy of the queue is stored.
 
     Args:
         q, k: [N, D], row ``i`` of both from image ``i``; float32, float64, bfloat16 or float16. ``k`` receives a
@@ -110,6 +110,7 @@ def moco_v3(
     Source: Chen et al. 2021, "An Empirical Study of Training Self-Supervised Vision Transformers", algorithm 1; value
     as facebookresearch/moco-v3's and solo-learn's ``mocov3_loss_func``.
     """
+    check_matrix("k", k)
     result = info_nce(
         q,
         k.detach(),

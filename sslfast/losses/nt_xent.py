@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..distributed.scope import scope_of
+from ..distributed.scope import check_strategy, scope_of
 from ..ops.nt_xent import nt_xent as local_nt_xent
 from ._inputs import ContrastiveLoss, inverse, two_views
 from .diagnostics import Diagnostics, diagnostics_of
@@ -54,6 +54,7 @@ def nt_xent(
     Source: Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations", equation 1; value
     as lightly 1.6.0's ``NTXentLoss`` (google-research/simclr reports the sum of two such means, twice this value).
     """
+    check_strategy(strategy)
     if not (gather_distributed or diagnostics):
         return local_nt_xent(z0, z1, temperature, normalize=normalize)
     z0, z1 = two_views("z0", z0, "z1", z1, normalize)

@@ -59,8 +59,8 @@ def multiple_negatives_ranking(
         is the loss of the global batch.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices do not fit, scale is not positive, a direction or the
-            partition mode is not one of the above, or they do not go together.
+        TypeError, ValueError: shapes, dtypes or devices do not fit, scale is a number and not positive (a tensor is not
+            read), a direction or the partition mode is not one of the above, or they do not go together.
 
     Source: Henderson et al. 2017, "Efficient Natural Language Response Suggestion for Smart Reply", section 4.4; all
     four directions: Li et al. 2023, "Towards General Text Embeddings with Multi-stage Contrastive Learning", section
@@ -70,7 +70,7 @@ def multiple_negatives_ranking(
     q, d, documents, hard = _checked(anchors, positives, negatives, normalize)
     factor = scalar_tensor("scale", scale, q)
     scope = scope_of(gather_distributed, strategy)
-    shard = scope.shard(q)
+    shard = scope.shard(documents.view(q.shape[0], -1))  # [N, (1 + H)·D]: the ranks must agree on H too
     n, numbers = shard.local, shard.ids(q.device)  # of the queries
     # A rank's documents are its positives, then its hard negatives, so they start at (1 + H) times its first query.
     first = (1 + hard) * shard.offset
@@ -192,7 +192,7 @@ class MultipleNegativesRankingLoss(nn.Module):
     ) -> None:
         super().__init__()
         _check_options(scale, directions, partition_mode)
-        check_gather(gather_distributed)
+        check_gather(gather_distributed, strategy)
         if isinstance(scale, Tensor) and not isinstance(scale, nn.Parameter):
             self.register_buffer("scale", scale, persistent=False)
         else:

@@ -73,7 +73,7 @@ class SigLipLoss(nn.Module):
 
     def __init__(self, gather_distributed: bool = False, *, strategy: str = "gather") -> None:
         super().__init__()
-        check_gather(gather_distributed)
+        check_gather(gather_distributed, strategy)
         self.gather_distributed = gather_distributed
         self.strategy = strategy
 

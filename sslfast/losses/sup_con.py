@@ -185,7 +185,7 @@ def _reduced(row_loss: Tensor, reduction: str, scope: Scope, shard: Shard) -> Te
     """This rank's part of the mean over the anchors of all ranks; ``row_loss`` [B, anchors of a sample]."""
     if reduction == "mean":
         return shard.weight / row_loss.shape[1] * row_loss.sum()
-    nonzero = row_loss > 0
+    nonzero = ~(row_loss <= 0)  # a NaN counts, and comes out
     count = scope.total(nonzero.sum().to(row_loss.dtype))
     return shard.world_size * torch.where(nonzero, row_loss, 0.0).sum() / count.clamp(min=1)
 

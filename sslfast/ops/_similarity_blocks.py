@@ -56,8 +56,11 @@ def merge_statistics(a: Statistics, b: Statistics) -> Statistics:
     nothing = float("-inf")
     first, second = (part.max.masked_fill(part.sum == 0, nothing) for part in (a, b))
     top = torch.maximum(first, second)
+    # Relative to 0 where the maximum is infinite, because ∞ − ∞ is NaN: nothing so far, or an infinite similarity.
+    shift = top.masked_fill(top.isinf(), 0.0)
+    first, second = (x.masked_fill(x == float("inf"), 0.0) for x in (first, second))  # their sums are infinite already
     top = top.masked_fill(top == nothing, 0.0)
-    return Statistics(top, a.sum * torch.exp2(first - top) + b.sum * torch.exp2(second - top))
+    return Statistics(top, a.sum * torch.exp2(first - shift) + b.sum * torch.exp2(second - shift))
 
 
 def forward_block(backend: str, pairs: Pairs, columns: bool, hardest: bool) -> BlockTerms:
