@@ -349,6 +349,7 @@ def step(n):
     (row.sum() + col.sum()).backward()
     sslfast.similarity_lse(a, a, 1.0).sum().backward()
     sslfast.similarity_lse(a, b.detach(), 1.0).sum().backward()
+    sslfast.similarity_logsigmoid(a, b, 1.0).backward()
 step(512)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 step(n)
