@@ -26,8 +26,9 @@ from .losses.nt_xent import nt_xent
 from .losses.ranking import multiple_negatives_ranking
 from .losses.sig_lip import sig_lip
 from .losses.sup_con import sup_con
-from .ops import l2_normalize, similarity_logsigmoid, similarity_lse
+from .ops import l2_normalize, second_moment, similarity_logsigmoid, similarity_lse
 from .ops.similarity_lse import SimilarityTerms, similarity_terms
+from .reference.second_moment import SecondMoment
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "MoCoV3Loss",
     "MultipleNegativesRankingLoss",
     "NTXentLoss",
+    "SecondMoment",
     "SigLipLoss",
     "SimilarityTerms",
     "SupConLoss",
@@ -56,6 +58,7 @@ __all__ = [
     "moco_v3",
     "multiple_negatives_ranking",
     "nt_xent",
+    "second_moment",
     "sig_lip",
     "similarity_logsigmoid",
     "similarity_lse",

@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..ops.second_moment import second_moment
 from ..ops.similarity_logsigmoid import similarity_logsigmoid
 from ..ops.similarity_lse import SimilarityTerms, similarity_terms
+from ..reference.second_moment import SecondMoment
 from .collectives import Ranks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 STRATEGIES = ("gather", "ring")
+STATISTICS = ("global", "local")
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,26 @@ class Scope:
     ) -> Tensor:
         """:func:`sslfast.similarity_logsigmoid`, the sum over local rows and global columns."""
         return similarity_logsigmoid(q, k, scale, bias, row_ids=row_ids, col_ids=col_ids)
+
+    def second_moment(
+        self,
+        a: Tensor,
+        b: Tensor | None = None,
+        *,
+        cross: bool = False,
+        center: bool = True,
+        scale: str = "none",
+        eps: float = 1e-5,
+        statistics: str = "global",
+        form: str = "auto",
+    ) -> SecondMoment:
+        """:func:`sslfast.second_moment` of the rows of the whole scope; every rank gets the same numbers.
+
+        ``statistics``: means and scales of the columns are those of all rows (``"global"``) or of each rank's own
+        (``"local"``; the moments are still summed over all). ``form``: "auto", "primal" or "dual", over ranks also
+        what travels: M or the rows.
+        """
+        return second_moment(a, b, cross=cross, center=center, scale=scale, eps=eps, form=form)
 
     def gather(self, x: Tensor) -> Tensor:
         """The rows ``x`` [n, ...] of all ranks, in rank order; the gradient of each row is summed over the ranks."""

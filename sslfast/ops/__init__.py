@@ -2,7 +2,8 @@
 
 from .l2_normalize import l2_normalize
 from .nt_xent import nt_xent
+from .second_moment import second_moment
 from .similarity_logsigmoid import similarity_logsigmoid
 from .similarity_lse import similarity_lse
 
-__all__ = ["l2_normalize", "nt_xent", "similarity_logsigmoid", "similarity_lse"]
+__all__ = ["l2_normalize", "nt_xent", "second_moment", "similarity_logsigmoid", "similarity_lse"]
