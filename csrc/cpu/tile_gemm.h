@@ -34,7 +34,7 @@ static inline int64_t block_size(int64_t height, int64_t d) {
 }
 
 // What a micro-tile does with its accumulators.
-enum class Store { scaled, add };
+enum class Store { scaled, add, replace };
 
 // C[rows × vectors·lanes] (+)= Σ_k A[i][k]·B[k][·] over `chunks` runs of `run` values of k, A moving by `jump` from
 // run to run and the last run being `last` long. Scaled: C = acc·high + acc·low, a scale with twice the precision.
@@ -69,6 +69,8 @@ static inline __attribute__((always_inline)) void micro_tile(const T* a, const T
       T* out = c + i * kLdc + v * kLanes<T>;
       if constexpr (kStore == Store::scaled)
         store(out, acc[i][v] * high + acc[i][v] * low);
+      else if constexpr (kStore == Store::replace)
+        store(out, acc[i][v]);
       else
         store(out, load(out) + acc[i][v]);
     }

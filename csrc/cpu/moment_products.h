@@ -1,0 +1,227 @@
+// The products behind second moments: panels of columns or of rows, tiles of XᵀY, and the sums that are read off them.
+#pragma once
+#include "column_panels.h"
+#include "gram_tiles.h"
+
+namespace sslfast {
+namespace SSLFAST_CPU_LEVEL {
+namespace {
+
+// What both passes need: the panels of all columns, and the columns' statistics.
+template <typename T>
+struct Moments {
+  static constexpr int C = kColumns<T>;
+  const MomentInput& input;
+  const int64_t n, d, views, matrices, threads;
+  const GramPlan<T> plan;  // of M, or of the Gram matrices
+  const int64_t column_panels, padded;
+  const int64_t width;          // panels of columns that are worked on together
+  T *mean, *factor, *diagonal;  // [views, padded], [views, padded], [R, padded]
+  int64_t* next;
+
+  Moments(const MomentInput& in, int64_t thread_count, Arena& arena)
+      : input(in),
+        n(in.n),
+        d(in.d),
+        views(in.view_count()),
+        matrices(in.matrix_count()),
+        threads(thread_count),
+        plan(in.dual ? GramPlan<T>(n, d, true) : GramPlan<T>(d, n, !in.cross)),
+        column_panels((d + C - 1) / C),
+        padded(column_panels * C),
+        width(chosen_width()) {
+    mean = arena.take<T>(views * padded);
+    factor = arena.take<T>(views * padded);
+    diagonal = arena.take<T>(matrices * padded);
+    next = arena.take<int64_t>(1);
+  }
+
+  // A block of columns of one view fills a quarter of a megabyte (primal form, which keeps one at a time: four times as
+  // much, and no more columns than a tile has), and every thread gets a few.
+  int64_t chosen_width() const {
+    int64_t most = (int64_t{input.dual ? 1 : 4} << 18) / (n * C * static_cast<int64_t>(sizeof(T)));
+    const int64_t share = column_panels / (4 * threads);
+    most = most < share ? most : share;
+    return most < 1 ? 1 : most > 6 ? 6 : most;
+  }
+  int64_t tasks() const { return (column_panels + width - 1) / width; }
+  int64_t panels_of(int64_t task) const {
+    return column_panels - task * width < width ? column_panels - task * width : width;
+  }
+  int64_t panel_size() const { return n * C; }
+  int64_t products() const { return input.dual ? views : matrices; }
+
+  // The panels of rows (dual) or of columns (primal) of one view.
+  int64_t packed_size() const { return input.dual ? plan.padded_items() * d : column_panels * panel_size(); }
+
+  void copy_out(const T* from, int64_t count, void* to) const {
+    for (int64_t v = 0; v < count; ++v)
+      for (int64_t c = 0; c < d; ++c) static_cast<T*>(to)[v * d + c] = from[v * padded + c];
+  }
+  void copy_in(const void* from, int64_t count, T* to, T beyond) const {
+    for (int64_t v = 0; v < count; ++v)
+      for (int64_t c = 0; c < padded; ++c) to[v * padded + c] = c < d ? static_cast<const T*>(from)[v * d + c] : beyond;
+  }
+};
+
+// Tiles of the products, their sums over slices, and what is read off them.
+template <typename T>
+struct Products {
+  const Moments<T>& of;
+  const GramPlan<T>& plan;
+  T* tiles;      // [workers] or, with slices, [slices][pairs]; of [products][tile]
+  double* sums;  // [pairs][2]
+
+  Products(const Moments<T>& moments, Arena& arena) : of(moments), plan(moments.plan) {
+    const int64_t places = plan.slices == 1 ? of.threads : plan.slices * plan.pairs;
+    tiles = arena.take<T>(places * of.products() * plan.tile_size());
+    sums = arena.take<double>(plan.pairs * 2);
+  }
+  T* tile(int64_t place, int64_t product) const { return tiles + (place * of.products() + product) * plan.tile_size(); }
+
+  void compute(T* const packed[2], int64_t i, int64_t j, int64_t s, int64_t place) const {
+    for (int64_t p = 0; p < of.products(); ++p)
+      plan.tile(packed[p], packed[of.input.dual ? p : of.input.partner(p)], i, j, s, tile(place, p));
+  }
+
+  // Copies tile (i, j), and its mirror image if the product is symmetric, into a dense matrix.
+  void keep(const T* x, int64_t i, int64_t j, T* dense) const {
+    const int64_t items = plan.blocks.rows, rows = plan.blocks.length(i), columns = plan.blocks.length(j);
+    T* at = dense + plan.blocks.first(i) * items + plan.blocks.first(j);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = plan.symmetric && i == j ? r : 0; c < columns; ++c) at[r * items + c] = x[r * kTile + c];
+    if (!plan.symmetric) return;
+    T* mirror = dense + plan.blocks.first(j) * items + plan.blocks.first(i);
+    for (int64_t c = 0; c < columns; ++c)
+      for (int64_t r = 0; r < (i == j ? c : rows); ++r) mirror[c * items + r] = x[r * kTile + c];
+  }
+
+  // Σ x·y over the tile, weighted by how often its entries stand in the whole matrix.
+  double dot(const T* x, const T* y, int64_t i, int64_t j, bool with_diagonal) const {
+    const int64_t rows = plan.blocks.length(i), columns = plan.blocks.length(j);
+    double total = 0, on = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const T *a = x + r * kTile, *b = y + r * kTile;
+      const int64_t first = plan.symmetric && i == j ? r + 1 : 0;
+      vec<T> part = {};
+      int64_t c = first;
+      for (; c < columns && c % kLanes<T> != 0; ++c) total += static_cast<double>(a[c]) * static_cast<double>(b[c]);
+      for (; c + kLanes<T> <= columns; c += kLanes<T>) part += load(a + c) * load(b + c);
+      for (; c < columns; ++c) total += static_cast<double>(a[c]) * static_cast<double>(b[c]);
+      total += static_cast<double>(sum_lanes<T>(part));
+      if (i == j) on += static_cast<double>(a[r]) * static_cast<double>(b[r]);
+    }
+    if (plan.symmetric) return 2 * total + (with_diagonal ? on : 0);
+    return total - on;  // not symmetric: primal form, without the diagonal
+  }
+
+  void finish(int64_t pair, int64_t i, int64_t j, int64_t place, void* moments) const {
+    const bool dual = of.input.dual;
+    const int64_t items = plan.blocks.rows;
+    double* sum = sums + pair * 2;
+    for (int64_t p = 0; p < of.products(); ++p)
+      if (moments != nullptr) keep(tile(place, p), i, j, static_cast<T*>(moments) + p * items * items);
+    if (of.input.cross && dual) {
+      sum[0] = dot(tile(place, 0), tile(place, 1), i, j, true);
+      return;
+    }
+    for (int64_t p = 0; p < of.products(); ++p) sum[p] = dot(tile(place, p), tile(place, p), i, j, dual);
+  }
+
+  // ‖M‖² (dual) or its part off the diagonal (primal) of each matrix.
+  void run(T* const packed[2], void* moments, const Parallel& parallel, double* total) const {
+    each_task(parallel, plan.pairs * plan.slices, of.next, [&](int64_t worker, int64_t task) {
+      int64_t i, j;
+      const int64_t pair = task % plan.pairs, s = task / plan.pairs;
+      plan.place(pair, &i, &j);
+      compute(packed, i, j, s, plan.slices == 1 ? worker : task);
+      if (plan.slices == 1) finish(pair, i, j, worker, moments);
+    });
+    if (plan.slices > 1)
+      each_task(parallel, plan.pairs, of.next, [&](int64_t, int64_t pair) {
+        int64_t i, j;
+        plan.place(pair, &i, &j);
+        const int64_t size = of.products() * plan.tile_size();
+        for (int64_t s = 1; s < plan.slices; ++s)
+          for (int64_t k = 0; k < size; k += kLanes<T>)
+            store(tile(pair, 0) + k, load(tile(pair, 0) + k) + load(tile(s * plan.pairs + pair, 0) + k));
+        finish(pair, i, j, pair, moments);
+      });
+    for (int64_t r = 0; r < of.matrices; ++r) {
+      total[r] = 0;
+      for (int64_t pair = 0; pair < plan.pairs; ++pair) total[r] += sums[pair * 2 + r];
+    }
+  }
+};
+
+template <typename T>
+struct Forward {
+  static constexpr int C = kColumns<T>;
+  Moments<T> of;
+  T *packed[2], *columns;  // columns: dual form, [workers][views][width panels]
+  double* distances;       // [column panels]
+  Products<T> products;
+
+  Forward(const MomentInput& input, int64_t threads, Arena& arena)
+      : of(input, threads, arena),
+        packed{arena.take<T>(of.packed_size()), arena.take<T>(of.views == 2 ? of.packed_size() : 0)},
+        columns(arena.take<T>(input.dual ? threads * of.views * of.width * of.panel_size() : 0)),
+        distances(arena.take<double>(of.column_panels)),
+        products(of, arena) {}
+
+  // Reads, centres and scales the columns of one task, and packs them.
+  void pack(int64_t worker, int64_t task) const {
+    const MomentInput& input = of.input;
+    const int64_t first = task * of.width * C, count = of.panels_of(task), size = of.panel_size();
+    T* x[2];
+    for (int64_t v = 0; v < of.views; ++v) {
+      x[v] = input.dual ? columns + (worker * of.views + v) * of.width * size : packed[v] + task * of.width * size;
+      read_panels(input.views[v], of.n, of.d, first, count, x[v]);
+    }
+    ColumnSums<T> sums;
+    for (int64_t p = 0; p < count; ++p) {
+      T *a = x[0] + p * size, *b = of.views == 2 ? x[1] + p * size : a;
+      double& distance = distances[task * of.width + p];
+      distance = 0;
+      if (input.has_distance()) {
+        sum_columns<T>(of.n, sums, [&](int64_t r, int v) {
+          const vec<T> apart = at(a, r, v) - at(b, r, v);
+          return apart * apart;
+        });
+        for (int c = 0; c < C; ++c) distance += sums[c];
+      }
+      for (int64_t v = 0; v < of.views; ++v) {
+        T* panel = v == 0 ? a : b;
+        const int64_t place = v * of.padded + first + p * C;
+        column_statistics(input, panel, of.mean + place, of.factor + place);
+        if (input.scale != ColumnScale::none) normalize_panel<T>(of.n, nullptr, of.factor + place, panel);
+        if (input.dual) transpose_panel(panel, of.n, of.d, first + p * C, packed[v]);
+      }
+      for (int64_t m = 0; m < of.matrices; ++m) {
+        const T *left = m == 0 ? a : b, *right = input.partner(m) == 0 ? a : b;
+        sum_columns<T>(of.n, sums, [&](int64_t r, int v) { return at(left, r, v) * at(right, r, v); });
+        for (int c = 0; c < C; ++c) of.diagonal[m * of.padded + first + p * C + c] = static_cast<T>(sums[c]);
+      }
+    }
+  }
+
+  MomentSums run(const MomentSaved& saved, const Parallel& parallel) const {
+    each_task(parallel, of.tasks(), of.next, [&](int64_t worker, int64_t task) { pack(worker, task); });
+    MomentSums result{{0, 0}, 0};
+    products.run(packed, saved.moments, parallel, result.off_diagonal);
+    for (int64_t m = 0; of.input.dual && m < of.matrices; ++m)
+      for (int64_t c = 0; c < of.d; ++c) {
+        const double on = static_cast<double>(of.diagonal[m * of.padded + c]);
+        result.off_diagonal[m] -= on * on;
+      }
+    for (int64_t p = 0; p < of.column_panels; ++p) result.distance += distances[p];
+    of.copy_out(of.mean, of.views, saved.mean);
+    of.copy_out(of.factor, of.views, saved.factor);
+    of.copy_out(of.diagonal, of.matrices, saved.diagonal);
+    return result;
+  }
+};
+
+}  // namespace
+}  // namespace SSLFAST_CPU_LEVEL
+}  // namespace sslfast

@@ -1,0 +1,137 @@
+// Second moments of columns on the CPU: see second_moment.h. Both forms are one product of panels, XᵀY over their long
+// side, by tiles: primal form takes panels of columns (the tiles are M's), dual form panels of rows (the tiles are those
+// of the Gram matrices). The backward multiplies the matrix with the columns' panels, a block of columns at a time,
+// and takes each block through its columns' scale and mean while it is in the cache.
+//
+// Multiply-adds, U = N·D·min(N, D): a symmetric product ½U, another U; the backward U for each view that learns.
+#include "moment_products.h"
+
+namespace sslfast {
+namespace SSLFAST_CPU_LEVEL {
+int64_t second_moment_workspace(const MomentInput& input, int64_t threads) {
+  Arena arena{nullptr};
+  if (input.views[0].type == ElementType::f64)
+    Forward<double>(input, threads, arena);
+  else
+    Forward<float>(input, threads, arena);
+  return arena.bytes;
+}
+
+MomentSums second_moment_forward(const MomentInput& input, const MomentSaved& saved, void* memory,
+                                 const Parallel& parallel) {
+  Arena arena{static_cast<char*>(memory)};
+  if (input.views[0].type == ElementType::f64)
+    return Forward<double>(input, parallel.threads, arena).run(saved, parallel);
+  return Forward<float>(input, parallel.threads, arena).run(saved, parallel);
+}
+
+}  // namespace SSLFAST_CPU_LEVEL
+}  // namespace sslfast
+
+#ifdef SSLFAST_CPU_DISPATCH
+#include <tuple>
+
+#include "operator.h"
+
+namespace sslfast {
+namespace {
+
+// The arguments that both operators have, contiguous and checked; `input` points into the tensors here.
+struct MomentArguments {
+  Tensor a;
+  MaybeTensor b;
+  ScalarType kind;  // the accumulator's dtype
+  MomentInput input;
+
+  MomentArguments(const Tensor& a_any, const MaybeTensor& b_any, bool cross, bool center, int64_t scale, double eps,
+                  bool dual)
+      : a(::sslfast::contiguous(a_any)), b(contiguous_or_none(b_any)), kind(accumulator_type(a)) {
+    SSLFAST_CHECK(a.dim() == 2 && a.size(0) > 0 && a.size(1) > 0, "a must be two-dimensional and not empty");
+    if (b.has_value()) check_tensor(*b, "b", {a.size(0), a.size(1)}, a.scalar_type(), a);
+    SSLFAST_CHECK(b.has_value() || !cross, "cross needs b");
+    SSLFAST_CHECK(scale >= 0 && scale <= 2, "scale must be 0, 1 or 2, got ", scale);
+    const ElementType type = element_type(a, "a");
+    input = {{{a.const_data_ptr(), type}, {data_or_null(b), type}},
+             a.size(0),
+             a.size(1),
+             cross,
+             center,
+             static_cast<ColumnScale>(scale),
+             eps,
+             dual};
+  }
+  MomentArguments(const MomentArguments&) = delete;
+
+  Tensor empty(std::initializer_list<int64_t> shape) const { return torch::stable::new_empty(a, shape, kind); }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> second_moment(const Tensor& a, const MaybeTensor& b,
+                                                                         bool cross, bool center, int64_t scale,
+                                                                         double eps, bool dual, bool keep) {
+  const MomentArguments given(a, b, cross, center, scale, eps, dual);
+  const MomentInput& input = given.input;
+  const int64_t views = input.view_count(), matrices = input.matrix_count();
+  const int64_t items = dual ? input.n : input.d;
+  Tensor off = given.empty({matrices}), diagonal = given.empty({matrices, input.d}), distance = given.empty({});
+  Tensor mean = given.empty({views, input.d}), factor = given.empty({views, input.d});
+  Tensor moments = keep ? given.empty({dual ? views : matrices, items, items}) : given.empty({0});
+  const MomentSaved saved{diagonal.mutable_data_ptr(), mean.mutable_data_ptr(), factor.mutable_data_ptr(),
+                          data_or_null(moments)};
+  const Parallel parallel = torch_parallel();
+  Tensor memory = scratch(given.a, SSLFAST_CALL(second_moment_workspace, input, parallel.threads));
+  const MomentSums sums = SSLFAST_CALL(second_moment_forward, input, saved, aligned(memory), parallel);
+  for (int64_t m = 0; m < matrices; ++m) {
+    if (given.kind == ScalarType::Double)
+      mutable_data<double>(off)[m] = sums.off_diagonal[m];
+    else
+      mutable_data<float>(off)[m] = static_cast<float>(sums.off_diagonal[m]);
+  }
+  set_scalar(distance, sums.distance);
+  return {off, diagonal, distance, mean, factor, moments};
+}
+
+std::tuple<Tensor, Tensor> second_moment_backward(const Tensor& grad_off, const Tensor& grad_diagonal,
+                                                  const Tensor& grad_distance, const Tensor& a, const MaybeTensor& b,
+                                                  const Tensor& diagonal, const Tensor& mean, const Tensor& factor,
+                                                  const Tensor& moments, bool cross, bool center, int64_t scale,
+                                                  double eps, bool dual, bool need_a, bool need_b) {
+  const MomentArguments given(a, b, cross, center, scale, eps, dual);
+  const MomentInput& input = given.input;
+  const int64_t views = input.view_count(), matrices = input.matrix_count(), items = dual ? input.n : input.d;
+  Tensor off = ::sslfast::contiguous(grad_off), on = ::sslfast::contiguous(grad_diagonal);
+  Tensor sums = ::sslfast::contiguous(diagonal), means = ::sslfast::contiguous(mean);
+  Tensor factors = ::sslfast::contiguous(factor), kept = ::sslfast::contiguous(moments);
+  check_tensor(off, "grad_off", {matrices}, given.kind, given.a);
+  check_tensor(on, "grad_diagonal", {matrices, input.d}, given.kind, given.a);
+  check_tensor(grad_distance, "grad_distance", {}, given.kind, given.a);
+  check_tensor(sums, "diagonal", {matrices, input.d}, given.kind, given.a);
+  check_tensor(means, "mean", {views, input.d}, given.kind, given.a);
+  check_tensor(factors, "factor", {views, input.d}, given.kind, given.a);
+  if (kept.numel() != 0) check_tensor(kept, "moments", {dual ? views : matrices, items, items}, given.kind, given.a);
+  auto output = [&](bool wanted) {
+    const ScalarType kind = given.a.scalar_type();
+    return wanted ? torch::stable::new_empty(given.a, {input.n, input.d}, kind)
+                  : torch::stable::new_empty(given.a, {0}, kind);
+  };
+  Tensor da = output(need_a), db = output(need_b && views == 2);
+  MomentGradient gradient{{0, 0}, scalar(grad_distance), on.const_data_ptr(), {data_or_null(da), data_or_null(db)}};
+  for (int64_t m = 0; m < matrices; ++m)
+    gradient.off_diagonal[m] =
+        given.kind == ScalarType::Double ? const_data<double>(off)[m] : const_data<float>(off)[m];
+  const MomentSaved saved{sums.mutable_data_ptr(), means.mutable_data_ptr(), factors.mutable_data_ptr(),
+                          data_or_null(kept)};
+  const Parallel parallel = torch_parallel();
+  const bool have = kept.numel() != 0;
+  Tensor memory = scratch(given.a, SSLFAST_CALL(second_moment_backward_workspace, input, have, parallel.threads));
+  SSLFAST_CALL(second_moment_backward, input, saved, gradient, aligned(memory), parallel);
+  return {da, db};
+}
+
+}  // namespace
+}  // namespace sslfast
+
+STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) {
+  m.impl("second_moment", TORCH_BOX(&sslfast::second_moment));
+  m.impl("second_moment_backward", TORCH_BOX(&sslfast::second_moment_backward));
+}
+#endif  // SSLFAST_CPU_DISPATCH
