@@ -46,5 +46,9 @@ def second_order(
     aliases = tuple(None if t is None else t.view_as(t) for t in inputs)
     wanted = [t for t, asked in zip(aliases, needed, strict=True) if asked and t is not None]
     outputs = function(*aliases)
-    grads = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=True, materialize_grads=True))
+    outs: Sequence[Tensor] = (outputs,) if isinstance(outputs, Tensor) else outputs
+    given: Sequence[Tensor] = (grad_outputs,) if isinstance(grad_outputs, Tensor) else grad_outputs
+    graphs = [(out, grad) for out, grad in zip(outs, given, strict=True) if out.requires_grad]  # not the constants
+    outs, given = [out for out, _ in graphs], [grad for _, grad in graphs]
+    grads = iter(torch.autograd.grad(outs, wanted, given, create_graph=True, materialize_grads=True))
     return tuple(next(grads) if asked else None for asked in needed)

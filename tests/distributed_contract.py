@@ -46,7 +46,7 @@ def the_strategies_are_two(rank: int, world: int) -> None:
 
 @contextlib.contextmanager
 def recorded_calls(calls: list[str]) -> Iterator[None]:
-    originals = {name: getattr(Ranks, name) for name in ("all_gather", "all_to_all", "post")}
+    originals = {name: getattr(Ranks, name) for name in ("all_gather", "all_to_all", "all_reduce", "post")}
 
     def recording(name: str) -> Callable[..., object]:
         def call(*arguments: object) -> object:
@@ -177,16 +177,19 @@ def under_compile(rank: int, world: int) -> None:
         compare(strategy, found, rank, sizes, clip, torch.float64)
 
 
+COUNTER = Path("/proc/self/io")
+
+
+def written() -> int:
+    """Bytes that this process has written, to sockets and files."""
+    return int(next(line for line in COUNTER.read_text().splitlines() if line.startswith("wchar")).split()[1])
+
+
 @case
 def bytes_sent(rank: int, world: int) -> None:
     """What this process writes to its sockets in a step, against the formulas of docs/scaling.md."""
-    counter = Path("/proc/self/io")
-    if world == 1 or not counter.exists():
+    if world == 1 or not COUNTER.exists():
         return
-
-    def written() -> int:
-        return int(next(line for line in counter.read_text().splitlines() if line.startswith("wchar")).split()[1])
-
     n, width = 256, 256
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
         rows, total = n * width, n * world

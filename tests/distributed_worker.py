@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 import distributed_losses  # noqa: F401  (registers its cases)
+import distributed_moments  # noqa: F401
 from distributed_common import CASES
 from distributed_contract import one_rank_away
 

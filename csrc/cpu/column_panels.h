@@ -3,27 +3,40 @@
 #pragma once
 #include "packed_blocks.h"
 #include "second_moment.h"
+#include "transpose.h"
 
 namespace sslfast {
 namespace SSLFAST_CPU_LEVEL {
 namespace {
 
+// Numbers from one panel of `rows` rows to the next. Tiles read a chunk of rows from several panels at once; were these a
+// power of two apart, as they are without gaps at 2048 rows, all of them would fall into the same few sets of the caches.
+template <typename T>
+static inline int64_t panel_stride(int64_t rows) {
+  constexpr int64_t kPage = 4096, kWay = 128 << 10, kChunk = 24 << 10;  // of the first level, of the second, one chunk
+  int64_t bytes = round_up(rows * kColumns<T> * static_cast<int64_t>(sizeof(T)), kPage) + kPage * 3 / 8;
+  while (bytes > kWay && (bytes % kWay < kChunk || bytes % kWay > kWay - kChunk)) bytes += kPage;
+  return bytes / static_cast<int64_t>(sizeof(T));
+}
+
 // Sums of this many rows are kept in T before they join a double: the error of a mean does not grow with the rows.
 inline constexpr int64_t kSumRows = 64;
 
-template <typename T>
-using ColumnSums = double[kColumns<T>];
+template <typename T, int K>
+using ColumnSums = double[K][kColumns<T>];
 
-// sums[c] = Σ_r f(r, c / kLanes)[c % kLanes], f giving vectors.
-template <typename T, typename F>
-static inline void sum_columns(int64_t rows, ColumnSums<T>& sums, F&& f) {
-  for (int c = 0; c < kColumns<T>; ++c) sums[c] = 0;
+// sums[k][c] = Σ_r of the K vectors that f(r, v, part) adds to `part`, where c = v·kLanes + lane.
+template <typename T, int K, typename F>
+static inline void sum_columns(int64_t rows, ColumnSums<T, K>& sums, F&& f) {
+  for (int k = 0; k < K; ++k)
+    for (int c = 0; c < kColumns<T>; ++c) sums[k][c] = 0;
   for (int64_t first = 0; first < rows; first += kSumRows) {
     const int64_t end = first + kSumRows < rows ? first + kSumRows : rows;
-    vec<T> part[kVectors] = {};
+    vec<T> part[kVectors][K] = {};
     for (int64_t r = first; r < end; ++r)
-      for (int v = 0; v < kVectors; ++v) part[v] += f(r, v);
-    for (int c = 0; c < kColumns<T>; ++c) sums[c] += static_cast<double>(part[c / kLanes<T>][c % kLanes<T>]);
+      for (int v = 0; v < kVectors; ++v) f(r, v, part[v]);
+    for (int k = 0; k < K; ++k)
+      for (int c = 0; c < kColumns<T>; ++c) sums[k][c] += static_cast<double>(part[c / kLanes<T>][k][c % kLanes<T>]);
   }
 }
 
@@ -32,18 +45,29 @@ static inline vec<T> at(const T* panel, int64_t row, int v) {
   return load(panel + row * kColumns<T> + v * kLanes<T>);
 }
 
+// A block of columns is a short piece of every row, each on another page, which no hardware prefetcher foresees.
+template <bool kWrite, typename S>
+static inline void prefetch_row(const S* x, int64_t d, int64_t left, int64_t width) {
+  constexpr int64_t kAhead = 8;
+  if (left <= kAhead) return;
+  for (int64_t c = 0; c < width; c += 64 / static_cast<int64_t>(sizeof(S)))
+    __builtin_prefetch(x + kAhead * d + c, kWrite ? 1 : 0);
+}
+
 template <typename S, typename T>
-static void read_panels_of(const void* data, int64_t rows, int64_t d, int64_t first, int64_t count, T* panels) {
+static void read_panels_of(const void* data, int64_t rows, int64_t d, int64_t first, int64_t count, int64_t stride,
+                           T* panels) {
   constexpr int C = kColumns<T>;
   const S* x = static_cast<const S*>(data) + first;
   const int64_t whole = (d - first) / C < count ? (d - first) / C : count;
   for (int64_t r = 0; r < rows; ++r, x += d) {
+    prefetch_row<false>(x, d, rows - r, count * C);
     for (int64_t p = 0; p < whole; ++p) {
-      T* out = panels + (p * rows + r) * C;
+      T* out = panels + p * stride + r * C;
       for (int c = 0; c < C; ++c) out[c] = static_cast<T>(widen(x[p * C + c]));
     }
     for (int64_t p = whole; p < count; ++p) {
-      T* out = panels + (p * rows + r) * C;
+      T* out = panels + p * stride + r * C;
       for (int c = 0; c < C; ++c) out[c] = first + p * C + c < d ? static_cast<T>(widen(x[p * C + c])) : T(0);
     }
   }
@@ -51,137 +75,157 @@ static void read_panels_of(const void* data, int64_t rows, int64_t d, int64_t fi
 
 // Columns first, …, first + count·kColumns of `rows` into `count` panels; columns beyond d are zero.
 template <typename T>
-static void read_panels(const Rows& rows, int64_t n, int64_t d, int64_t first, int64_t count, T* panels) {
+static void read_panels(const Rows& rows, int64_t n, int64_t d, int64_t first, int64_t count, int64_t stride,
+                        T* panels) {
   switch (rows.type) {
-    case ElementType::f32: return read_panels_of<float>(rows.data, n, d, first, count, panels);
-    case ElementType::f64: return read_panels_of<double>(rows.data, n, d, first, count, panels);
-    case ElementType::bf16: return read_panels_of<bf16>(rows.data, n, d, first, count, panels);
-    case ElementType::f16: return read_panels_of<fp16>(rows.data, n, d, first, count, panels);
+    case ElementType::f32: return read_panels_of<float>(rows.data, n, d, first, count, stride, panels);
+    case ElementType::f64: return read_panels_of<double>(rows.data, n, d, first, count, stride, panels);
+    case ElementType::bf16: return read_panels_of<bf16>(rows.data, n, d, first, count, stride, panels);
+    case ElementType::f16: return read_panels_of<fp16>(rows.data, n, d, first, count, stride, panels);
   }
 }
+
+// Where columns of a gradient go: dx = panel + distance·(x − other), from the rows themselves, so that a row that is not
+// finite stays alone.
+struct ColumnTarget {
+  const void *x, *other;
+  double distance;  // 0: neither row is read
+  void* dx;
+};
 
 template <typename S, typename T>
-static void write_panels_of(const T* panels, int64_t rows, int64_t d, int64_t first, int64_t count, void* data) {
+static void write_panels_of(const T* panels, int64_t stride, int64_t rows, int64_t d, int64_t first, int64_t count,
+                            const ColumnTarget& to) {
   constexpr int C = kColumns<T>;
-  S* x = static_cast<S*>(data) + first;
-  for (int64_t r = 0; r < rows; ++r, x += d)
+  S* dx = static_cast<S*>(to.dx) + first;
+  const S *x = static_cast<const S*>(to.x) + first, *other = static_cast<const S*>(to.other) + first;
+  const T distance = static_cast<T>(to.distance);
+  for (int64_t r = 0; r < rows; ++r, dx += d, x += d, other += d) {
+    prefetch_row<true>(dx, d, rows - r, count * C);
     for (int64_t p = 0; p < count; ++p) {
-      const T* in = panels + (p * rows + r) * C;
-      const int64_t width = d - first - p * C < C ? d - first - p * C : C;
+      const T* in = panels + p * stride + r * C;
+      const int64_t begin = p * C, width = d - first - begin < C ? d - first - begin : C;
+      alignas(64) T out[C];
+      for (int64_t c = 0; c < width; ++c) out[c] = in[c];
+      if (distance != 0)
+        for (int64_t c = 0; c < width; ++c)
+          out[c] += distance * (static_cast<T>(widen(x[begin + c])) - static_cast<T>(widen(other[begin + c])));
       for (int64_t c = 0; c < width; ++c) {
         if constexpr (sizeof(S) == sizeof(double))
-          x[p * C + c] = static_cast<double>(in[c]);
+          dx[begin + c] = static_cast<double>(out[c]);
         else
-          narrow(static_cast<float>(in[c]), x + p * C + c);
+          narrow(static_cast<float>(out[c]), dx + begin + c);
       }
     }
+  }
 }
 
 template <typename T>
-static void write_panels(const T* panels, int64_t n, int64_t d, int64_t first, int64_t count, ElementType type,
-                         void* data) {
+static void write_panels(const T* panels, int64_t stride, int64_t n, int64_t d, int64_t first, int64_t count,
+                         ElementType type, const ColumnTarget& to) {
   switch (type) {
-    case ElementType::f32: return write_panels_of<float>(panels, n, d, first, count, data);
-    case ElementType::f64: return write_panels_of<double>(panels, n, d, first, count, data);
-    case ElementType::bf16: return write_panels_of<bf16>(panels, n, d, first, count, data);
-    case ElementType::f16: return write_panels_of<fp16>(panels, n, d, first, count, data);
+    case ElementType::f32: return write_panels_of<float>(panels, stride, n, d, first, count, to);
+    case ElementType::f64: return write_panels_of<double>(panels, stride, n, d, first, count, to);
+    case ElementType::bf16: return write_panels_of<bf16>(panels, stride, n, d, first, count, to);
+    case ElementType::f16: return write_panels_of<fp16>(panels, stride, n, d, first, count, to);
   }
 }
 
-// Mean and factor of each column of a panel; `panel` is centred on the way.
 template <typename T>
-static void column_statistics(const MomentInput& input, T* panel, T* mean, T* factor) {
-  constexpr int C = kColumns<T>;
-  const int64_t n = input.n;
-  ColumnSums<T> sums;
-  for (int c = 0; c < C; ++c) mean[c] = 0, factor[c] = 1;
-  if (input.center) {
-    sum_columns<T>(n, sums, [&](int64_t r, int v) { return at(panel, r, v); });
-    for (int c = 0; c < C; ++c) mean[c] = static_cast<T>(sums[c] / static_cast<double>(n));
-    for (int64_t r = 0; r < n; ++r)
-      for (int v = 0; v < kVectors; ++v)
-        store(panel + r * C + v * kLanes<T>, at(panel, r, v) - load(mean + v * kLanes<T>));
-  }
-  if (input.scale == ColumnScale::none) return;
-  sum_columns<T>(n, sums, [&](int64_t r, int v) { return at(panel, r, v) * at(panel, r, v); });
-  for (int c = 0; c < C; ++c) {
-    const double root =
-        __builtin_sqrt(input.scale == ColumnScale::variance ? sums[c] / static_cast<double>(n) + input.eps : sums[c]);
-    factor[c] = static_cast<T>(1.0 / (input.scale == ColumnScale::norm && root < input.eps ? input.eps : root));
+static inline void put(T* panel, int64_t row, int v, vec<T> x) {
+  store(panel + row * kColumns<T> + v * kLanes<T>, x);
+}
+
+// From Σ x (if centring) to the mean of each column, x minus it in place, and squares[c] = Σ x² of what is left.
+template <typename T>
+static void center_panel(const MomentInput& input, const double* sums, T* panel, T* mean, ColumnSums<T, 1>& squares) {
+  for (int c = 0; c < kColumns<T>; ++c)
+    mean[c] = input.center ? static_cast<T>(sums[c] / static_cast<double>(input.n)) : T(0);
+  sum_columns<T, 1>(input.n, squares, [&](int64_t r, int v, vec<T>* part) {
+    vec<T> x = at(panel, r, v);
+    if (input.center) put(panel, r, v, x -= load(mean + v * kLanes<T>));
+    part[0] += x * x;
+  });
+}
+
+// The factor of each column, 1 / sqrt(Σ x²/n + eps) or 1 / max(sqrt(Σ x²), eps).
+template <typename T>
+static void column_factors(const MomentInput& input, const ColumnSums<T, 1>& squares, T* factor) {
+  for (int c = 0; c < kColumns<T>; ++c) {
+    const double square = squares[0][c];
+    if (input.scale == ColumnScale::none) {
+      factor[c] = 1;
+    } else if (input.scale == ColumnScale::variance) {
+      factor[c] = static_cast<T>(1 / __builtin_sqrt(square / static_cast<double>(input.n) + input.eps));
+    } else {
+      const double norm = __builtin_sqrt(square);
+      factor[c] = static_cast<T>(1 / (norm < input.eps ? input.eps : norm));
+    }
   }
 }
 
-// x̂ = (x − mean)·factor in place; a panel that is centred already has mean null.
+// x̂ = (x − mean)·factor in place.
 template <typename T>
 static void normalize_panel(int64_t n, const T* mean, const T* factor, T* panel) {
   for (int64_t r = 0; r < n; ++r)
-    for (int v = 0; v < kVectors; ++v) {
-      const vec<T> x = at(panel, r, v), m = mean == nullptr ? vec<T>{} : load(mean + v * kLanes<T>);
-      store(panel + r * kColumns<T> + v * kLanes<T>, (x - m) * load(factor + v * kLanes<T>));
-    }
+    for (int v = 0; v < kVectors; ++v)
+      put(panel, r, v, (at(panel, r, v) - load(mean + v * kLanes<T>)) * load(factor + v * kLanes<T>));
 }
 
 // What turns s·(product) into dx for the kColumns columns of a panel.
 template <typename T>
 struct ColumnGradient {
-  T product, distance;   // s, and ±2·d/d distance
+  T product;             // s
   T along[kColumns<T>];  // weight of the partner's column: the diagonal's gradient
-  const T *mean, *factor, *other_mean, *other_factor;
+  const T* factor;
 };
 
-// dx̂ = s·g + along·partner, then through scale and centring: dx = factor·(dx̂ − mean(dx̂) − x̂·w·Σ dx̂ x̂), w = 1/n for a
-// variance, 1 for a norm, 0 where the scale is constant; plus distance·(x − other). In place in `g`.
+// dx̂ = s·g + along·partner, then through scale and centring: dx = factor·(y − mean(y)), y = dx̂ − x̂·w·Σ dx̂ x̂, with
+// w = 1/n for a variance, 1 for a norm, 0 where the scale is constant. In place in `g`. The mean of x̂ is a rounding
+// error, but where the columns' means were large it is not small beside the others, so it is counted.
 template <typename T>
 static void finish_gradient(const MomentInput& input, const ColumnGradient<T>& of, const T* own, const T* partner,
-                            const T* other, T* g) {
+                            T* g) {
   constexpr int C = kColumns<T>;
   const int64_t n = input.n;
   const double rows = static_cast<double>(n);
-  for (int64_t r = 0; r < n; ++r)
-    for (int v = 0; v < kVectors; ++v)
-      store(g + r * C + v * kLanes<T>, at(g, r, v) * of.product + at(partner, r, v) * load(of.along + v * kLanes<T>));
   alignas(64) T middle[C] = {}, weight[C] = {};
-  ColumnSums<T> sums;
-  if (input.center) {
-    sum_columns<T>(n, sums, [&](int64_t r, int v) { return at(g, r, v); });
-    for (int c = 0; c < C; ++c) middle[c] = static_cast<T>(sums[c] / rows);
-  }
-  if (input.scale != ColumnScale::none) {
-    sum_columns<T>(n, sums, [&](int64_t r, int v) { return at(g, r, v) * at(own, r, v); });
-    const T most = static_cast<T>(1.0 / input.eps);
-    for (int c = 0; c < C; ++c) {
-      const bool constant = input.scale == ColumnScale::norm && of.factor[c] >= most;
-      weight[c] = constant ? T(0) : static_cast<T>(input.scale == ColumnScale::variance ? sums[c] / rows : sums[c]);
-    }
+  ColumnSums<T, 3> sums;
+  sum_columns<T, 3>(n, sums, [&](int64_t r, int v, vec<T>* part) {
+    const vec<T> x = at(own, r, v);
+    const vec<T> dx = at(g, r, v) * of.product + at(partner, r, v) * load(of.along + v * kLanes<T>);
+    put(g, r, v, dx);
+    part[0] += dx;
+    part[1] += dx * x;
+    part[2] += x;
+  });
+  const T most = static_cast<T>(1.0 / input.eps);
+  for (int c = 0; c < C; ++c) {
+    double w = 0;
+    if (input.scale == ColumnScale::variance) w = sums[1][c] / rows;
+    if (input.scale == ColumnScale::norm && of.factor[c] < most) w = sums[1][c];
+    weight[c] = static_cast<T>(w);
+    if (input.center) middle[c] = static_cast<T>((sums[0][c] - w * sums[2][c]) / rows);
   }
   for (int64_t r = 0; r < n; ++r)
     for (int v = 0; v < kVectors; ++v) {
       const int64_t c = v * kLanes<T>;
-      const vec<T> x = at(own, r, v), f = load(of.factor + c);
-      vec<T> dx = f * (at(g, r, v) - load(middle + c) - x * load(weight + c));
-      if (of.distance != 0) {
-        // x − other = x̂/factor − ô/factor' + (mean − mean')
-        const vec<T> apart = x / f - at(other, r, v) / load(of.other_factor + c);
-        dx += of.distance * (apart + (load(of.mean + c) - load(of.other_mean + c)));
-      }
-      store(g + r * C + c, dx);
+      put(g, r, v, load(of.factor + c) * (at(g, r, v) - load(middle + c) - at(own, r, v) * load(weight + c)));
     }
 }
 
-// [rows][kColumns] of one panel into the columns `first`, …, first + kColumns − 1 of `out`, whose own panels hold rows:
-// out[rows/kColumns][d][kColumns]; rows beyond n are zero.
+// One panel of columns, [n][kColumns], into the places first, …, first + kColumns − 1 of panels of rows, `stride` numbers
+// apart: out[n/kColumns][d][kColumns]; rows beyond n are zero.
 template <typename T>
-static void transpose_panel(const T* panel, int64_t n, int64_t d, int64_t first, T* out) {
+static void transpose_panel(const T* panel, int64_t n, int64_t d, int64_t first, int64_t stride, T* out) {
   constexpr int C = kColumns<T>;
   const int64_t width = d - first < C ? d - first : C;
-  for (int64_t j = 0; j < n; j += C, out += d * C) {
+  for (int64_t j = 0; j < n; j += C, out += stride) {
     const int64_t count = n - j < C ? n - j : C;
-    for (int64_t k = 0; k < width; ++k) {
-      const T* x = panel + j * C + k;
-      T* to = out + (first + k) * C;
-      for (int64_t c = 0; c < count; ++c) to[c] = x[c * C];
-      for (int64_t c = count; c < C; ++c) to[c] = 0;
-    }
+    T* to = out + first * C;
+    transpose(panel + j * C, C, count, width, to, C);
+    for (int64_t k = 0; k < width && count < C; ++k)
+      for (int64_t c = count; c < C; ++c) to[k * C + c] = 0;
   }
 }
 

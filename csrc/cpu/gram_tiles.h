@@ -1,7 +1,7 @@
 // Products of panels over their long side, Σ_k X[k][i]·Y[k][j], by tiles of items i, j: moment matrices of columns
 // (panels of columns, k = row) and Gram matrices of rows (panels of rows, k = feature) alike.
 #pragma once
-#include "packed_blocks.h"
+#include "column_panels.h"
 
 namespace sslfast {
 namespace SSLFAST_CPU_LEVEL {
@@ -72,7 +72,7 @@ struct GramPlan {
   // The part of tile (i, j) of XᵀY that a slice of k gives.
   void tile(const T* x, const T* y, int64_t i, int64_t j, int64_t s, T* out) const {
     for (int64_t k = 0; k < tile_size(); ++k) out[k] = 0;
-    const int64_t end = (s + 1) * slice < depth ? (s + 1) * slice : depth, stride = depth * kColumns<T>;
+    const int64_t end = (s + 1) * slice < depth ? (s + 1) * slice : depth, stride = panel_stride<T>(depth);
     tile_gram(x + blocks.first(i) / kColumns<T> * stride, y + blocks.first(j) / kColumns<T> * stride, stride,
               blocks.length(i), blocks.length(j), s * slice, end, symmetric && i == j, out);
   }

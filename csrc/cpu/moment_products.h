@@ -1,6 +1,5 @@
 // The products behind second moments: panels of columns or of rows, tiles of XᵀY, and the sums that are read off them.
 #pragma once
-#include "column_panels.h"
 #include "gram_tiles.h"
 
 namespace sslfast {
@@ -36,10 +35,9 @@ struct Moments {
     next = arena.take<int64_t>(1);
   }
 
-  // A block of columns of one view fills a quarter of a megabyte (primal form, which keeps one at a time: four times as
-  // much, and no more columns than a tile has), and every thread gets a few.
+  // A block of columns of one view fills a megabyte and is no wider than a tile, and every thread gets a few.
   int64_t chosen_width() const {
-    int64_t most = (int64_t{input.dual ? 1 : 4} << 18) / (n * C * static_cast<int64_t>(sizeof(T)));
+    int64_t most = (int64_t{1} << 20) / (n * C * static_cast<int64_t>(sizeof(T)));
     const int64_t share = column_panels / (4 * threads);
     most = most < share ? most : share;
     return most < 1 ? 1 : most > 6 ? 6 : most;
@@ -48,11 +46,13 @@ struct Moments {
   int64_t panels_of(int64_t task) const {
     return column_panels - task * width < width ? column_panels - task * width : width;
   }
-  int64_t panel_size() const { return n * C; }
+  int64_t panel_size() const { return panel_stride<T>(n); }
   int64_t products() const { return input.dual ? views : matrices; }
 
   // The panels of rows (dual) or of columns (primal) of one view.
-  int64_t packed_size() const { return input.dual ? plan.padded_items() * d : column_panels * panel_size(); }
+  int64_t packed_size() const {
+    return input.dual ? plan.padded_items() / C * panel_stride<T>(d) : column_panels * panel_size();
+  }
 
   void copy_out(const T* from, int64_t count, void* to) const {
     for (int64_t v = 0; v < count; ++v)
@@ -92,8 +92,11 @@ struct Products {
       for (int64_t c = plan.symmetric && i == j ? r : 0; c < columns; ++c) at[r * items + c] = x[r * kTile + c];
     if (!plan.symmetric) return;
     T* mirror = dense + plan.blocks.first(j) * items + plan.blocks.first(i);
-    for (int64_t c = 0; c < columns; ++c)
-      for (int64_t r = 0; r < (i == j ? c : rows); ++r) mirror[c * items + r] = x[r * kTile + c];
+    if (i != j)
+      transpose(x, kTile, rows, columns, mirror, items);
+    else
+      for (int64_t c = 0; c < columns; ++c)
+        for (int64_t r = 0; r < c; ++r) mirror[c * items + r] = x[r * kTile + c];
   }
 
   // Σ x·y over the tile, weighted by how often its entries stand in the whole matrix.
@@ -176,33 +179,52 @@ struct Forward {
     T* x[2];
     for (int64_t v = 0; v < of.views; ++v) {
       x[v] = input.dual ? columns + (worker * of.views + v) * of.width * size : packed[v] + task * of.width * size;
-      read_panels(input.views[v], of.n, of.d, first, count, x[v]);
+      read_panels(input.views[v], of.n, of.d, first, count, size, x[v]);
     }
-    ColumnSums<T> sums;
     for (int64_t p = 0; p < count; ++p) {
-      T *a = x[0] + p * size, *b = of.views == 2 ? x[1] + p * size : a;
-      double& distance = distances[task * of.width + p];
-      distance = 0;
-      if (input.has_distance()) {
-        sum_columns<T>(of.n, sums, [&](int64_t r, int v) {
-          const vec<T> apart = at(a, r, v) - at(b, r, v);
-          return apart * apart;
-        });
-        for (int c = 0; c < C; ++c) distance += sums[c];
-      }
-      for (int64_t v = 0; v < of.views; ++v) {
-        T* panel = v == 0 ? a : b;
-        const int64_t place = v * of.padded + first + p * C;
-        column_statistics(input, panel, of.mean + place, of.factor + place);
-        if (input.scale != ColumnScale::none) normalize_panel<T>(of.n, nullptr, of.factor + place, panel);
-        if (input.dual) transpose_panel(panel, of.n, of.d, first + p * C, packed[v]);
-      }
-      for (int64_t m = 0; m < of.matrices; ++m) {
-        const T *left = m == 0 ? a : b, *right = input.partner(m) == 0 ? a : b;
-        sum_columns<T>(of.n, sums, [&](int64_t r, int v) { return at(left, r, v) * at(right, r, v); });
-        for (int c = 0; c < C; ++c) of.diagonal[m * of.padded + first + p * C + c] = static_cast<T>(sums[c]);
+      const int64_t begin = first + p * C;
+      prepare(begin, x[0] + p * size, of.views == 2 ? x[1] + p * size : nullptr, &distances[begin / C]);
+      for (int64_t v = 0; input.dual && v < of.views; ++v)
+        transpose_panel(x[v] + p * size, of.n, of.d, begin, panel_stride<T>(of.d), packed[v]);
+    }
+  }
+
+  // Centres and scales one panel of each view; their statistics, the diagonal and ‖a − b‖² on the way.
+  void prepare(int64_t begin, T* a, T* b, double* distance) const {
+    const MomentInput& input = of.input;
+    T *panel[2] = {a, b}, *factor[2];
+    ColumnSums<T, 3> sums;
+    if (input.has_distance() || input.center)
+      sum_columns<T, 3>(of.n, sums, [&](int64_t r, int v, vec<T>* part) {
+        const vec<T> x = at(a, r, v), y = b == nullptr ? x : at(b, r, v), apart = x - y;
+        part[0] += x;
+        part[1] += y;
+        part[2] += apart * apart;
+      });
+    *distance = 0;
+    for (int c = 0; input.has_distance() && c < C; ++c) *distance += sums[2][c];
+    for (int64_t v = 0; v < of.views; ++v) {
+      ColumnSums<T, 1> squares;
+      factor[v] = of.factor + v * of.padded + begin;
+      center_panel(input, sums[v], panel[v], of.mean + v * of.padded + begin, squares);
+      column_factors<T>(input, squares, factor[v]);
+      for (int c = 0; !input.cross && c < C; ++c) {
+        const double f = static_cast<double>(factor[v][c]);
+        of.diagonal[v * of.padded + begin + c] = static_cast<T>(squares[0][c] * f * f);
       }
     }
+    if (!input.cross && input.scale == ColumnScale::none) return;
+    auto scaled = [&](int64_t view, int64_t r, int v) {
+      const vec<T> x = at(panel[view], r, v) * load(factor[view] + v * kLanes<T>);
+      put(panel[view], r, v, x);
+      return x;
+    };
+    ColumnSums<T, 1> products;
+    sum_columns<T, 1>(of.n, products, [&](int64_t r, int v, vec<T>* part) {
+      const vec<T> x = scaled(0, r, v);
+      if (b != nullptr) part[0] += x * scaled(1, r, v);
+    });
+    for (int c = 0; input.cross && c < C; ++c) of.diagonal[begin + c] = static_cast<T>(products[0][c]);
   }
 
   MomentSums run(const MomentSaved& saved, const Parallel& parallel) const {

@@ -45,7 +45,7 @@ struct Backward {
 
   void read(int64_t v, int64_t task, T* x) const {
     const int64_t first = task * of.width * C, count = of.panels_of(task);
-    read_panels(of.input.views[v], of.n, of.d, first, count, x);
+    read_panels(of.input.views[v], of.n, of.d, first, count, of.panel_size(), x);
     for (int64_t p = 0; p < count; ++p) {
       const int64_t place = v * of.padded + first + p * C;
       if (of.input.center || of.input.scale != ColumnScale::none)
@@ -64,18 +64,22 @@ struct Backward {
   // out = G·x for `count` panels.
   void gram_product(const T* gram, const T* x, int64_t count, T* g) const {
     const int64_t n = of.n, runs = (n + kDepth - 1) / kDepth, depth = round_up((n + runs - 1) / runs, C);
+    const int64_t block = kTile / kRows;  // groups of rows, which stay in the cache for all panels
     for (int64_t k = 0; k < n; k += depth) {
       const int64_t length = n - k < depth ? n - k : depth;
-      for (int64_t p = 0; p < count; ++p) {
-        const T *b = x + p * of.panel_size() + k * C, *a = gram + k * kRows;
-        T* to = g + p * of.panel_size();
-        for (int64_t i = 0; i < n; i += kRows, a += n * kRows, to += kRows * C) {
-          if (k == 0)
-            micro_rows<T, kVectors, 1, kRows, C, Store::replace>(n - i, a, b, 1, length, length, 0, to, 0, 0);
-          else
-            micro_rows<T, kVectors, 1, kRows, C, Store::add>(n - i, a, b, 1, length, length, 0, to, 0, 0);
+      for (int64_t from = 0; from * kRows < n; from += block)
+        for (int64_t p = 0; p < count; ++p) {
+          const T* b = x + p * of.panel_size() + k * C;
+          for (int64_t i = from; i < from + block && i * kRows < n; ++i) {
+            const T* a = gram + (i * n + k) * kRows;
+            T* to = g + p * of.panel_size() + i * kRows * C;
+            const int64_t left = n - i * kRows;
+            if (k == 0)
+              micro_rows<T, kVectors, 1, kRows, C, Store::replace>(left, a, b, 1, length, length, 0, to, 0, 0);
+            else
+              micro_rows<T, kVectors, 1, kRows, C, Store::add>(left, a, b, 1, length, length, 0, to, 0, 0);
+          }
         }
-      }
     }
   }
 
@@ -86,21 +90,24 @@ struct Backward {
     if (dense == nullptr) {
       for (int64_t r = 0; r < depth; ++r)
         for (int64_t c = 0; c < count * C; ++c) scratch[r * kTile + c] = 0;
-      tile_gram(packed[partner] + k * of.n, packed[v] + first * of.n, of.panel_size(), depth, count * C, 0, of.n, false,
-                scratch);
+      tile_gram(packed[partner] + k / C * of.panel_size(), packed[v] + first / C * of.panel_size(), of.panel_size(),
+                depth, count * C, 0, of.n, false, scratch);
     }
-    for (int64_t p = 0; p < count; ++p)
-      for (int64_t r = 0; r < depth; ++r)
-        for (int64_t c = 0; c < C; ++c) {
-          const int64_t column = first + p * C + c, row = k + r;
-          T& x = to[(p * kDepth + r) * C + c];
-          if (column >= d || column == row)
-            x = 0;
-          else if (dense == nullptr)
-            x = scratch[r * kTile + p * C + c];
-          else
-            x = of.input.cross && v == 0 ? dense[column * d + row] : dense[row * d + column];
+    for (int64_t p = 0; p < count; ++p) {
+      const int64_t begin = first + p * C, width = d - begin < C ? d - begin : C;
+      T* at = to + p * kDepth * C;
+      if (dense != nullptr && of.input.cross && v == 0)  // the rows of M are this view's columns
+        transpose(dense + begin * d + k, d, width, depth, at, C);
+      else
+        for (int64_t r = 0; r < depth; ++r) {
+          const T* row = dense == nullptr ? scratch + r * kTile + p * C : dense + (k + r) * d + begin;
+          for (int64_t c = 0; c < width; ++c) at[r * C + c] = row[c];
         }
+      for (int64_t r = 0; r < depth && width < C; ++r)
+        for (int64_t c = width; c < C; ++c) at[r * C + c] = 0;
+      for (int64_t r = begin < k ? 0 : begin - k; r < depth && k + r < begin + width; ++r)
+        at[r * C + k + r - begin] = 0;
+    }
   }
 
   // out = Ŷ·offdiag(M) for the columns of `count` panels from `first` on.
@@ -115,12 +122,13 @@ struct Backward {
           const T* b = strips + p * kDepth * C;
           const int64_t end = block + kTile < of.n ? block + kTile : of.n;
           for (int64_t i = block; i < end; i += kRows) {
-            const T* a = y + k * of.n + i * C;
+            const T* a = y + k / C * of.panel_size() + i * C;
             T* to = g + p * of.panel_size() + i * C;
             if (k == 0)
-              micro_rows<T, kVectors, C, 1, C, Store::replace>(end - i, a, b, chunks, C, last, of.n * C, to, 0, 0);
+              micro_rows<T, kVectors, C, 1, C, Store::replace>(end - i, a, b, chunks, C, last, of.panel_size(), to, 0,
+                                                               0);
             else
-              micro_rows<T, kVectors, C, 1, C, Store::add>(end - i, a, b, chunks, C, last, of.n * C, to, 0, 0);
+              micro_rows<T, kVectors, C, 1, C, Store::add>(end - i, a, b, chunks, C, last, of.panel_size(), to, 0, 0);
           }
         }
     }
@@ -130,25 +138,22 @@ struct Backward {
   void finish(const MomentGradient& gradient, int64_t v, int64_t task, T* const x[2], T* g) const {
     const MomentInput& input = of.input;
     const int64_t first = task * of.width * C, count = of.panels_of(task), m = input.cross ? 0 : v;
-    const bool pair = input.has_distance();
     for (int64_t p = 0; p < count; ++p) {
-      const int64_t at = first + p * C, other = pair ? 1 - v : v;
+      const int64_t at = first + p * C, place = p * of.panel_size();
       ColumnGradient<T> of_columns{};
       of_columns.product = static_cast<T>((input.cross ? 2 : 4) * gradient.off_diagonal[m]);
-      of_columns.distance = static_cast<T>(pair ? 2 * gradient.distance : 0);
       for (int c = 0; c < C; ++c) {
         T along = (input.cross ? 1 : 2) * on[m * of.padded + at + c];
         if (input.dual) along -= of_columns.product * of.diagonal[m * of.padded + at + c];
         of_columns.along[c] = along;
       }
-      of_columns.mean = of.mean + v * of.padded + at;
       of_columns.factor = of.factor + v * of.padded + at;
-      of_columns.other_mean = of.mean + other * of.padded + at;
-      of_columns.other_factor = of.factor + other * of.padded + at;
-      const int64_t place = p * of.panel_size();
-      finish_gradient(input, of_columns, x[v] + place, x[input.partner(v)] + place, x[other] + place, g + place);
+      finish_gradient(input, of_columns, x[v] + place, x[input.partner(v)] + place, g + place);
     }
-    write_panels(g, of.n, of.d, first, count, input.views[0].type, gradient.views[v]);
+    const bool pair = input.has_distance();
+    const ColumnTarget target{input.views[v].data, input.views[pair ? 1 - v : v].data, pair ? 2 * gradient.distance : 0,
+                              gradient.views[v]};
+    write_panels(g, of.panel_size(), of.n, of.d, first, count, input.views[0].type, target);
   }
 
   void run(const MomentSaved& saved, const MomentGradient& gradient, const Parallel& parallel) {

@@ -8,6 +8,8 @@ from torch import Tensor
 from .._checks import accumulator, check_integers, check_keys
 from ..ops.similarity_logsigmoid import similarity_logsigmoid
 from ..ops.similarity_lse import SimilarityTerms, similarity_terms
+from ..reference.second_moment import SecondMoment
+from . import moments
 from .agreement import sizes_of
 from .collectives import Ranks, gather_rows, parts_of_mine, total
 from .scope import Scope, Shard
@@ -80,6 +82,21 @@ class GatherScope(Scope):
         k = gather_rows(k, sizes, self.ranks)
         col_ids = gather_rows(col_ids.long(), sizes, self.ranks)
         return similarity_logsigmoid(q, k, scale, bias, row_ids=row_ids, col_ids=col_ids)
+
+    @torch.compiler.disable(reason=NOT_TRACED)
+    def second_moment(
+        self,
+        a: Tensor,
+        b: Tensor | None = None,
+        *,
+        cross: bool = False,
+        center: bool = True,
+        scale: str = "none",
+        eps: float = 1e-5,
+        statistics: str = "global",
+        form: str = "auto",
+    ) -> SecondMoment:
+        return moments.second_moment(self.ranks, a, b, moments.Options(cross, center, scale, eps, statistics, form))
 
     @torch.compiler.disable(reason=NOT_TRACED)
     def gather(self, x: Tensor) -> Tensor:

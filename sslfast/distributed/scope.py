@@ -113,6 +113,8 @@ class Scope:
         (``"local"``; the moments are still summed over all). ``form``: "auto", "primal" or "dual", over ranks also
         what travels: M or the rows.
         """
+        if statistics not in STATISTICS:
+            raise ValueError(f"statistics must be one of {', '.join(map(repr, STATISTICS))}, got {statistics!r}")
         return second_moment(a, b, cross=cross, center=center, scale=scale, eps=eps, form=form)
 
     def gather(self, x: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ the diagonal, and their gradients; nobody needs M itself:
     dual     off = ⟨ÂÂᵀ, B̂B̂ᵀ⟩ − Σ_i M_ii²   dÂ = 2·((B̂B̂ᵀ)Â − B̂ diag(M_ii)), dB̂ alike           O(N²·D)
 
 A matrix with itself (``cross=False``) is the case B̂ = Â. Then every Gram or moment matrix is symmetric and half of it
-is computed: either way costs 3·N·D·min(N, D) multiply-adds a batch, forward and backward together, and cross-moments
-6·N·D² in primal form. Centring and scaling happen on the way into the tiles and out of the gradients.
+is computed: 3·N·D·min(N, D) operations a batch, forward and backward together, and 6·N·D² for cross-moments in primal
+form. Centring and scaling happen on the way into the tiles and out of the gradients.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..reference.second_moment import SecondMoment
 BACKENDS = ("cpu", "triton", "reference")
 SCALES = ("none", "variance", "norm")
 FORMS = ("auto", "primal", "dual")
-# Primal form: at most so many numbers of M stay in memory from forward to backward (42 MiB in float32); beyond them
+# Primal form: at most so many numbers of M stay in memory from forward to backward (44 MiB in float32); beyond them
 # its tiles are computed again.
 KEPT = 11 << 20
 
@@ -159,7 +159,7 @@ def why_not(backend: str, a: Tensor) -> str | None:
 def dual_is_cheaper(n: int, d: int) -> bool:
     """The cost model of ``form="auto"``: N × N Gram matrices where the batch is clearly smaller than the width.
 
-    Both forms do 3·N·D·min(N, D) multiply-adds a batch, so the border is at N = D. It is drawn a little before, because
+    Both forms do 3·N·D·min(N, D) operations a batch, so the border is at N = D. It is drawn a little before, because
     the dual form subtracts Σ M_ii² from ‖M‖²: M has rank at most N, so of a matrix whose diagonal is even at least
     1 − N/D of ‖M‖² is left.
     """

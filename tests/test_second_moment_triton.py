@@ -1,0 +1,246 @@
+"""The Triton kernels of second_moment: values and gradients, through the interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import sslfast
+from helpers import same_nonfinite, within_budget
+from sslfast import _native, reference
+from sslfast.ops.second_moment import SCALES, dual_is_cheaper, second_moment
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+REASON = _native.why_no_triton(DEVICE)
+pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+if torch.cuda.is_available():  # else these tests run in the interpreter
+    pytestmark.append(pytest.mark.gpu)
+
+FORMS = ("primal", "dual")
+# A batch alone, a pair, a pair across.
+MODES = {"one": (1, False), "pair": (2, False), "cross": (2, True)}
+# (rows, features): one row; one column; tiny; a Gram matrix and a moment matrix whose sums several programs share;
+# prime; aligned to the tiles; more than one tile in both.
+SHAPES = [(1, 8), (33, 1), (3, 5), (20, 300), (300, 9), (67, 97), (64, 64), (130, 75)]
+OUTPUTS = ("off_diagonal", "diagonal", "distance", "da", "db")
+
+
+def make(n: int, d: int, mode: str, dtype: torch.dtype = torch.float32, *, mean: float = 1.0) -> list[Tensor]:
+    """Batches whose columns have different means and sizes, and are correlated within a batch and across."""
+    random = torch.Generator().manual_seed(n * d)
+    common = torch.randn(n, 1, generator=random)
+    a = torch.randn(n, d, generator=random) + 0.5 * common
+    b = 0.5 * a + torch.randn(n, d, generator=random)
+    size, shift = torch.linspace(0.5, 2.0, d), mean * torch.randn(d, generator=random)
+    return [(x * size + shift).to(DEVICE, dtype) for x in (a, b)][: MODES[mode][0]]
+
+
+def run(
+    function: Any, batches: list[Tensor], kind: torch.dtype, mode: str, *, unit: float = 1.0, **options: Any
+) -> list[Tensor]:
+    """Outputs and the gradients of their sum, weighted by some ``unit``, computed in ``kind``."""
+    leaves = [x.to(kind, copy=True).requires_grad_() for x in batches]
+    outputs = function(*leaves, cross=MODES[mode][1], **options)
+    random, (n, d) = torch.Generator().manual_seed(1), batches[0].shape
+    weights = [torch.randn(t.shape, generator=random).to(DEVICE) for t in outputs]
+    weights[0] = weights[0] / (n * d) ** 0.5  # so that all terms of the gradient are of one size
+    total = sum((unit * w * t).sum() for w, t in zip(weights, outputs, strict=True))
+    return [*outputs, *torch.autograd.grad(total, leaves)]
+
+
+def check(batches: list[Tensor], mode: str, form: str, floor: float = 1e-6, **options: Any) -> list[Tensor]:
+    """Everything the kernels can give against the reference in float64, by the error budget."""
+    dtype = batches[0].dtype
+    with sslfast.use_backend("triton"):
+        kernel = run(second_moment, batches, dtype, mode, form=form, **options)
+    # As the kernels do, the reference sums 16-bit inputs in float32.
+    plain = run(reference.second_moment, batches, torch.float32, mode, **options)
+    truth = run(reference.second_moment, batches, torch.float64, mode, **options)
+    # Where M can be diagonal, ‖M‖² − Σ M_ii² and its gradient may leave nothing; there form="auto" is primal.
+    floors: dict[str, float] = {}
+    if form == "dual" and not dual_is_cheaper(*batches[0].shape):
+        gradient = truth[1].abs().max().item() / batches[0].numel() ** 0.5
+        floors = {"off_diagonal": truth[1].square().sum().item(), "da": gradient, "db": gradient}
+    for what, *values in zip(OUTPUTS, kernel, plain, truth, strict=False):
+        assert values[0].dtype == (dtype if what in ("da", "db") else torch.float32)
+        within_budget(what, *values, dtype, floor=max(floor, floors.get(what, 0.0)))
+    return kernel
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(shape: tuple[int, int], form: str) -> None:
+    if shape[0] == 1:
+        check(make(*shape, "cross"), "cross", form, center=False, floor=1.0)
+    else:
+        # What the projections of the scaling leave of a gradient can be much smaller than its terms.
+        check(make(*shape, "cross"), "cross", form, scale="variance", floor=1.0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("center", "scale"), [(False, "none"), (True, "none"), (False, "variance"), (True, "variance"), (True, "norm")]
+)
+def test_options(center: bool, scale: str, mode: str, form: str) -> None:
+    check(make(33, 37, mode), mode, form, center=center, scale=scale, floor=1e-2)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit(dtype: torch.dtype, mode: str, form: str) -> None:
+    check(make(75, 84, mode, dtype), mode, form, scale="variance")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_float16_moments_beyond_its_range(form: str) -> None:
+    """Sums of squares of some 10^6, and gradients through them."""
+    batches = [30 * x for x in make(130, 90, "pair", torch.float16)]
+    check(batches, "pair", form, center=False, unit=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_diagonal_that_dominates(form: str) -> None:
+    """‖M‖² is nearly all in its diagonal: rounding X̂ to 16 bits must not leave any of it in the rest."""
+    columns = torch.linalg.qr(make(80, 40, "one")[0])[0] * 9 + 0.01 * make(80, 40, "one")[0]
+    check([columns.to(torch.bfloat16)], "one", form, center=False, floor=1.0)
+    check([columns], "one", form, center=False, floor=1.0)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_means_far_from_zero(scale: str) -> None:
+    check(make(300, 20, "cross", mean=1e3), "cross", "primal", scale=scale)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_columns_whose_norm_is_below_eps(center: bool) -> None:
+    """They are divided by a constant, so nothing is projected out of their gradient."""
+    batches = make(40, 6, "cross", mean=0.0)
+    for x in batches:
+        x[:, 1] *= 1e-5
+        x[:, 4] = 0.0
+    check(batches, "cross", "primal", center=center, scale="norm", eps=1e-3)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("form", FORMS)
+def test_large_tiles(form: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other half of the tables, which takes results that are larger than a test can be."""
+    from sslfast.kernels import _second_moment_configs
+
+    monkeypatch.setattr(_second_moment_configs, "LARGE", 0)
+    check(make(40, 70, mode), mode, form, scale="variance", floor=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("form", "shape"), [("primal", (40, 150)), ("dual", (20, 40))], ids=str)
+def test_moments_that_were_not_kept(
+    form: str, shape: tuple[int, int], mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The backward makes M again, here in two chunks of columns; nothing but its own rounding may differ."""
+    from sslfast.kernels import second_moment as kernel
+
+    monkeypatch.setattr(kernel, "CHUNK", 1)
+    (a, *rest), (views, cross) = make(*shape, mode, dtype), MODES[mode]
+    options = (cross, True, SCALES.index("norm"), 1e-5, form == "dual")
+    b = rest[0] if views == 2 else None
+    results = []
+    for keep in (True, False):
+        off, diagonal, distance, *saved = kernel.second_moment(a, b, *options, keep)
+        assert (saved[2].numel() > 0) == keep
+        grads = torch.ones_like(off), torch.ones_like(diagonal), torch.ones_like(distance)
+        gradients = kernel.second_moment_backward(*grads, a, b, diagonal, *saved, *options, True, views == 2)
+        results.append((off, diagonal, distance, *gradients))
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-3, "atol": 1e-3}
+    torch.testing.assert_close(*results, **tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:.*NaN.*:RuntimeWarning", "ignore:.*encountered:RuntimeWarning")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("form", FORMS)
+def test_nonfinite_entries(form: str, bad: float) -> None:
+    for mode, center in (("pair", True), ("cross", False)):
+        batches = make(20, 9, mode)
+        batches[-1][7, 3] = bad
+        options = {"center": center, "scale": "norm" if center else "none"}
+        with sslfast.use_backend("triton"):
+            kernel = run(second_moment, batches, torch.float32, mode, form=form, **options)
+        plain = run(reference.second_moment, batches, torch.float32, mode, **options)
+        for what, *values in zip(OUTPUTS, kernel, plain, strict=True):
+            if form == "dual":  # ∞ − ∞ where M has ∞
+                values = [t.where(t.isfinite(), torch.nan) for t in values]
+            same_nonfinite(what, *values)
+        assert kernel[0][-1].isnan()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mode", ["pair", "cross"])
+def test_every_subset_of_gradients(mode: str, form: str) -> None:
+    batches = make(21, 18, mode)
+
+    def grads(backend: str, wanted: tuple[bool, bool]) -> list[Tensor | None]:
+        leaves = [x.clone().requires_grad_(w) for x, w in zip(batches, wanted, strict=True)]
+        with sslfast.use_backend(backend):
+            off, diagonal, _ = second_moment(*leaves, cross=MODES[mode][1], scale="variance", form=form)
+        (off.sum() + diagonal.sum()).backward()  # stride-0 gradients, and none of the distance
+        return [x.grad for x in leaves]
+
+    full = grads("reference", (True, True))
+    for wanted in ((True, True), (True, False), (False, True)):
+        for w, g, expected in zip(wanted, grads("triton", wanted), full, strict=True):
+            assert (g is not None) == w
+            if g is not None:
+                torch.testing.assert_close(g, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradient_of_one_output_alone(form: str) -> None:
+    batches = make(30, 20, "pair")
+    for index in range(3):
+
+        def only(*args: Tensor, index: int = index, **kwargs: Any) -> list[Tensor]:
+            return [second_moment(*args, **kwargs)[index]]
+
+        def only_plain(*args: Tensor, index: int = index, **kwargs: Any) -> list[Tensor]:
+            return [reference.second_moment(*args, **kwargs)[index]]
+
+        with sslfast.use_backend("triton"):
+            kernel = run(only, batches, torch.float32, "pair", form=form)
+        plain = run(only_plain, batches, torch.float32, "pair")
+        torch.testing.assert_close(kernel, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_strided_inputs() -> None:
+    a, b = make(33, 10, "cross")
+    with sslfast.use_backend("triton"):
+        expected = second_moment(a, b, cross=True)
+        found = second_moment(a.T.contiguous().T, torch.stack([b, b], 2)[:, :, 1], cross=True)
+    assert all(torch.equal(x, y) for x, y in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mode", ["pair", "cross"])
+def test_same_bits_in_every_run(mode: str, form: str) -> None:
+    batches = make(70, 90, mode, torch.float16)
+    with sslfast.use_backend("triton"):
+        first, second = (run(second_moment, batches, torch.float16, mode, form=form) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+def test_opcheck() -> None:
+    for mode, (views, cross) in MODES.items():
+        a, *rest = (x.requires_grad_() for x in make(6, 5, mode))
+        b, options = rest[0] if rest else None, (cross, True, 1, 1e-5)
+        for dual in (False, True):
+            torch.library.opcheck(torch.ops.sslfast.second_moment_triton, (a, b, *options, dual, True))
+        with torch.no_grad():
+            outputs = torch.ops.sslfast.second_moment_triton(a, b, *options, False, True)
+        grads, saved = tuple(torch.ones_like(t) for t in outputs[:3]), (outputs[1], *outputs[3:])
+        inputs = (a.detach(), None if b is None else b.detach())
+        arguments = (*grads, *inputs, *saved, *options, False, True, views == 2)
+        torch.library.opcheck(torch.ops.sslfast.second_moment_triton_backward, arguments)
