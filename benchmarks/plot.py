@@ -29,7 +29,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 MIN_POINTS = 4  # sizes that make a sweep
 PANELS = (("time_ms", "time [ms]"), ("peak_mib", "extra peak memory [MiB]"))
 COLOURS = {"sslfast": "#c1121f", "compile": "#2a6f97", "eager": "#6c757d", "lightly": "#588157", "chunked": "#bc6c25"}
+COLOURS |= {"primal": "#7b2cbf", "dual": "#f48c06"}  # forms of one of our own operations
 NAMES = {"compile": "torch.compile", "eager": "eager PyTorch", "chunked": "chunked torch.mm"}
+NAMES |= {"primal": "always primal", "dual": "always dual"}
 
 
 def shape_text(shape: str) -> str:

@@ -65,8 +65,11 @@ def test_formula(dtype: torch.dtype, count: int, shape: tuple[int, int]) -> None
     kernel = value_and_gradients(lambda *z: frossl(z), *inputs)
     reference = value_and_gradients(plain, *inputs)
     truth = value_and_gradients(plain, *(z.double() for z in inputs))
+    # A column's gradient cancels before it is divided by the column's norm, of one row entirely.
+    norms = torch.cat([z.double().norm(dim=0) for z in inputs])
+    floor = max(1.0, 1 / norms[norms > 0].min().item())
     for i, (k, r, t) in enumerate(zip(kernel, reference, truth, strict=True)):
-        within_budget("loss" if i == 0 else f"dz{i - 1}", k, r, t, dtype, 1.0)
+        within_budget("loss" if i == 0 else f"dz{i - 1}", k, r, t, dtype, floor)
 
 
 def test_small_columns() -> None:
