@@ -45,15 +45,6 @@ static inline vec<T> at(const T* panel, int64_t row, int v) {
   return load(panel + row * kColumns<T> + v * kLanes<T>);
 }
 
-// A block of columns is a short piece of every row, each on another page, which no hardware prefetcher foresees.
-template <bool kWrite, typename S>
-static inline void prefetch_row(const S* x, int64_t d, int64_t left, int64_t width) {
-  constexpr int64_t kAhead = 8;
-  if (left <= kAhead) return;
-  for (int64_t c = 0; c < width; c += 64 / static_cast<int64_t>(sizeof(S)))
-    __builtin_prefetch(x + kAhead * d + c, kWrite ? 1 : 0);
-}
-
 template <typename S, typename T>
 static void read_panels_of(const void* data, int64_t rows, int64_t d, int64_t first, int64_t count, int64_t stride,
                            T* panels) {
@@ -61,7 +52,6 @@ static void read_panels_of(const void* data, int64_t rows, int64_t d, int64_t fi
   const S* x = static_cast<const S*>(data) + first;
   const int64_t whole = (d - first) / C < count ? (d - first) / C : count;
   for (int64_t r = 0; r < rows; ++r, x += d) {
-    prefetch_row<false>(x, d, rows - r, count * C);
     for (int64_t p = 0; p < whole; ++p) {
       T* out = panels + p * stride + r * C;
       for (int c = 0; c < C; ++c) out[c] = static_cast<T>(widen(x[p * C + c]));
@@ -101,7 +91,6 @@ static void write_panels_of(const T* panels, int64_t stride, int64_t rows, int64
   const S *x = static_cast<const S*>(to.x) + first, *other = static_cast<const S*>(to.other) + first;
   const T distance = static_cast<T>(to.distance);
   for (int64_t r = 0; r < rows; ++r, dx += d, x += d, other += d) {
-    prefetch_row<true>(dx, d, rows - r, count * C);
     for (int64_t p = 0; p < count; ++p) {
       const T* in = panels + p * stride + r * C;
       const int64_t begin = p * C, width = d - first - begin < C ? d - first - begin : C;

@@ -35,12 +35,15 @@ struct Moments {
     next = arena.take<int64_t>(1);
   }
 
-  // A block of columns of one view fills a megabyte and is no wider than a tile, and every thread gets a few.
+  // A block of columns is no wider than a tile and, in dual form, where it is read for each product, no larger than a
+  // megabyte; and every thread gets a few blocks.
   int64_t chosen_width() const {
-    int64_t most = (int64_t{1} << 20) / (n * C * static_cast<int64_t>(sizeof(T)));
-    const int64_t share = column_panels / (4 * threads);
-    most = most < share ? most : share;
-    return most < 1 ? 1 : most > 6 ? 6 : most;
+    int64_t most = kTile / C;
+    const int64_t fits = (int64_t{1} << 20) / (n * C * static_cast<int64_t>(sizeof(T)));
+    const int64_t share = (input.dual ? 1 : views) * column_panels / (4 * threads);
+    if (input.dual && fits < most) most = fits;
+    if (share < most) most = share;
+    return most < 1 ? 1 : most;
   }
   int64_t tasks() const { return (column_panels + width - 1) / width; }
   int64_t panels_of(int64_t task) const {

@@ -34,7 +34,7 @@ struct Backward {
     on = arena.take<T>(of.matrices * of.padded);
     panels = arena.take<T>(dual ? threads * of.views * block : 0);
     out = arena.take<T>(threads * block);
-    strip = arena.take<T>(dual ? 0 : threads * kDepth * of.width * C);
+    strip = arena.take<T>(dual ? 0 : threads * strips() * strip_size());
     tile = arena.take<T>(dual || kept ? 0 : threads * kTile * kTile);
     if (!dual || kept) return;
     again = arena.take<T>(of.views * of.n * of.n);
@@ -42,6 +42,10 @@ struct Backward {
     Forward<T>(input, threads, inner);
     forward_memory = arena.take<char>(inner.bytes);
   }
+
+  // kDepth rows of M for the columns of one task, and how many such strips there are.
+  int64_t strip_size() const { return kDepth * of.width * C; }
+  int64_t strips() const { return (of.d + kDepth - 1) / kDepth; }
 
   void read(int64_t v, int64_t task, T* x) const {
     const int64_t first = task * of.width * C, count = of.panels_of(task);
@@ -61,26 +65,24 @@ struct Backward {
       for (int64_t r = 0; r < kRows; ++r) to[r] = r < left ? dense[m * of.n + group * kRows + r] : T(0);
   }
 
-  // out = G·x for `count` panels.
+  // out = G·x for `count` panels, a tile's height of rows at a time, so that their sums stay in the cache.
   void gram_product(const T* gram, const T* x, int64_t count, T* g) const {
     const int64_t n = of.n, runs = (n + kDepth - 1) / kDepth, depth = round_up((n + runs - 1) / runs, C);
-    const int64_t block = kTile / kRows;  // groups of rows, which stay in the cache for all panels
-    for (int64_t k = 0; k < n; k += depth) {
-      const int64_t length = n - k < depth ? n - k : depth;
-      for (int64_t from = 0; from * kRows < n; from += block)
+    for (int64_t block = 0; block < n; block += kTile)
+      for (int64_t k = 0; k < n; k += depth) {
+        const int64_t length = n - k < depth ? n - k : depth, end = block + kTile < n ? block + kTile : n;
         for (int64_t p = 0; p < count; ++p) {
           const T* b = x + p * of.panel_size() + k * C;
-          for (int64_t i = from; i < from + block && i * kRows < n; ++i) {
-            const T* a = gram + (i * n + k) * kRows;
-            T* to = g + p * of.panel_size() + i * kRows * C;
-            const int64_t left = n - i * kRows;
+          for (int64_t i = block; i < end; i += kRows) {
+            const T* a = gram + i * n + k * kRows;
+            T* to = g + p * of.panel_size() + i * C;
             if (k == 0)
-              micro_rows<T, kVectors, 1, kRows, C, Store::replace>(left, a, b, 1, length, length, 0, to, 0, 0);
+              micro_rows<T, kVectors, 1, kRows, C, Store::replace>(end - i, a, b, 1, length, length, 0, to, 0, 0);
             else
-              micro_rows<T, kVectors, 1, kRows, C, Store::add>(left, a, b, 1, length, length, 0, to, 0, 0);
+              micro_rows<T, kVectors, 1, kRows, C, Store::add>(end - i, a, b, 1, length, length, 0, to, 0, 0);
           }
         }
-    }
+      }
   }
 
   // Rows [k, k + depth) of offdiag(M), M between the partner's columns and the block's, in strips [count][kDepth][C].
@@ -110,17 +112,19 @@ struct Backward {
     }
   }
 
-  // out = Ŷ·offdiag(M) for the columns of `count` panels from `first` on.
+  // out = Ŷ·offdiag(M) for the columns of `count` panels from `first` on, a tile's height of rows at a time.
   void moment_product(const T* dense, int64_t v, int64_t first, int64_t count, T* scratch, T* strips, T* g) const {
     const T* y = packed[of.input.partner(v)];
-    for (int64_t k = 0; k < of.d; k += kDepth) {
-      const int64_t depth = of.d - k < kDepth ? of.d - k : kDepth;
-      const int64_t chunks = (depth + C - 1) / C, last = depth - (chunks - 1) * C;
-      pack_moments(dense, v, k, depth, first, count, scratch, strips);
-      for (int64_t block = 0; block < of.n; block += kTile)
+    const int64_t size = strip_size();
+    for (int64_t k = 0; k < of.d; k += kDepth)
+      pack_moments(dense, v, k, of.d - k < kDepth ? of.d - k : kDepth, first, count, scratch,
+                   strips + k / kDepth * size);
+    for (int64_t block = 0; block < of.n; block += kTile)
+      for (int64_t k = 0; k < of.d; k += kDepth) {
+        const int64_t depth = of.d - k < kDepth ? of.d - k : kDepth, end = block + kTile < of.n ? block + kTile : of.n;
+        const int64_t chunks = (depth + C - 1) / C, last = depth - (chunks - 1) * C;
         for (int64_t p = 0; p < count; ++p) {
-          const T* b = strips + p * kDepth * C;
-          const int64_t end = block + kTile < of.n ? block + kTile : of.n;
+          const T* b = strips + k / kDepth * size + p * kDepth * C;
           for (int64_t i = block; i < end; i += kRows) {
             const T* a = y + k / C * of.panel_size() + i * C;
             T* to = g + p * of.panel_size() + i * C;
@@ -131,7 +135,7 @@ struct Backward {
               micro_rows<T, kVectors, C, 1, C, Store::add>(end - i, a, b, chunks, C, last, of.panel_size(), to, 0, 0);
           }
         }
-    }
+      }
   }
 
   // From the product in `g` to the gradient, for the columns of one task; x: the views' panels of them.
@@ -209,7 +213,7 @@ struct Backward {
       const T* dense = moments == nullptr ? nullptr : moments + m * of.d * of.d;
       T* g = out + worker * block;
       moment_product(dense, v, columns * of.width * C, of.panels_of(columns), tile + worker * kTile * kTile,
-                     strip + worker * kDepth * of.width * C, g);
+                     strip + worker * strips() * strip_size(), g);
       T* x[2] = {packed[0] + columns * block, packed[of.views - 1] + columns * block};
       finish(gradient, v, columns, x, g);
     });
