@@ -1,6 +1,7 @@
 # Every target sets up what it needs in .venv, on a machine that has python3 (3.10 or newer) and a C++ compiler.
 
 PYTHON ?= python3
+METHOD ?= simclr
 DATA   ?= digits
 RANKS  ?= 1
 OUT    ?= benchmarks/results
@@ -14,8 +15,9 @@ CPP   := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 .PHONY: help demo test lint sanitize bench readme gpu clean
 
 help:
-	@echo "make demo   train SimCLR on real images, fused loss beside plain; table, picture and JSON in out/demo"
-	@echo "            (DATA=digits, DATA=fashion-mnist or DATA=<folder of images>; RANKS=2 on two processes)"
+	@echo "make demo   train on real images, fused loss beside plain; table, picture and JSON in out/demo"
+	@echo "            (METHOD=simclr, barlow or vicreg; DATA=digits, DATA=fashion-mnist or DATA=<folder of images>;"
+	@echo "            RANKS=2 on two processes)"
 	@echo "make test   build in place and run every test"
 	@echo "make lint   ruff, clang-format, line lengths, mypy"
 	@echo "make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -36,7 +38,7 @@ $(BUILT): $(READY) setup.py pyproject.toml $(CPP)
 
 RUN := $(if $(filter 1,$(RANKS)),$(BIN)/python,$(BIN)/torchrun --nproc-per-node $(RANKS))
 demo: $(BUILT)
-	$(RUN) -m examples.simclr --data $(DATA) --output out/demo
+	$(RUN) -m examples.pretrain --method $(METHOD) --data $(DATA) --output out/demo
 
 test: $(BUILT) $(PEERS)
 	$(BIN)/python -m sslfast

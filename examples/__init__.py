@@ -1,1 +1,1 @@
-"""Demos: each folder beside ``common`` is one method, run as ``python -m examples.<method>``."""
+"""Demos: each folder beside ``common`` is one, run as ``python -m examples.<folder>``."""

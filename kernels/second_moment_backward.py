@@ -141,7 +141,7 @@ def _second_moment_input_gradient_kernel(
     UPCAST: tl.constexpr,
 ):
     """dx = factor·(dx̂ − mean of dx̂ − x̂·w·Σ dx̂·x̂) + 2·grad_distance·(x − other)."""
-    row0, col0 = tl.program_id(1) * ROWS, tl.program_id(0) * COLS
+    row0, col0 = tl.program_id(0) * ROWS, tl.program_id(1) * COLS
     cols = col0 + tl.arange(0, COLS)
     x, hat = load_standardized(X, Mean, Factor, row0, col0, N, D, D, ROWS, COLS, UPCAST)
     d = load_tile(DHat, row0, col0, N, D, D, ROWS, COLS)
@@ -229,7 +229,7 @@ class Gradient:
         """dx [N, D] in the dtype of x, through scaling and centring; plus ``2·grad_distance·(x − other)``."""
         n, d = self.d_hat.shape
         dx = torch.empty_like(self.x.x)
-        _second_moment_input_gradient_kernel[(triton.cdiv(d, COLS), triton.cdiv(n, ROWS))](
+        _second_moment_input_gradient_kernel[(triton.cdiv(n, ROWS), triton.cdiv(d, COLS))](
             self.d_hat, self.sums.sum(1), *self.x, other, grad_distance, dx, n, d, eps,
             CENTER=center, SCALE=scale, ROWS=ROWS, COLS=COLS, UPCAST=upcast(self.x.x.dtype), num_warps=4,
         )  # fmt: skip

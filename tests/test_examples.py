@@ -91,7 +91,7 @@ def test_digits_end_to_end(method: Method, tmp_path: Path, monkeypatch: pytest.M
         assert cost["gradient_difference"] <= measure.AGREEMENT
         assert all(cost["seconds"][name] > 0 for name in ("fused", "plain"))
     if Path("/proc/self/clear_refs").exists():  # Linux tells: plain PyTorch holds a few matrices of 2048 × 2048 at once
-        assert 2 * 2048**2 * 4 < content["costs"][1]["peak_bytes"]["plain"] < 8 * 2048**2 * 4
+        assert 2 * 2048**2 * 4 < content["costs"][1]["peak_bytes"]["plain"] < 16 * 2048**2 * 4
     assert set(content["accuracies"]["knn"]) == {"fused", "plain", "untrained", "raw pixels"}
     assert all(0.5 < accuracy <= 1 for kind in content["accuracies"].values() for accuracy in kind.values())
 

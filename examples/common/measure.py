@@ -1,11 +1,11 @@
 """Time and memory of a loss alone: forward and backward, from embeddings that lie in memory.
 
-``python -m examples.common.measure MODULE:FUNCTION FILE`` is the worker that one measurement of memory runs in.
+``python -m examples.common.measure FILE`` is the worker that one measurement of memory runs in.
 """
 
 from __future__ import annotations
 
-import importlib
+import pickle
 import statistics
 import subprocess
 import sys
@@ -26,15 +26,16 @@ ROOT = Path(__file__).resolve().parents[2]
 # Gradients of two float32 implementations may differ by rounding, not by more than this part of their norm.
 AGREEMENT = 1e-4
 ROUNDS_LEAST, ROUNDS_MOST, ROUNDS_SECONDS = 3, 30, 12.0
-WARM_UP_PAIRS = 8
+WARM_UP = 16
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one step (forward and backward) of each loss costs at one batch size.
+    """What one step (forward and backward) of each loss costs at one size.
 
     Attributes:
-        pairs: N, the images a batch; the similarity matrix is 2N × 2N.
+        pairs: N, the images a batch.
+        width: D, of their embeddings.
         seconds: the median time of a step, by the loss's name.
         quartiles: the first and third quartile of the times.
         peak_bytes: extra peak memory; ``None`` where the system does not tell.
@@ -42,6 +43,7 @@ class Cost:
     """
 
     pairs: int
+    width: int
     seconds: dict[str, float]
     quartiles: dict[str, tuple[float, float]]
     peak_bytes: dict[str, int | None]
@@ -90,7 +92,7 @@ def cost(losses: Mapping[str, Loss], z0: Tensor, z1: Tensor) -> Cost:
     seconds, at least 3 and at most 30 of them.
 
     Args:
-        losses: importable functions (the memory is measured in another process), by name.
+        losses: by name; they can be pickled (the memory is measured in another process).
         z0, z1: [N, D] float32 embeddings.
 
     Raises:
@@ -110,7 +112,8 @@ def cost(losses: Mapping[str, Loss], z0: Tensor, z1: Tensor) -> Cost:
             times[name].append(time.perf_counter() - before)
     quartiles = {name: statistics.quantiles(each, n=4, method="inclusive") for name, each in times.items()}
     return Cost(
-        pairs=len(z0),
+        pairs=z0.shape[0],
+        width=z0.shape[1],
         seconds={name: q[1] for name, q in quartiles.items()},
         quartiles={name: (q[0], q[2]) for name, q in quartiles.items()},
         peak_bytes={name: peak_memory(loss, z0, z1) for name, loss in losses.items()},
@@ -133,14 +136,13 @@ def peak_memory(loss: Loss, z0: Tensor, z1: Tensor) -> int | None:
         RuntimeError: the process failed (killed for want of memory, for one).
     """
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "views.pt"
-        torch.save((z0, z1), file)
-        # The worker finds the loss by its module's name, hence the repository's root as its folder.
-        command = [sys.executable, "-m", "examples.common.measure", f"{loss.__module__}:{loss.__qualname__}", str(file)]
+        file = Path(folder) / "step.pickle"
+        file.write_bytes(pickle.dumps((loss, z0, z1)))
+        # The worker imports what the loss is made of by name, hence the repository's root as its folder.
+        command = [sys.executable, "-m", "examples.common.measure", str(file)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
-        reason = f"status {done.returncode}: {done.stderr[-800:]}"
-        raise RuntimeError(f"measuring the memory of {loss.__qualname__} failed, {reason}")
+        raise RuntimeError(f"measuring the memory of {loss} failed, status {done.returncode}: {done.stderr[-800:]}")
     told = done.stdout.split()[-1]
     return None if told == "unknown" else int(told)
 
@@ -153,12 +155,11 @@ def _resident(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def _worker(spec: str, file: str) -> None:
-    module, function = spec.split(":")
-    loss = getattr(importlib.import_module(module), function)
-    z0, z1 = torch.load(file)
-    # A small step first: threads, libraries and their tables are the process's cost, not the loss's.
-    step(loss, z0[:WARM_UP_PAIRS], z1[:WARM_UP_PAIRS])
+def _worker(file: str) -> None:
+    loss, z0, z1 = pickle.loads(Path(file).read_bytes())
+    # A small step first: threads, libraries and their tables are the process's cost, not the loss's. It has few rows
+    # and few columns: a matrix that it frees can stay with the process, and would not be counted again.
+    step(loss, z0[:WARM_UP, :WARM_UP], z1[:WARM_UP, :WARM_UP])
     try:
         before = _resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now, proc(5)

@@ -1,4 +1,4 @@
-"""One process, or several that torchrun started: ``torchrun --nproc-per-node 2 -m examples.simclr``."""
+"""One process, or several that torchrun started: ``torchrun --nproc-per-node 2 -m examples.pretrain``."""
 
 from __future__ import annotations
 

@@ -29,15 +29,17 @@ class Result:
     """All numbers of one demo, as they stand in its JSON file.
 
     Attributes:
-        method, loss: names for titles.
+        method: its title.
+        loss: with its parameters, as a title.
         data: the data set's name; ``images`` its sizes; ``notes`` what its reader has to know.
         settings: epochs, steps, batch size, seed, versions, ranks, threads of each.
-        backend: which of sslfast's backends served the fused loss.
+        backend: which of sslfast's backends served the fused loss in training.
+        backend_alone: which served it in ``costs``, on one process.
         curves: the loss of every training step, ``fused`` and ``plain``.
         training_seconds: by loss.
         accuracies: by classifier (``knn``, ``linear``) and features (``fused``, ``plain``, ``untrained``,
             ``raw pixels``); ``None`` without labels.
-        costs: of the loss alone, by batch size, smallest first.
+        costs: of the loss alone: at the training's size, then at larger ones.
         seconds: the whole run.
     """
 
@@ -48,6 +50,7 @@ class Result:
     notes: tuple[str, ...]
     settings: dict[str, Any]
     backend: str
+    backend_alone: str
     curves: dict[str, list[float]]
     training_seconds: dict[str, float]
     accuracies: dict[str, dict[str, float]] | None
@@ -61,8 +64,8 @@ class Result:
         return {name: float(span.max()) for name, span in spans.items()}
 
     def compared(self) -> Cost:
-        """The costs at the largest batch at which both losses were measured."""
-        return max((cost for cost in self.costs if len(cost.seconds) > 1), key=lambda cost: cost.pairs)
+        """The costs at the last size at which both losses were measured."""
+        return [cost for cost in self.costs if len(cost.seconds) > 1][-1]
 
 
 def write_json(result: Result, path: Path) -> None:
@@ -74,10 +77,12 @@ def write_json(result: Result, path: Path) -> None:
 def print_table(result: Result, console: Console) -> None:
     """The numbers side by side."""
     images, settings = result.images, result.settings
-    spread = f"{settings['ranks']} ranks, " if settings["ranks"] > 1 else ""
+    served = f"fused served by backend {result.backend!r}"
+    if settings["ranks"] > 1:
+        served += f" over {settings['ranks']} ranks, alone by {result.backend_alone!r}"
     table = Table(
         title=f"{result.method} on {result.data}: {images['train']} training and {images['test']} test images",
-        caption=f"{result.loss}; fused served by backend {result.backend!r}; {spread}{settings['threads']} threads",
+        caption=f"{result.loss}; {served}; {settings['threads']} threads",
     )
     table.add_column("")
     columns = ("fused", "plain", "untrained", "raw pixels")
@@ -99,7 +104,7 @@ def print_table(result: Result, console: Console) -> None:
     row("training, whole", result.training_seconds, lambda x: f"{x:.0f} s")
     row("loss at the last step", {name: curve[-1] for name, curve in result.curves.items()}, lambda x: f"{x:.4f}", True)
     for cost in result.costs:
-        row(f"loss, {cost.pairs} pairs: time", cost.seconds, _milliseconds)
+        row(f"loss, {_size(cost)}: time", cost.seconds, _milliseconds)
         row("    peak extra memory", cost.peak_bytes, _mebibytes)
     console.print(table)
     gap = result.curve_differences()
@@ -127,9 +132,9 @@ def draw(result: Result, points: np.ndarray, labels: np.ndarray | None, names: t
     _draw_points(embedding, points, labels, names)
     cost = result.compared()
     time_bars, memory_bars = bottom.subplots(1, 2)
-    time_bars.set_title(f"Time a step of the loss, {cost.pairs} pairs", fontsize=14)
+    time_bars.set_title(f"Time a step of the loss, {_size(cost)}", fontsize=14)
     _draw_bars(time_bars, cost.seconds, "milliseconds", 1e-3, _milliseconds)
-    memory_bars.set_title(f"Extra peak memory of the loss, {cost.pairs} pairs", fontsize=14)
+    memory_bars.set_title(f"Extra peak memory of the loss, {_size(cost)}", fontsize=14)
     _draw_bars(memory_bars, cost.peak_bytes, "MiB", MIB, _mebibytes)
     figure.savefig(path, dpi=110)
 
@@ -188,6 +193,10 @@ def _draw_bars(
     axes.tick_params(axis="x", labelsize=13)
     axes.margins(y=0.15)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _size(cost: Cost) -> str:
+    return f"N = {cost.pairs}, D = {cost.width}"
 
 
 def _milliseconds(seconds: float) -> str:

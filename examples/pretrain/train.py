@@ -1,0 +1,109 @@
+"""Training so that two views of an image agree, and embeddings of views for measuring a loss alone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from examples.common import ranks
+from examples.common.augment import Augment
+from examples.common.data import Dataset
+from examples.common.measure import Loss
+
+from .model import Model
+
+WEIGHT_DECAY = 1e-4
+WARM_UP = 0.05  # part of the steps over which the learning rate rises, before it falls as a cosine
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What fixes a training beside model, data and loss.
+
+    Attributes:
+        epochs: passes over the training images.
+        batch_size: images a step, of all ranks together, at most the number of training images; what is left over at
+            the end of an epoch waits for the next shuffle.
+        learning_rate: the largest; it rises to it over the first steps, then falls as a cosine.
+        seed: of the order of the images and of all views, so two trainings see the same batches.
+    """
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+
+
+def train(
+    model: Model, data: Dataset, augment: Augment, loss: Loss, schedule: Schedule, label: str
+) -> tuple[list[float], float]:
+    """Train ``model`` in place with AdamW.
+
+    With several ranks each trains on its part of every batch, with batch statistics of its own, and
+    DistributedDataParallel keeps the weights alike.
+
+    Args:
+        loss: takes the embeddings of both views, [rows, D] each, where ``rows`` is this rank's part of the batch.
+        label: shown by the progress bar.
+
+    Returns:
+        The loss of each step (the mean over the ranks), and the seconds the training took.
+    """
+    generator = Generator().manual_seed(schedule.seed)
+    rank, world = ranks.place()
+    # All ranks shuffle alike; with several of them each draws views of its own.
+    views_generator = generator if world == 1 else Generator().manual_seed(schedule.seed + 1 + rank)
+    embed: nn.Module = nn.Sequential(model.encoder, model.projector)
+    if world > 1:
+        embed = DistributedDataParallel(embed)
+    parameters = [*model.encoder.parameters(), *model.projector.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=WEIGHT_DECAY)
+    steps_per_epoch = len(data.train) // schedule.batch_size
+    steps = schedule.epochs * steps_per_epoch
+    rise = max(1, round(WARM_UP * steps))
+    warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / (rise + 1), total_iters=rise)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - rise))
+    scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm_up, cosine], [rise])
+
+    model.encoder.train()
+    model.projector.train()
+    losses: list[float] = []
+    start = time.perf_counter()
+    with tqdm(total=steps, desc=f"{label:>5} loss", unit="step", disable=rank > 0) as progress:
+        for _ in range(schedule.epochs):
+            order = torch.randperm(len(data.train), generator=generator)
+            for batch in order[: steps_per_epoch * schedule.batch_size].split(schedule.batch_size):
+                images = data.train[batch.tensor_split(world)[rank]]  # [n, C, H, W]
+                views = torch.cat([augment(images, views_generator) for _ in range(2)])  # [2n, C, s, s]
+                value = loss(*embed(views).chunk(2))
+                optimizer.zero_grad()
+                value.backward()
+                optimizer.step()
+                scheduler.step()
+                losses.append(ranks.mean(value.detach()).item())
+                progress.update()
+                progress.set_postfix(loss=f"{losses[-1]:.3f}")
+    return losses, time.perf_counter() - start
+
+
+@torch.no_grad()
+def embedded_views(model: Model, data: Dataset, augment: Augment, pairs: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Embeddings of two views of real images, [pairs, D] each: the training images again and again, in new views."""
+    generator = Generator().manual_seed(seed)
+    model.encoder.eval()
+    model.projector.eval()
+    parts: list[tuple[Tensor, Tensor]] = []
+    left = pairs
+    while left > 0:
+        for images in data.train.split(512):
+            images = images[:left]
+            parts.append((model.embed(augment(images, generator)), model.embed(augment(images, generator))))
+            left -= len(images)
+            if left == 0:
+                break
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])

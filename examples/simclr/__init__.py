@@ -1,1 +1,0 @@
-"""SimCLR (Chen et al. 2020) with the fused NT-Xent loss."""
