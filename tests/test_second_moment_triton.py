@@ -152,7 +152,7 @@ def test_moments_that_were_not_kept(
     form: str, shape: tuple[int, int], mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The backward makes M again, here in two chunks of columns; nothing but its own rounding may differ."""
-    from sslfast.kernels import second_moment_statistics as kernel
+    from sslfast.kernels import second_moment as kernel
 
     monkeypatch.setattr(kernel, "CHUNK", 1)
     (a, *rest), (views, cross) = make(*shape, mode, dtype), MODES[mode]

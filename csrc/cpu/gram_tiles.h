@@ -16,6 +16,14 @@ inline constexpr int kGroups = (kColumns<T> + kRows - 1) / kRows;
 template <typename T>
 inline constexpr int kGroupRows = (kColumns<T> + kGroups<T> - 1) / kGroups<T>;
 
+// Lines of the cache from `p` on into its second level, part `part` of `parts` of `bytes` bytes: a share of what the next
+// step reads, asked for by each of the calls of this one.
+static inline void prefetch_part(const void* p, int64_t bytes, int64_t part, int64_t parts) {
+  const int64_t share = (bytes / 64 + parts - 1) / parts, begin = part * share;
+  const int64_t end = begin + share < bytes / 64 ? begin + share : bytes / 64;
+  for (int64_t line = begin; line < end; ++line) __builtin_prefetch(static_cast<const char*>(p) + line * 64, 0, 2);
+}
+
 // out[rows × columns] += Σ_k x[k][i]·y[k][j] over k in [begin, end); leading dimension kTile, columns rounded up to
 // whole panels. Panels are `stride` numbers apart. `upper`: only what is needed on and above the diagonal.
 template <typename T>
@@ -23,11 +31,14 @@ static void tile_gram(const T* x, const T* y, int64_t stride, int64_t rows, int6
                       bool upper, T* out) {
   constexpr int C = kColumns<T>, G = kGroupRows<T>;
   for (int64_t k = begin; k < end; k += kDepth) {
-    const int64_t depth = end - k < kDepth ? end - k : kDepth;
+    const int64_t depth = end - k < kDepth ? end - k : kDepth, after = k + depth;
+    const int64_t bytes = (end - after < kDepth ? end - after : kDepth) * C * static_cast<int64_t>(sizeof(T));
     for (int64_t j = 0; j < columns; j += C) {
       const T* b = y + j / C * stride + k * C;
       for (int64_t i = 0; i < rows && !(upper && i > j); i += C) {
         const T* a = x + i / C * stride + k * C;
+        prefetch_part(y + j / C * stride + after * C, bytes, i / C, (rows + C - 1) / C);
+        prefetch_part(x + i / C * stride + after * C, bytes, j / C, (columns + C - 1) / C);
         for (int64_t r = 0; r < C && i + r < rows; r += G) {
           const int64_t left = rows - i - r < C - r ? rows - i - r : C - r;
           micro_rows<T, kVectors, 1, C, kTile, Store::add>(left < G ? left : G, a + r, b, 1, depth, depth, 0,

@@ -71,9 +71,14 @@ struct Backward {
     for (int64_t block = 0; block < n; block += kTile)
       for (int64_t k = 0; k < n; k += depth) {
         const int64_t length = n - k < depth ? n - k : depth, end = block + kTile < n ? block + kTile : n;
+        const bool down = k + depth >= n;  // the next step: the next rows, or the next part of the sum
+        const int64_t next_k = down ? 0 : k + depth, next_row = down && end < n ? end : block;
+        const int64_t next = (n - next_k < depth ? n - next_k : depth) * static_cast<int64_t>(sizeof(T));
         for (int64_t p = 0; p < count; ++p) {
           const T* b = x + p * of.panel_size() + k * C;
           for (int64_t i = block; i < end; i += kRows) {
+            prefetch_part(x + p * of.panel_size() + next_k * C, next * C, (i - block) / kRows, kTile / kRows);
+            prefetch_part(gram + (next_row + i - block) * n + next_k * kRows, next * kRows, p, count);
             const T* a = gram + i * n + k * kRows;
             T* to = g + p * of.panel_size() + i * C;
             if (k == 0)
@@ -123,9 +128,17 @@ struct Backward {
       for (int64_t k = 0; k < of.d; k += kDepth) {
         const int64_t depth = of.d - k < kDepth ? of.d - k : kDepth, end = block + kTile < of.n ? block + kTile : of.n;
         const int64_t chunks = (depth + C - 1) / C, last = depth - (chunks - 1) * C;
+        const bool down = k + kDepth >= of.d;  // the next step: the next rows, or the next part of the sum
+        const int64_t next_k = down ? 0 : k + kDepth, next_row = down ? block + kTile : block;
+        const int64_t line = C * static_cast<int64_t>(sizeof(T)), steps = (kTile + kRows - 1) / kRows;
+        const int64_t next_rows = of.n - next_row < kTile ? of.n - next_row : kTile;
         for (int64_t p = 0; p < count; ++p) {
-          const T* b = strips + k / kDepth * size + p * kDepth * C;
+          const T *b = strips + k / kDepth * size + p * kDepth * C, *next_b = strips + next_k / kDepth * size;
           for (int64_t i = block; i < end; i += kRows) {
+            const int64_t step = (i - block) / kRows;
+            prefetch_part(next_b + p * kDepth * C, kDepth * line, step, steps);
+            for (int64_t q = p; next_rows > 0 && q < kDepth / C && next_k + q * C < of.d; q += count)
+              prefetch_part(y + (next_k / C + q) * of.panel_size() + next_row * C, next_rows * line, step, steps);
             const T* a = y + k / C * of.panel_size() + i * C;
             T* to = g + p * of.panel_size() + i * C;
             if (k == 0)
