@@ -75,7 +75,7 @@ static void read_panels(const Rows& rows, int64_t n, int64_t d, int64_t first, i
   }
 }
 
-// Where columns of a gradient go: dx = panel + distance·(x − other), from the rows themselves, so that a row that is not
+// Where `rows` rows from `row` on, of the columns from `first` on, of a gradient go: dx = panel + distance·(x − other), from the rows themselves, so that a row that is not
 // finite stays alone.
 struct ColumnTarget {
   const void *x, *other;
@@ -84,11 +84,12 @@ struct ColumnTarget {
 };
 
 template <typename S, typename T>
-static void write_panels_of(const T* panels, int64_t stride, int64_t rows, int64_t d, int64_t first, int64_t count,
-                            const ColumnTarget& to) {
+static void write_panels_of(const T* panels, int64_t stride, int64_t row, int64_t rows, int64_t d, int64_t first,
+                            int64_t count, const ColumnTarget& to) {
   constexpr int C = kColumns<T>;
-  S* dx = static_cast<S*>(to.dx) + first;
-  const S *x = static_cast<const S*>(to.x) + first, *other = static_cast<const S*>(to.other) + first;
+  const int64_t begin_at = row * d + first;
+  S* dx = static_cast<S*>(to.dx) + begin_at;
+  const S *x = static_cast<const S*>(to.x) + begin_at, *other = static_cast<const S*>(to.other) + begin_at;
   const T distance = static_cast<T>(to.distance);
   for (int64_t r = 0; r < rows; ++r, dx += d, x += d, other += d) {
     for (int64_t p = 0; p < count; ++p) {
@@ -110,13 +111,13 @@ static void write_panels_of(const T* panels, int64_t stride, int64_t rows, int64
 }
 
 template <typename T>
-static void write_panels(const T* panels, int64_t stride, int64_t n, int64_t d, int64_t first, int64_t count,
-                         ElementType type, const ColumnTarget& to) {
+static void write_panels(const T* panels, int64_t stride, int64_t row, int64_t rows, int64_t d, int64_t first,
+                         int64_t count, ElementType type, const ColumnTarget& to) {
   switch (type) {
-    case ElementType::f32: return write_panels_of<float>(panels, stride, n, d, first, count, to);
-    case ElementType::f64: return write_panels_of<double>(panels, stride, n, d, first, count, to);
-    case ElementType::bf16: return write_panels_of<bf16>(panels, stride, n, d, first, count, to);
-    case ElementType::f16: return write_panels_of<fp16>(panels, stride, n, d, first, count, to);
+    case ElementType::f32: return write_panels_of<float>(panels, stride, row, rows, d, first, count, to);
+    case ElementType::f64: return write_panels_of<double>(panels, stride, row, rows, d, first, count, to);
+    case ElementType::bf16: return write_panels_of<bf16>(panels, stride, row, rows, d, first, count, to);
+    case ElementType::f16: return write_panels_of<fp16>(panels, stride, row, rows, d, first, count, to);
   }
 }
 
@@ -161,47 +162,55 @@ static void normalize_panel(int64_t n, const T* mean, const T* factor, T* panel)
       put(panel, r, v, (at(panel, r, v) - load(mean + v * kLanes<T>)) * load(factor + v * kLanes<T>));
 }
 
-// What turns s·(product) into dx for the kColumns columns of a panel.
+// What turns s·g, g a product, into dx for the kColumns columns of a panel: with dx̂ = s·g + along·partner,
+//
+//   dx = factor·(y − mean(y)),   y = dx̂ − weight·x̂,   weight = Σ dx̂ x̂ / n for a variance, Σ dx̂ x̂ for a norm,
+//                                                              0 where the scale is constant.
 template <typename T>
 struct ColumnGradient {
-  T product;             // s
-  T along[kColumns<T>];  // weight of the partner's column: the diagonal's gradient
+  T product;                                   // s
+  T along[kColumns<T>];                        // weight of the partner's column: the diagonal's gradient
+  T middle[kColumns<T>], weight[kColumns<T>];  // mean(y), and weight
   const T* factor;
-};
 
-// dx̂ = s·g + along·partner, then through scale and centring: dx = factor·(y − mean(y)), y = dx̂ − x̂·w·Σ dx̂ x̂, with
-// w = 1/n for a variance, 1 for a norm, 0 where the scale is constant. In place in `g`. The mean of x̂ is a rounding
-// error, but where the columns' means were large it is not small beside the others, so it is counted.
-template <typename T>
-static void finish_gradient(const MomentInput& input, const ColumnGradient<T>& of, const T* own, const T* partner,
-                            T* g) {
-  constexpr int C = kColumns<T>;
-  const int64_t n = input.n;
-  const double rows = static_cast<double>(n);
-  alignas(64) T middle[C] = {}, weight[C] = {};
-  ColumnSums<T, 3> sums;
-  sum_columns<T, 3>(n, sums, [&](int64_t r, int v, vec<T>* part) {
-    const vec<T> x = at(own, r, v);
-    const vec<T> dx = at(g, r, v) * of.product + at(partner, r, v) * load(of.along + v * kLanes<T>);
-    put(g, r, v, dx);
-    part[0] += dx;
-    part[1] += dx * x;
-    part[2] += x;
-  });
-  const T most = static_cast<T>(1.0 / input.eps);
-  for (int c = 0; c < C; ++c) {
-    double w = 0;
-    if (input.scale == ColumnScale::variance) w = sums[1][c] / rows;
-    if (input.scale == ColumnScale::norm && of.factor[c] < most) w = sums[1][c];
-    weight[c] = static_cast<T>(w);
-    if (input.center) middle[c] = static_cast<T>((sums[0][c] - w * sums[2][c]) / rows);
-  }
-  for (int64_t r = 0; r < n; ++r)
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t c = v * kLanes<T>;
-      put(g, r, v, load(of.factor + c) * (at(g, r, v) - load(middle + c) - at(own, r, v) * load(weight + c)));
+  // From Σ dx̂, Σ dx̂ x̂ and Σ x̂. The last is a rounding error, but where the columns' means were large it is not small
+  // beside the others, so it is counted.
+  void project(const MomentInput& input, const ColumnSums<T, 3>& sums) {
+    const double rows = static_cast<double>(input.n);
+    const T most = static_cast<T>(1.0 / input.eps);
+    for (int c = 0; c < kColumns<T>; ++c) {
+      double w = 0;
+      if (input.scale == ColumnScale::variance) w = sums[1][c] / rows;
+      if (input.scale == ColumnScale::norm && factor[c] < most) w = sums[1][c];
+      weight[c] = static_cast<T>(w);
+      middle[c] = input.center ? static_cast<T>((sums[0][c] - w * sums[2][c]) / rows) : T(0);
     }
-}
+  }
+
+  vec<T> prepared(const T* partner, const T* g, int64_t r, int v) const {
+    return at(g, r, v) * product + at(partner, r, v) * load(along + v * kLanes<T>);
+  }
+
+  // The sums of a whole panel.
+  void sum(const MomentInput& input, const T* own, const T* partner, const T* g, ColumnSums<T, 3>& sums) const {
+    sum_columns<T, 3>(input.n, sums, [&](int64_t r, int v, vec<T>* part) {
+      const vec<T> x = at(own, r, v), dx = prepared(partner, g, r, v);
+      part[0] += dx;
+      part[1] += dx * x;
+      part[2] += x;
+    });
+  }
+
+  // g becomes dx, for some rows.
+  void finish(int64_t rows, const T* own, const T* partner, T* g) const {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t c = v * kLanes<T>;
+        const vec<T> y = prepared(partner, g, r, v) - at(own, r, v) * load(weight + c) - load(middle + c);
+        put(g, r, v, load(factor + c) * y);
+      }
+  }
+};
 
 // One panel of columns, [n][kColumns], into the places first, …, first + kColumns − 1 of panels of rows, `stride` numbers
 // apart: out[n/kColumns][d][kColumns]; rows beyond n are zero.

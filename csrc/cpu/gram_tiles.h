@@ -10,6 +10,9 @@ namespace {
 // Values of k at a time: a strip of Y, kDepth × kColumns numbers, stays in the first-level cache.
 inline constexpr int64_t kDepth = 192;
 
+// Tasks wanted of a product.
+inline constexpr int64_t kTasks = 32;
+
 // The rows of a panel in groups that are as even as they can be: 32 as 11 + 11 + 10 where kRows is 12.
 template <typename T>
 inline constexpr int kGroups = (kColumns<T> + kRows - 1) / kRows;
@@ -58,9 +61,14 @@ struct GramPlan {
   bool symmetric;
   int64_t pairs, slices, slice;
 
+  // Tiles as large as they can be: each is read with two strips, so large ones read less; cutting the sum makes up for
+  // their number, until there are enough for several threads.
   GramPlan(int64_t items, int64_t k, bool is_symmetric) : blocks(items, 1), depth(k), symmetric(is_symmetric) {
+    const int64_t fewest = (items + kTile - 1) / kTile;
+    blocks.height = round_up((items + fewest - 1) / fewest, kColumns<T>);
+    blocks.count = (items + blocks.height - 1) / blocks.height;
     pairs = symmetric ? blocks.count * (blocks.count + 1) / 2 : blocks.count * blocks.count;
-    const int64_t most = (k + 511) / 512, wanted = (64 + pairs - 1) / pairs;
+    const int64_t most = (k + 511) / 512, wanted = (kTasks + pairs - 1) / pairs;
     slices = wanted < most ? wanted : most;
     slice = round_up((k + slices - 1) / slices, kColumns<T>);
     slices = (k + slice - 1) / slice;

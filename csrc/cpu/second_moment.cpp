@@ -63,6 +63,11 @@ struct MomentArguments {
   MomentArguments(const MomentArguments&) = delete;
 
   Tensor empty(std::initializer_list<int64_t> shape) const { return torch::stable::new_empty(a, shape, kind); }
+  // `x`, which may be large, on huge pages.
+  static Tensor large(Tensor x) {
+    advise_huge_pages(x.mutable_data_ptr(), x.numel() * static_cast<int64_t>(x.element_size()));
+    return x;
+  }
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> second_moment(const Tensor& a, const MaybeTensor& b,
@@ -74,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> second_moment(const T
   const int64_t items = dual ? input.n : input.d;
   Tensor off = given.empty({matrices}), diagonal = given.empty({matrices, input.d}), distance = given.empty({});
   Tensor mean = given.empty({views, input.d}), factor = given.empty({views, input.d});
-  Tensor moments = keep ? given.empty({dual ? views : matrices, items, items}) : given.empty({0});
+  Tensor moments = keep ? given.large(given.empty({dual ? views : matrices, items, items})) : given.empty({0});
   const MomentSaved saved{diagonal.mutable_data_ptr(), mean.mutable_data_ptr(), factor.mutable_data_ptr(),
                           data_or_null(moments)};
   const Parallel parallel = torch_parallel();
@@ -110,7 +115,7 @@ std::tuple<Tensor, Tensor> second_moment_backward(const Tensor& grad_off, const 
   if (kept.numel() != 0) check_tensor(kept, "moments", {dual ? views : matrices, items, items}, given.kind, given.a);
   auto output = [&](bool wanted) {
     const ScalarType kind = given.a.scalar_type();
-    return wanted ? torch::stable::new_empty(given.a, {input.n, input.d}, kind)
+    return wanted ? given.large(torch::stable::new_empty(given.a, {input.n, input.d}, kind))
                   : torch::stable::new_empty(given.a, {0}, kind);
   };
   Tensor da = output(need_a), db = output(need_b && views == 2);

@@ -19,6 +19,7 @@ struct Backward {
   T* packed[2];                    // primal form: panels of columns
   T* grams[2];                     // dual form: [n/kRows][n][kRows]
   T* again;                        // dual form, where nothing was kept: the Gram matrices
+  double* totals;                  // [views, padded], primal form: Σ x̂ of each column
   T* on;                           // [R, padded] incoming gradients of the diagonal
   T *panels, *out, *strip, *tile;  // [workers] each
   char* forward_memory;
@@ -33,7 +34,8 @@ struct Backward {
     }
     on = arena.take<T>(of.matrices * of.padded);
     panels = arena.take<T>(dual ? threads * of.views * block : 0);
-    out = arena.take<T>(threads * block);
+    out = arena.take<T>(threads * (dual ? block : kTile * of.width * C));
+    totals = arena.take<double>(dual ? 0 : of.views * of.padded);
     strip = arena.take<T>(dual ? 0 : threads * strips() * strip_size());
     tile = arena.take<T>(dual || kept ? 0 : threads * kTile * kTile);
     if (!dual || kept) return;
@@ -47,13 +49,19 @@ struct Backward {
   int64_t strip_size() const { return kDepth * of.width * C; }
   int64_t strips() const { return (of.d + kDepth - 1) / kDepth; }
 
-  void read(int64_t v, int64_t task, T* x) const {
+  // x̂ of the columns of one task; Σ x̂ of each into `sums` if it is not null.
+  void read(int64_t v, int64_t task, T* x, double* column_sums) const {
     const int64_t first = task * of.width * C, count = of.panels_of(task);
     read_panels(of.input.views[v], of.n, of.d, first, count, of.panel_size(), x);
     for (int64_t p = 0; p < count; ++p) {
       const int64_t place = v * of.padded + first + p * C;
+      T* panel = x + p * of.panel_size();
       if (of.input.center || of.input.scale != ColumnScale::none)
-        normalize_panel(of.n, of.mean + place, of.factor + place, x + p * of.panel_size());
+        normalize_panel(of.n, of.mean + place, of.factor + place, panel);
+      if (column_sums == nullptr) continue;
+      ColumnSums<T, 1> sums;
+      sum_columns<T, 1>(of.n, sums, [&](int64_t r, int u, vec<T>* part) { part[0] += at(panel, r, u); });
+      for (int c = 0; c < C; ++c) column_sums[place + c] = sums[0][c];
     }
   }
 
@@ -117,60 +125,116 @@ struct Backward {
     }
   }
 
-  // out = Ŷ·offdiag(M) for the columns of `count` panels from `first` on, a tile's height of rows at a time.
-  void moment_product(const T* dense, int64_t v, int64_t first, int64_t count, T* scratch, T* strips, T* g) const {
-    const T* y = packed[of.input.partner(v)];
+  // What a panel of columns from `first` on takes beside the product.
+  ColumnGradient<T> column_gradient(const MomentGradient& gradient, int64_t v, int64_t first) const {
+    const MomentInput& input = of.input;
+    const int64_t m = input.cross ? 0 : v;
+    ColumnGradient<T> columns{};
+    columns.product = static_cast<T>((input.cross ? 2 : 4) * gradient.off_diagonal[m]);
+    for (int c = 0; c < C; ++c) {
+      T along = (input.cross ? 1 : 2) * on[m * of.padded + first + c];
+      if (input.dual) along -= columns.product * of.diagonal[m * of.padded + first + c];
+      columns.along[c] = along;
+    }
+    columns.factor = of.factor + v * of.padded + first;
+    return columns;
+  }
+
+  ColumnTarget target(const MomentGradient& gradient, int64_t v) const {
+    const bool pair = of.input.has_distance();
+    return {of.input.views[v].data, of.input.views[pair ? 1 - v : v].data, pair ? 2 * gradient.distance : 0,
+            gradient.views[v]};
+  }
+
+  // Dual form: from the product in `g` to the gradient, for the columns of one task; x: the views' panels of them.
+  void finish(const MomentGradient& gradient, int64_t v, int64_t task, T* const x[2], T* g) const {
+    const int64_t first = task * of.width * C, count = of.panels_of(task);
+    for (int64_t p = 0; p < count; ++p) {
+      const int64_t place = p * of.panel_size();
+      const T *own = x[v] + place, *partner = x[of.input.partner(v)] + place;
+      ColumnGradient<T> columns = column_gradient(gradient, v, first + p * C);
+      ColumnSums<T, 3> sums;
+      columns.sum(of.input, own, partner, g + place, sums);
+      columns.project(of.input, sums);
+      columns.finish(of.n, own, partner, g + place);
+    }
+    write_panels(g, of.panel_size(), 0, of.n, of.d, first, count, of.input.views[0].type, target(gradient, v));
+  }
+
+  // Primal form: what Σ dx̂ and Σ dx̂ x̂ are without the products, from the strips W = offdiag(M) of one panel:
+  // Σ_n g = Σ_k W_k Σ_n ŷ_k and Σ_n g x̂ = Σ_k W_k².
+  void sums_of_strips(const ColumnGradient<T>& columns, int64_t v, int64_t first, const T* strips, int64_t p,
+                      ColumnSums<T, 3>& sums) const {
+    const int64_t partner = of.input.partner(v), m = of.input.cross ? 0 : v;
+    double product[C] = {}, square[C] = {};
+    for (int64_t k = 0; k < of.d; ++k) {
+      const T* w = strips + k / kDepth * strip_size() + (p * kDepth + k % kDepth) * C;
+      const double y = totals[partner * of.padded + k];
+      for (int c = 0; c < C; ++c) {
+        const double x = static_cast<double>(w[c]);
+        product[c] += x * y;
+        square[c] += x * x;
+      }
+    }
+    const double s = static_cast<double>(columns.product);
+    for (int c = 0; c < C; ++c) {
+      const double along = static_cast<double>(columns.along[c]);
+      sums[0][c] = s * product[c] + along * totals[partner * of.padded + first + c];
+      sums[1][c] = s * square[c] + along * static_cast<double>(of.diagonal[m * of.padded + first + c]);
+      sums[2][c] = totals[v * of.padded + first + c];
+    }
+  }
+
+  // Primal form: dX for the columns of `count` panels from `first` on, Ŷ·offdiag(M) and what follows by a tile's height
+  // of rows at a time.
+  void columns_of(const T* dense, const MomentGradient& gradient, int64_t v, int64_t first, int64_t count, T* scratch,
+                  T* strips, T* g) const {
+    const T *y = packed[of.input.partner(v)], *own = packed[v] + first / C * of.panel_size();
+    const T* partner = y + first / C * of.panel_size();
     const int64_t size = strip_size();
     for (int64_t k = 0; k < of.d; k += kDepth)
       pack_moments(dense, v, k, of.d - k < kDepth ? of.d - k : kDepth, first, count, scratch,
                    strips + k / kDepth * size);
-    for (int64_t block = 0; block < of.n; block += kTile)
-      for (int64_t k = 0; k < of.d; k += kDepth) {
-        const int64_t depth = of.d - k < kDepth ? of.d - k : kDepth, end = block + kTile < of.n ? block + kTile : of.n;
-        const int64_t chunks = (depth + C - 1) / C, last = depth - (chunks - 1) * C;
-        const bool down = k + kDepth >= of.d;  // the next step: the next rows, or the next part of the sum
-        const int64_t next_k = down ? 0 : k + kDepth, next_row = down ? block + kTile : block;
-        const int64_t line = C * static_cast<int64_t>(sizeof(T)), steps = (kTile + kRows - 1) / kRows;
-        const int64_t next_rows = of.n - next_row < kTile ? of.n - next_row : kTile;
-        for (int64_t p = 0; p < count; ++p) {
-          const T *b = strips + k / kDepth * size + p * kDepth * C, *next_b = strips + next_k / kDepth * size;
-          for (int64_t i = block; i < end; i += kRows) {
-            const int64_t step = (i - block) / kRows;
-            prefetch_part(next_b + p * kDepth * C, kDepth * line, step, steps);
-            for (int64_t q = p; next_rows > 0 && q < kDepth / C && next_k + q * C < of.d; q += count)
-              prefetch_part(y + (next_k / C + q) * of.panel_size() + next_row * C, next_rows * line, step, steps);
-            const T* a = y + k / C * of.panel_size() + i * C;
-            T* to = g + p * of.panel_size() + i * C;
-            if (k == 0)
-              micro_rows<T, kVectors, C, 1, C, Store::replace>(end - i, a, b, chunks, C, last, of.panel_size(), to, 0,
-                                                               0);
-            else
-              micro_rows<T, kVectors, C, 1, C, Store::add>(end - i, a, b, chunks, C, last, of.panel_size(), to, 0, 0);
-          }
-        }
+    ColumnGradient<T> columns[kTile / C];
+    for (int64_t p = 0; p < count; ++p) {
+      ColumnSums<T, 3> sums;
+      columns[p] = column_gradient(gradient, v, first + p * C);
+      sums_of_strips(columns[p], v, first + p * C, strips, p, sums);
+      columns[p].project(of.input, sums);
+    }
+    for (int64_t block = 0; block < of.n; block += kTile) {
+      const int64_t rows = of.n - block < kTile ? of.n - block : kTile;
+      for (int64_t k = 0; k < of.d; k += kDepth) block_product(y, block, rows, k, count, strips, g);
+      for (int64_t p = 0; p < count; ++p) {
+        const int64_t place = p * of.panel_size() + block * C;
+        columns[p].finish(rows, own + place, partner + place, g + p * kTile * C);
       }
+      write_panels(g, kTile * C, block, rows, of.d, first, count, of.input.views[0].type, target(gradient, v));
+    }
   }
 
-  // From the product in `g` to the gradient, for the columns of one task; x: the views' panels of them.
-  void finish(const MomentGradient& gradient, int64_t v, int64_t task, T* const x[2], T* g) const {
-    const MomentInput& input = of.input;
-    const int64_t first = task * of.width * C, count = of.panels_of(task), m = input.cross ? 0 : v;
+  // g (+)= Ŷ[block rows][k …]·W[k …], g in panels of kTile rows; meanwhile the next step's operands are asked for.
+  void block_product(const T* y, int64_t block, int64_t rows, int64_t k, int64_t count, const T* strips, T* g) const {
+    const int64_t depth = of.d - k < kDepth ? of.d - k : kDepth, size = strip_size();
+    const int64_t chunks = (depth + C - 1) / C, last = depth - (chunks - 1) * C;
+    const bool down = k + kDepth >= of.d;
+    const int64_t next_k = down ? 0 : k + kDepth, next_row = down ? block + kTile : block;
+    const int64_t line = C * static_cast<int64_t>(sizeof(T)), steps = (kTile + kRows - 1) / kRows;
+    const int64_t next_rows = of.n - next_row < kTile ? of.n - next_row : kTile;
     for (int64_t p = 0; p < count; ++p) {
-      const int64_t at = first + p * C, place = p * of.panel_size();
-      ColumnGradient<T> of_columns{};
-      of_columns.product = static_cast<T>((input.cross ? 2 : 4) * gradient.off_diagonal[m]);
-      for (int c = 0; c < C; ++c) {
-        T along = (input.cross ? 1 : 2) * on[m * of.padded + at + c];
-        if (input.dual) along -= of_columns.product * of.diagonal[m * of.padded + at + c];
-        of_columns.along[c] = along;
+      const T *b = strips + k / kDepth * size + p * kDepth * C, *next_b = strips + next_k / kDepth * size;
+      for (int64_t i = 0; i < rows; i += kRows) {
+        prefetch_part(next_b + p * kDepth * C, kDepth * line, i / kRows, steps);
+        for (int64_t q = p; next_rows > 0 && q < kDepth / C && next_k + q * C < of.d; q += count)
+          prefetch_part(y + (next_k / C + q) * of.panel_size() + next_row * C, next_rows * line, i / kRows, steps);
+        const T* a = y + k / C * of.panel_size() + (block + i) * C;
+        T* to = g + (p * kTile + i) * C;
+        if (k == 0)
+          micro_rows<T, kVectors, C, 1, C, Store::replace>(rows - i, a, b, chunks, C, last, of.panel_size(), to, 0, 0);
+        else
+          micro_rows<T, kVectors, C, 1, C, Store::add>(rows - i, a, b, chunks, C, last, of.panel_size(), to, 0, 0);
       }
-      of_columns.factor = of.factor + v * of.padded + at;
-      finish_gradient(input, of_columns, x[v] + place, x[input.partner(v)] + place, g + place);
     }
-    const bool pair = input.has_distance();
-    const ColumnTarget target{input.views[v].data, input.views[pair ? 1 - v : v].data, pair ? 2 * gradient.distance : 0,
-                              gradient.views[v]};
-    write_panels(g, of.panel_size(), of.n, of.d, first, count, input.views[0].type, target);
   }
 
   void run(const MomentSaved& saved, const MomentGradient& gradient, const Parallel& parallel) {
@@ -203,7 +267,7 @@ struct Backward {
       T* x[2];
       for (int64_t v = 0; v < of.views; ++v) {
         x[v] = panels + (worker * of.views + v) * block;
-        read(v, task, x[v]);
+        read(v, task, x[v], nullptr);
       }
       for (int64_t v = 0; v < of.views; ++v) {
         if (gradient.views[v] == nullptr) continue;
@@ -217,18 +281,14 @@ struct Backward {
     const int64_t tasks = of.tasks(), block = of.width * of.panel_size();
     each_task(parallel, of.views * tasks, of.next, [&](int64_t, int64_t task) {
       const int64_t v = task / tasks;
-      read(v, task % tasks, packed[v] + task % tasks * block);
+      read(v, task % tasks, packed[v] + task % tasks * block, totals);
     });
     each_task(parallel, of.views * tasks, of.next, [&](int64_t worker, int64_t task) {
-      const int64_t v = task / tasks, columns = task % tasks;
+      const int64_t v = task / tasks, columns = task % tasks, m = of.input.cross ? 0 : v;
       if (gradient.views[v] == nullptr) return;
-      const int64_t m = of.input.cross ? 0 : v;
       const T* dense = moments == nullptr ? nullptr : moments + m * of.d * of.d;
-      T* g = out + worker * block;
-      moment_product(dense, v, columns * of.width * C, of.panels_of(columns), tile + worker * kTile * kTile,
-                     strip + worker * strips() * strip_size(), g);
-      T* x[2] = {packed[0] + columns * block, packed[of.views - 1] + columns * block};
-      finish(gradient, v, columns, x, g);
+      columns_of(dense, gradient, v, columns * of.width * C, of.panels_of(columns), tile + worker * kTile * kTile,
+                 strip + worker * strips() * strip_size(), out + worker * kTile * of.width * C);
     });
   }
 };
