@@ -24,7 +24,7 @@ def views(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def sizes(shape: dict[str, int]) -> tuple[int, int]:
-    """The other two sides of a product over N or D, whichever is larger."""
+    """(max, min) of N and D: a product over the longer side, of matrices of the shorter squared."""
     return max(shape["N"], shape["D"]), min(shape["N"], shape["D"])
 
 
@@ -34,8 +34,9 @@ class Redundancy(Benchmark):
 
     def cost(self, case: Case) -> tuple[float, float]:
         """Operations; bytes: two views read, two gradients written, once."""
-        n, d = case.shape["N"], case.shape["D"]
-        return self.share * 2.0 * n * d * min(n, d), 4.0 * n * d * case.torch_dtype.itemsize
+        longer, shorter = self.pairs(case.shape)
+        views = 4.0 * case.shape["N"] * case.shape["D"]
+        return self.share * 2.0 * longer * shorter * shorter, views * case.torch_dtype.itemsize
 
     def why_skip(self, case: Case, provider: str, metric: str) -> str | None:
         """Where the plain formulas' D × D matrices do not fit, or take minutes."""

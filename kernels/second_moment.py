@@ -266,7 +266,7 @@ def second_moment(
         squares = gram(left, right, dual, *shape[1:], moments if keep else None)
         off = squares.double().sum(1)
         if rounded is not None:  # nearly all of it may be the diagonal
-            off = off - rounded.double().square().sum(1)
+            off = (off - rounded.double().square().sum(1)).clamp_min(0)
     return off.float(), diagonal, distance, mean, factor, moments
 
 

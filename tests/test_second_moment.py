@@ -169,6 +169,15 @@ def test_any_number_of_threads(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+def test_a_sum_of_squares_is_not_negative() -> None:
+    """Columns that are orthogonal: in dual form nothing but rounding is left."""
+    x = torch.zeros(100, 120)
+    x[:, ::40] = 30 * torch.linalg.qr(torch.randn(100, 3))[0]
+    for seed in range(5):
+        torch.manual_seed(seed)
+        assert (sslfast.second_moment(x + seed, center=False, form="dual").off_diagonal >= 0).all()
+
+
 def test_cost_model() -> None:
     """Both sides of the border, the forms that the operator is asked for there, and that they agree."""
     assert dual_is_cheaper(256, 8192) and dual_is_cheaper(90, 100)
@@ -255,7 +264,7 @@ def test_bad_arguments() -> None:
         (ValueError, "cross=True needs b", (a,), {"cross": True}),
         (ValueError, "scale must be one of.*'std'", (a,), {"scale": "std"}),
         (ValueError, "form must be one of.*'both'", (a,), {"form": "both"}),
-        (ValueError, "eps must be positive, got 0", (a,), {"eps": 0.0}),
+        (ValueError, "eps must be a positive number, got 0", (a,), {"eps": 0.0}),
     ]
     for error, message, arguments, options in cases:
         with pytest.raises(error, match=message):

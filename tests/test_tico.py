@@ -121,6 +121,16 @@ def test_state_travels() -> None:
     assert seen.to(torch.float64).C.dtype == torch.float64
 
 
+def test_a_first_step_in_inference_mode() -> None:
+    """As a validation pass before training does: the average it leaves must not stop the training step."""
+    loss, views = TiCoLoss(), [torch.randn(8, 5, requires_grad=True) for _ in range(2)]
+    with torch.inference_mode():
+        loss(*views)
+    before = loss.C.clone()
+    loss(*views).backward()
+    assert views[0].grad is not None and not torch.equal(loss.C, before)
+
+
 def test_backward_after_the_next_step() -> None:
     """A later batch does not change the moments that an earlier loss is differentiated with."""
     first, second = two_views(6, 4, torch.float64), two_views(6, 4, torch.float64)

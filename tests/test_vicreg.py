@@ -204,7 +204,8 @@ def test_module_is_the_function() -> None:
     module = sslfast.VICRegLoss(2.0, 3.0, 0.5, False, 1e-3, **options)
     assert torch.equal(module(z_a, z_b), vicreg(z_a, z_b, 2.0, 3.0, 0.5, eps=1e-3, **options))
     assert repr(VICRegLoss()) == (
-        "VICRegLoss(lambda_param=25.0, mu_param=25.0, nu_param=1.0, gather_distributed=False, eps=0.0001)"
+        "VICRegLoss(lambda_param=25.0, mu_param=25.0, nu_param=1.0, gather_distributed=False, "
+        "eps=0.0001, variance_reduction='mean')"
     )
 
 

@@ -182,3 +182,20 @@ def test_wrong_input(arguments: tuple, message: str) -> None:
 def test_wrong_num_matches(num_matches) -> None:
     with pytest.raises(ValueError, match=r"num_matches must be two positive integers"):
         VICRegLLoss(num_matches=num_matches)
+
+
+def test_inputs_of_the_wrong_kind() -> None:
+    whole, local, grid = torch.randn(4, 3), torch.randn(4, 2, 2, 5), torch.rand(4, 2, 2, 2)
+    with pytest.raises(TypeError, match=r"global_view_features\[1\] must be a pair of tensors"):
+        vicregl([(whole, local), (whole,)], [grid, grid])
+    with pytest.raises(TypeError, match=r"global_view_features\[0\]\[1\] must be float32.*int64"):
+        vicregl([(whole, local.long()), (whole, local)], [grid, grid])
+
+
+def test_mixed_dtypes_under_autocast() -> None:
+    whole, local, grid = torch.randn(4, 3), torch.randn(4, 2, 2, 5), torch.rand(4, 2, 2, 2)
+    half = (whole.bfloat16(), local.bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = vicregl([(whole, local), half], [grid, grid])
+    wide = vicregl([(whole, local), tuple(t.float() for t in half)], [grid, grid])
+    torch.testing.assert_close(loss, wide)

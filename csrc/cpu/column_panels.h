@@ -9,8 +9,8 @@ namespace sslfast {
 namespace SSLFAST_CPU_LEVEL {
 namespace {
 
-// Numbers from one panel of `rows` rows to the next. Tiles read a chunk of rows from several panels at once; were these a
-// power of two apart, as they are without gaps at 2048 rows, all of them would fall into the same few sets of the caches.
+// Numbers from one panel of `rows` rows to the next. Tiles read a chunk of rows from several panels at once; were these
+// a power of two apart, as without gaps at 2048 rows, all would fall into the same few sets of the caches.
 template <typename T>
 static inline int64_t panel_stride(int64_t rows) {
   constexpr int64_t kPage = 4096, kWay = 128 << 10, kChunk = 24 << 10;  // of the first level, of the second, one chunk
@@ -75,8 +75,8 @@ static void read_panels(const Rows& rows, int64_t n, int64_t d, int64_t first, i
   }
 }
 
-// Where `rows` rows from `row` on, of the columns from `first` on, of a gradient go: dx = panel + distance·(x − other), from the rows themselves, so that a row that is not
-// finite stays alone.
+// Where `rows` rows from `row` on, of the columns from `first` on, of a gradient go: dx = panel + distance·(x − other),
+// from the rows themselves, so that one that is not finite stays alone.
 struct ColumnTarget {
   const void *x, *other;
   double distance;  // 0: neither row is read
@@ -173,8 +173,8 @@ struct ColumnGradient {
   T middle[kColumns<T>], weight[kColumns<T>];  // mean(y), and weight
   const T* factor;
 
-  // From Σ dx̂, Σ dx̂ x̂ and Σ x̂. The last is a rounding error, but where the columns' means were large it is not small
-  // beside the others, so it is counted.
+  // From Σ dx̂, Σ dx̂ x̂ and Σ x̂. The last is a rounding error, but where means were large it is not small beside the
+  // others, so it is counted.
   void project(const MomentInput& input, const ColumnSums<T, 3>& sums) {
     const double rows = static_cast<double>(input.n);
     const T most = static_cast<T>(1.0 / input.eps);
@@ -212,8 +212,8 @@ struct ColumnGradient {
   }
 };
 
-// One panel of columns, [n][kColumns], into the places first, …, first + kColumns − 1 of panels of rows, `stride` numbers
-// apart: out[n/kColumns][d][kColumns]; rows beyond n are zero.
+// One panel of columns, [n][kColumns], into the places first, …, first + kColumns − 1 of panels of rows, `stride`
+// numbers apart: out[n/kColumns][d][kColumns]; rows beyond n are zero.
 template <typename T>
 static void transpose_panel(const T* panel, int64_t n, int64_t d, int64_t first, int64_t stride, T* out) {
   constexpr int C = kColumns<T>;

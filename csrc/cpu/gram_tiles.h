@@ -19,8 +19,8 @@ inline constexpr int kGroups = (kColumns<T> + kRows - 1) / kRows;
 template <typename T>
 inline constexpr int kGroupRows = (kColumns<T> + kGroups<T> - 1) / kGroups<T>;
 
-// Lines of the cache from `p` on into its second level, part `part` of `parts` of `bytes` bytes: a share of what the next
-// step reads, asked for by each of the calls of this one.
+// Asks for part `part` of `parts` of the `bytes` bytes from `p` on, into the second-level cache: a share of what the
+// next step reads, at each call of this one.
 static inline void prefetch_part(const void* p, int64_t bytes, int64_t part, int64_t parts) {
   const int64_t share = (bytes / 64 + parts - 1) / parts, begin = part * share;
   const int64_t end = begin + share < bytes / 64 ? begin + share : bytes / 64;

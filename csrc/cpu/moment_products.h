@@ -239,6 +239,8 @@ struct Forward {
         const double on = static_cast<double>(of.diagonal[m * of.padded + c]);
         result.off_diagonal[m] -= on * on;
       }
+    for (double& off : result.off_diagonal)
+      if (off < 0) off = 0;  // what rounding leaves of nothing
     for (int64_t p = 0; p < of.column_panels; ++p) result.distance += distances[p];
     of.copy_out(of.mean, of.views, saved.mean);
     of.copy_out(of.factor, of.views, saved.factor);

@@ -1,9 +1,10 @@
 // Second moments of columns on the CPU: see second_moment.h. Both forms are one product of panels, XᵀY over their long
-// side, by tiles: primal form takes panels of columns (the tiles are M's), dual form panels of rows (the tiles are those
-// of the Gram matrices). The backward multiplies the matrix with the columns' panels, a block of columns at a time,
-// and takes each block through its columns' scale and mean while it is in the cache.
+// side, by tiles: primal form takes panels of columns (the tiles are M's), dual form panels of rows (those of the Gram
+// matrices). The backward multiplies the matrix with the columns' panels, a block of columns at a time, and takes each
+// block through its columns' scale and mean while it is in the cache.
 //
-// Multiply-adds, U = N·D·min(N, D): a symmetric product ½U, another U; the backward U for each view that learns.
+// Operations, U = 2·N·D·min(N, D): ½U for each symmetric product, 1U for a moment matrix between two views; backward 1U
+// for each view that learns.
 #include "moment_products.h"
 
 namespace sslfast {

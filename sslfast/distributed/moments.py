@@ -111,8 +111,8 @@ def _check(a: Tensor, b: Tensor | None, options: Options) -> None:
         value = getattr(options, name)
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    if not options.eps > 0:
-        raise ValueError(f"eps must be positive, got {options.eps}")
+    if not isinstance(options.eps, (int, float)) or not options.eps > 0:
+        raise ValueError(f"eps must be a positive number, got {options.eps!r}")
 
 
 def _agreed(ranks: Ranks, a: Tensor, b: Tensor | None, options: Options) -> tuple[int, ...]:
@@ -123,7 +123,7 @@ def _agreed(ranks: Ranks, a: Tensor, b: Tensor | None, options: Options) -> tupl
         "scale": options.scale,
         "statistics": options.statistics,
         "form": options.form,
-        "eps": float(options.eps),
+        "eps": float(options.eps) if isinstance(options.eps, (int, float)) else 0.0,
         "whether a or b needs a gradient": torch.is_grad_enabled()
         and (a.requires_grad or (b is not None and b.requires_grad)),
     }
@@ -222,7 +222,7 @@ class _Dual(torch.autograd.Function):
         squares = ranks.all_reduce(squares)
         ctx.save_for_backward(z, every, grams, diagonal)
         ctx.ranks, ctx.cross = ranks, cross
-        return (squares - diagonal.double().square().sum(1)).to(z.dtype)
+        return (squares - diagonal.double().square().sum(1)).clamp_min(0).to(z.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

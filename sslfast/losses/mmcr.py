@@ -100,7 +100,7 @@ def mmcr(online: Tensor, momentum: Tensor, lmda: float = 5e-3, *, gather_distrib
 
     Raises:
         TypeError, ValueError: online and momentum are not floating-point tensors [B, k, D] of the same shape, dtype and
-            device, or are empty; lmda is negative.
+            device, or are empty; lmda is negative. LinAlgError: the inputs hold NaN or infinity.
 
     Source: Yerxa et al. 2023, "Learning Efficient Coding of Natural Images with Maximum Manifold Capacity
     Representations", section 2; value as lightly 1.6.0's ``MMCRLoss``.

@@ -20,8 +20,8 @@ def spectral_contrastive(
 
         loss = (1/μ) ( −(2/N) Σ_i a_i·b_i + 1/(N(N−1)) Σ_{i≠j} (a_i·b_j)² )
 
-    ``a_i``, ``b_i`` are the rows of ``z_a`` and ``z_b``, those that are longer than √μ shortened to √μ. No N × N matrix
-    is stored, nor computed where D is clearly less than N.
+    ``a_i``, ``b_i`` are the rows of ``z_a`` and ``z_b``, those that are longer than √μ shortened to √μ. Where D is
+    clearly less than N no N × N matrix is computed.
 
     Args:
         z_a, z_b: [N, D], N ≥ 2, row ``i`` of each a view of sample ``i``; float32, float64, bfloat16 or float16. Of

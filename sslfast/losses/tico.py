@@ -126,7 +126,9 @@ class TiCoLoss(nn.Module):
         so_far = self.C if self.C.numel() else None
         loss, c = tico(z_a, z_b, so_far, self.beta, self.rho, gather_distributed=self.gather_distributed)
         if update_covariance_matrix:
-            if so_far is None:
+            # A tensor made in inference mode takes no update outside it; the tracer cannot ask, and never sees one.
+            stale = so_far is not None and not torch.compiler.is_compiling() and so_far.is_inference()
+            if so_far is None or stale:
                 self.C = c.clone()
             else:
                 so_far.copy_(c)

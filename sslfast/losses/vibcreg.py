@@ -11,7 +11,8 @@ from ..ops.second_moment import FORMS
 from ._inputs import check_gather, two_views
 from .vicreg import check_choice, check_eps, check_two_rows, variance_term
 
-# F.normalize's: a column that is constant stays zero.
+# F.normalize's. A column that is exactly constant stays zero; of one that is constant up to rounding, the rounding is
+# normalised, as there.
 NORM_EPS = 1e-12
 
 

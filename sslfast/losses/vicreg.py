@@ -173,7 +173,7 @@ def vicreg(
     check_choice("variance_reduction", variance_reduction, VARIANCE_REDUCTIONS)
     check_choice("form", form, FORMS)
     scope = scope_of(gather_distributed)
-    rows, d = scope.shard(_places(z_a)[0]).total, z_a.shape[-1]
+    rows, d = scope.shard(z_a).total, z_a.shape[-1]
     check_two_rows("z_a", rows)
     variance_weight = mu_param / (2 if variance_reduction == "mean" else 1)
 
@@ -249,5 +249,6 @@ class VICRegLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"lambda_param={self.lambda_param}, mu_param={self.mu_param}, nu_param={self.nu_param}, "
-            f"gather_distributed={self.gather_distributed}, eps={self.eps}"
+            f"gather_distributed={self.gather_distributed}, eps={self.eps}, "
+            f"variance_reduction={self.variance_reduction!r}"
         )

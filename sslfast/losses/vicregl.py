@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._checks import accumulator, check_matrix, check_same
+from .._checks import FLOATS, accumulator, check_matrix, check_same
 from ..distributed.scope import scope_of
-from ._inputs import check_gather
+from ._inputs import check_gather, in_one_dtype
 from .vicreg import check_eps, invariance_loss, vicreg
 
 Features = Sequence[tuple[Tensor, Tensor]]
@@ -77,6 +77,10 @@ def vicregl(
             f"VICRegL needs a global view and another one, got {len(global_views)} global and "
             f"{len(views) - len(global_views)} local views"
         )
+    wholes, locals_ = (in_one_dtype(*(view[part] for view in views)) for part in (0, 1))
+    views = [
+        (w, x, view[2]) for w, x, view in zip(wholes, locals_, views, strict=True) if w is not None and x is not None
+    ]
     for i, view in enumerate(views[1:], start=1):
         check_same("the first view's global features", views[0][0], f"those of view {i}", view[0])
         # One row of each: numbers of places may differ.
@@ -124,9 +128,16 @@ def _checked(kind: str, features: Features, grids: Sequence[Tensor]) -> list[Vie
             f"{kind}_features and {kind}_grids must have the same length, got {len(features)} and {len(grids)}"
         )
     views = []
-    for i, ((whole, local), grid) in enumerate(zip(features, grids, strict=True)):
+    for i, (pair, grid) in enumerate(zip(features, grids, strict=True)):
         name = f"{kind}_features[{i}]"
+        if not isinstance(pair, Sequence) or len(pair) != 2 or not all(isinstance(t, Tensor) for t in (*pair, grid)):
+            raise TypeError(
+                f"{name} must be a pair of tensors (global, local features), and {kind}_grids[{i}] a tensor"
+            )
+        whole, local = pair
         check_matrix(f"{name}[0]", whole)
+        if local.dtype not in FLOATS:
+            raise TypeError(f"{name}[1] must be float32, float64, bfloat16 or float16, got {local.dtype}")
         if local.dim() != 4 or local.numel() == 0 or len(local) != len(whole):
             raise ValueError(
                 f"{name}[1] must have shape [{len(whole)}, height, width, features], got {tuple(local.shape)}"

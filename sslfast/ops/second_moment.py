@@ -8,7 +8,7 @@ the diagonal, and their gradients; nobody needs M itself:
 
 A matrix with itself (``cross=False``) is the case B̂ = Â. Then every Gram or moment matrix is symmetric and half of it
 is computed: 3·N·D·min(N, D) operations a batch, forward and backward together, and 6·N·D² for cross-moments in primal
-form. Centring and scaling happen on the way into the tiles and out of the gradients.
+form. Centring and scaling happen before the products and on the way out of the gradients.
 """
 
 from __future__ import annotations
@@ -91,22 +91,24 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, diagonal, _, mean, factor, moments = output
     ctx.save_for_backward(a, b, diagonal, mean, factor, moments)
     ctx.mark_non_differentiable(mean, factor, moments)
+    ctx.set_materialize_grads(False)  # else a backward fills zeros of the size of `moments`
 
 
 def _backward_by(name: str) -> Any:
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
         a, b, diagonal, mean, factor, moments = ctx.saved_tensors
+        likes = (diagonal.new_zeros(diagonal.shape[0]), diagonal, diagonal.new_zeros(()))
+        grads = [like.new_zeros(like.shape) if g is None else g for g, like in zip(given[:3], likes, strict=True)]
         cross, center, scale, eps, dual = ctx.options
         needed = ctx.needs_input_grad[:2]
-        grad_off, grad_diagonal, grad_distance = grads[:3]
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*grads[:3], a, b)):
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*grads, a, b)):
 
             def function(a: Tensor, b: Tensor | None) -> SecondMoment:
                 return by_reference(a, b, cross, center, SCALES[scale], eps)
 
-            return (*_library.second_order(function, (a, b), needed, grads[:3]), *(None,) * 6)
+            return (*_library.second_order(function, (a, b), needed, grads), *(None,) * 6)
         da, db = getattr(torch.ops.sslfast, f"{name}_backward")(
-            grad_off, grad_diagonal, grad_distance, a, b, diagonal, mean, factor, moments, *ctx.options, *needed
+            *grads, a, b, diagonal, mean, factor, moments, *ctx.options, *needed
         )
         return (da if needed[0] else None, db if needed[1] else None, *(None,) * 6)
 
@@ -214,8 +216,8 @@ def second_moment(
         raise ValueError(f"scale must be one of {', '.join(map(repr, SCALES))}, got {scale!r}")
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(map(repr, FORMS))}, got {form!r}")
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}")
+    if not isinstance(eps, (int, float)) or not eps > 0:
+        raise ValueError(f"eps must be a positive number, got {eps!r}")
     preferred = "triton" if a.device.type == "cuda" else "cpu"
     backend = _backends.select("second_moment", preferred, lambda name: why_not(name, a))
     if backend == "reference":
