@@ -271,7 +271,8 @@ def ranks_that_disagree_on_moments_all_raise(rank: int, world: int) -> None:
             lambda s=scope, half=half: s.second_moment(half),
         )
         pair = x if last else None
-        raises(ValueError, told("the batches", "one", "a pair"), lambda s=scope, pair=pair: s.second_moment(x, pair))
+        batches = told("the batches", "'one'", "'pair'")
+        raises(ValueError, batches, lambda s=scope, pair=pair: s.second_moment(x, pair))
         learns = x.clone().requires_grad_(last)
         raises(
             ValueError,
