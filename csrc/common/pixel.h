@@ -1,0 +1,146 @@
+// The arithmetic of one pixel, for the host and the device. `V` is float, or a vector of floats (GCC's extension): what
+// is written here holds for both, so there is no branch on a pixel's value, only choices.
+//
+// Two semantics. `torchvision`: values in [0, 1], as its functional operations on float tensors. `pil`: whole numbers from
+// 0 to 255, as PIL's operations on uint8 images, which round or truncate after each step.
+// Comparisons are written so that a NaN stays a NaN.
+#pragma once
+#include "half.h"
+
+namespace sslfast {
+
+template <typename V>
+struct Rgb {
+  V r, g, b;
+};
+
+template <typename V>
+SSLFAST_INLINE V splat(float x) {
+  return V{} + x;
+}
+
+template <typename V>
+SSLFAST_INLINE V clamp(V x, float low, float high) {
+  const V lowest = splat<V>(low), highest = splat<V>(high);
+  x = x < lowest ? lowest : x;
+  return x > highest ? highest : x;
+}
+
+// ⌊x⌋ for |x| < 2^22: adding 1.5·2^23 rounds to a whole number.
+template <typename V>
+SSLFAST_INLINE V floor_of(V x) {
+  const V rounded = (x + splat<V>(12582912.0f)) - splat<V>(12582912.0f);
+  return rounded > x ? rounded - splat<V>(1.0f) : rounded;
+}
+
+template <bool kPil>
+inline constexpr float kWhite = kPil ? 255.0f : 1.0f;
+
+template <bool kPil, typename V>
+SSLFAST_INLINE V grey_of(const Rgb<V>& p) {
+  if constexpr (kPil) {  // 16-bit fixed point; below 2^24, so exact in float
+    const V sum = p.r * splat<V>(19595.0f) + p.g * splat<V>(38470.0f) + p.b * splat<V>(7471.0f) + splat<V>(32768.0f);
+    return floor_of(sum * splat<V>(1.0f / 65536.0f));
+  } else {
+    return p.r * splat<V>(0.2989f) + p.g * splat<V>(0.587f) + p.b * splat<V>(0.114f);
+  }
+}
+
+// f·x + (1 − f)·y, held to the range.
+template <bool kPil, typename V>
+SSLFAST_INLINE V blend(V x, V y, float f) {
+  if constexpr (kPil) {
+    return floor_of(clamp(y + splat<V>(f) * (x - y), 0.0f, 255.0f));
+  } else {
+    return clamp(splat<V>(f) * x + splat<V>(1.0f - f) * y, 0.0f, 1.0f);
+  }
+}
+
+template <bool kPil, typename V>
+SSLFAST_INLINE Rgb<V> blend(const Rgb<V>& p, V other, float f) {
+  return {blend<kPil>(p.r, other, f), blend<kPil>(p.g, other, f), blend<kPil>(p.b, other, f)};
+}
+
+template <bool kPil, typename V>
+SSLFAST_INLINE Rgb<V> saturated(const Rgb<V>& p, float f) {
+  return blend<kPil>(p, grey_of<kPil>(p), f);
+}
+
+// Hue as 6·H in [0, 6] (red, yellow, green, cyan, blue, magenta), of a pixel with this maximum and this range > 0.
+template <typename V>
+SSLFAST_INLINE V hue_of(const Rgb<V>& p, V top, V range) {
+  const V inverse = splat<V>(1.0f) / range;
+  const V of_red = (p.g - p.b) * inverse;
+  const V of_green = (p.b - p.r) * inverse + splat<V>(2.0f);
+  const V of_blue = (p.r - p.g) * inverse + splat<V>(4.0f);
+  const V h = p.r == top ? of_red : (p.g == top ? of_green : of_blue);
+  return h < splat<V>(0.0f) ? h + splat<V>(6.0f) : h;
+}
+
+// How far a channel is from the maximum, as a share of the range: channel n (5 red, 3 green, 1 blue) at hue h in
+// [0, 6): max(0, min(k, 4 − k, 1)), k = (n + h) mod 6.
+template <typename V>
+SSLFAST_INLINE V falloff(float n, V h) {
+  V k = h + splat<V>(n);
+  k = k >= splat<V>(6.0f) ? k - splat<V>(6.0f) : k;
+  const V rest = splat<V>(4.0f) - k;
+  return clamp(k < rest ? k : rest, 0.0f, 1.0f);
+}
+
+// The hue turned by `f` of a full turn, |f| ≤ 1/2.
+template <bool kPil, typename V>
+SSLFAST_INLINE Rgb<V> hue_turned(const Rgb<V>& p, float f) {
+  const V zero = splat<V>(0.0f), six = splat<V>(6.0f);
+  V top = p.r > p.g ? p.r : p.g, low = p.r < p.g ? p.r : p.g;
+  top = top > p.b ? top : p.b;
+  low = low < p.b ? low : p.b;
+  const V range = top - low;
+  V h = hue_of(p, top, range == zero ? splat<V>(1.0f) : range);
+  if constexpr (kPil) {
+    // H, S and V are bytes: truncated, the hue turned modulo 256.
+    const V turn = splat<V>(static_cast<float>(static_cast<int>(f * 255.0f)));
+    V hue = floor_of(h * splat<V>(255.0f / 6.0f) + splat<V>(1e-4f));
+    hue = (range == zero ? zero : hue) + turn;
+    hue = hue < zero ? hue + splat<V>(256.0f) : hue;
+    hue = hue > splat<V>(255.0f) ? hue - splat<V>(256.0f) : hue;
+    const V share = top > zero ? range / top : zero;
+    const V saturation = floor_of(share * splat<V>(255.0f) + splat<V>(1e-4f)) * splat<V>(1.0f / 255.0f);
+    h = hue * splat<V>(6.0f / 255.0f);
+    h = h >= six ? h - six : h;
+    const V scale = top * saturation, half = splat<V>(0.5f);
+    return {floor_of(top - scale * falloff(5.0f, h) + half), floor_of(top - scale * falloff(3.0f, h) + half),
+            floor_of(top - scale * falloff(1.0f, h) + half)};
+  } else {
+    h = h + splat<V>(f < 0 ? 6 * f + 6 : 6 * f);
+    h = h >= six ? h - six : h;
+    // The channel that is the maximum is left as it is; what lies below it is held to [0, 1], as torchvision does.
+    const V red = falloff(5.0f, h), green = falloff(3.0f, h), blue = falloff(1.0f, h);
+    return {red > zero ? clamp(top - range * red, 0.0f, 1.0f) : top,
+            green > zero ? clamp(top - range * green, 0.0f, 1.0f) : top,
+            blue > zero ? clamp(top - range * blue, 0.0f, 1.0f) : top};
+  }
+}
+
+// What is at least the threshold (on the scale 0 … 1) is inverted. PIL compares whole numbers: x ≥ 128 for 1/2.
+template <bool kPil, typename V>
+SSLFAST_INLINE V solarized(V x, float threshold) {
+  const V white = splat<V>(kWhite<kPil>), limit = splat<V>(kPil ? threshold * 256.0f : threshold);
+  return x >= limit ? white - x : x;
+}
+
+// Jitter operations, by the numbers that stand in the columns kOrder0 … kOrder3.
+enum Jitter : int { kNoJitter = -1, kJitterBrightness, kJitterContrast, kJitterSaturation, kJitterHue };
+
+// One operation on one pixel; `mean` is the mean of the grey image, which contrast needs (in pil semantics rounded).
+template <bool kPil, typename V>
+SSLFAST_INLINE Rgb<V> jittered(const Rgb<V>& p, int operation, float f, float mean) {
+  switch (operation) {
+    case kJitterBrightness: return blend<kPil>(p, splat<V>(0.0f), f);
+    case kJitterContrast: return blend<kPil>(p, splat<V>(mean), f);
+    case kJitterSaturation: return saturated<kPil>(p, f);
+    case kJitterHue: return hue_turned<kPil>(p, f);
+    default: return p;
+  }
+}
+
+}  // namespace sslfast

@@ -1,0 +1,169 @@
+"""``ViewSpec``: what is drawn at random for one view, and from which ranges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SEMANTICS = ("torchvision", "pil")
+INTERPOLATIONS = ("bilinear", "bicubic")
+LARGEST_KERNEL = 255  # 2 · kMaxBlurRadius + 1 in csrc/common/blur.h
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Range = tuple[float, float]
+
+
+def _pair(name: str, value: Sequence[float], low: float, high: float = math.inf) -> Range:
+    try:
+        first, second = (float(v) for v in value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be two numbers (low, high), got {value!r}") from None
+    if not low <= first <= second <= high:  # false for NaN too
+        upper = "" if high == math.inf else f" ≤ {high}"
+        raise ValueError(f"{name} must be (low, high) with {low} ≤ low ≤ high{upper}, got {value!r}")
+    return first, second
+
+
+def _factor(name: str, value: float | Sequence[float]) -> Range | None:
+    """A strength as a range of factors, as torchvision's ColorJitter reads it; ``None`` where the operation is off."""
+    centre, low, high = (0.0, -0.5, 0.5) if name == "hue" else (1.0, 0.0, math.inf)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        most = 0.5 if name == "hue" else math.inf
+        if not 0 <= value <= most:
+            raise ValueError(f"{name} must be between 0 and {most}, or (low, high), got {value!r}")
+        return None if value == 0 else (max(centre - value, low), centre + value)
+    first, second = _pair(name, value, low, high)
+    return None if first == second == centre else (first, second)
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """One kind of view: an antialiased random-resized crop → flip → colour jitter → greyscale → blur → solarize →
+    normalise. Each step has a probability; a step that does not happen costs nothing.
+
+    Args:
+        size: side of the view in pixels, or (height, width). Default 224.
+        scale: share of the image's area that the crop covers, drawn uniformly; ``None``: the whole image is resized.
+        ratio: width / height of the crop, drawn log-uniformly. Default (3/4, 4/3).
+        interpolation: ``"bilinear"`` (default) or ``"bicubic"`` (Keys, a = −1/2), antialiased. A bicubic view of a
+            float image overshoots [0, 1] at sharp edges; as in torchvision it is not clamped here, but by the first
+            colour operation that clamps. In ``pil`` semantics it is clamped to a byte.
+        flip_p: probability of a mirrored view. Default 0.5.
+        brightness, contrast, saturation: a strength b, meaning factors from max(0, 1 − b) to 1 + b, or (low, high).
+            Default 0: off.
+        hue: a strength h ≤ 0.5, meaning turns from −h to h, or (low, high); 1 is a full turn. Default 0: off.
+        jitter_p: probability that the four happen at all. Default 1.
+        shuffle: in an order drawn for each image (default), or in the order above.
+        grey_p: probability of greyscale (three equal channels). Default 0.
+        blur_p: probability of a Gaussian blur. Default 0.
+        blur_kernel: its width in pixels of the view, odd, 1 to 255. Default 23 (10 % of 224, as in SimCLR). The ``pil``
+            blur has no kernel size.
+        sigma: its standard deviation in pixels of the view, drawn uniformly. Default (0.1, 2.0).
+        solarize_p: probability that what is at least ``solarize_threshold`` is inverted. Default 0.
+        solarize_threshold: on the scale 0 … 1. Default 0.5 (128 of 255 in ``pil``).
+        mean, std: subtracted from and divided out of each channel at the end, on the scale 0 … 1; one number, or one a
+            channel. Default: neither.
+        semantics: ``"torchvision"`` (default): as torchvision's functional operations on float tensors in [0, 1].
+            ``"pil"``: as PIL's operations on bytes, which round or truncate after each step; a float image is first
+            rounded to bytes.
+
+    Raises:
+        ValueError: naming the argument, what it was, and what is allowed.
+
+    A view of one channel has no hue, saturation or grey; they are skipped, as in torchvision.
+    """
+
+    size: int | tuple[int, int] = 224
+    scale: Range | None = (0.08, 1.0)
+    ratio: Range = (3 / 4, 4 / 3)
+    interpolation: str = "bilinear"
+    flip_p: float = 0.5
+    brightness: float | Range = 0.0
+    contrast: float | Range = 0.0
+    saturation: float | Range = 0.0
+    hue: float | Range = 0.0
+    jitter_p: float = 1.0
+    shuffle: bool = True
+    grey_p: float = 0.0
+    blur_p: float = 0.0
+    blur_kernel: int = 23
+    sigma: Range = (0.1, 2.0)
+    solarize_p: float = 0.0
+    solarize_threshold: float = 0.5
+    mean: float | tuple[float, ...] = 0.0
+    std: float | tuple[float, ...] = 1.0
+    semantics: str = "torchvision"
+
+    def __post_init__(self) -> None:
+        size = (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
+        if len(size) != 2 or not all(isinstance(s, int) and 1 <= s < 2**24 for s in size):
+            raise ValueError(f"size must be a positive whole number or two of them, got {self.size!r}")
+        if self.scale is not None:
+            _pair("scale", self.scale, 0.0, 1.0)
+            if self.scale[0] <= 0:
+                raise ValueError(f"scale must begin above 0, got {self.scale!r}")
+        if _pair("ratio", self.ratio, 0.0)[0] < 1e-3 or self.ratio[1] > 1e3:
+            raise ValueError(f"ratio must lie between 0.001 and 1000, got {self.ratio!r}")
+        for name in ("flip_p", "jitter_p", "grey_p", "blur_p", "solarize_p"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be a probability between 0 and 1, got {getattr(self, name)!r}")
+        for name in ("brightness", "contrast", "saturation", "hue"):
+            _factor(name, getattr(self, name))
+        _pair("sigma", self.sigma, 0.0, LARGEST_KERNEL / 6)
+        if self.sigma[0] <= 0:
+            raise ValueError(f"sigma must begin above 0, got {self.sigma!r}")
+        kernel = self.blur_kernel
+        if not isinstance(kernel, int) or kernel % 2 == 0 or not 1 <= kernel <= LARGEST_KERNEL:
+            raise ValueError(f"blur_kernel must be an odd whole number from 1 to {LARGEST_KERNEL}, got {kernel!r}")
+        # The border is mirrored, and a mirror image has no more pixels than the view has.
+        if self.blur_p > 0 and self.semantics == "torchvision" and kernel // 2 >= min(size):
+            raise ValueError(
+                f"blur_kernel must be below twice the view's side: {kernel} is too wide for size {self.size!r}"
+            )
+        if not 0 <= self.solarize_threshold <= 1:
+            raise ValueError(f"solarize_threshold must be between 0 and 1, got {self.solarize_threshold!r}")
+        for name in ("mean", "std"):
+            values = self.channels(name, 3)
+            if not all(math.isfinite(v) for v in values) or (name == "std" and 0 in values):
+                raise ValueError(f"{name} must be finite{' and not 0' * (name == 'std')}, got {getattr(self, name)!r}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {self.interpolation!r}")
+        if self.semantics not in SEMANTICS:
+            raise ValueError(f"semantics must be one of {', '.join(SEMANTICS)}, got {self.semantics!r}")
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """The view's (height, width)."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    def channels(self, name: str, count: int) -> tuple[float, ...]:
+        """``mean`` or ``std`` for ``count`` channels: one number serves all."""
+        value = getattr(self, name)
+        if isinstance(value, (int, float)):
+            return (float(value),) * count
+        values = tuple(float(v) for v in value)
+        if len(values) not in (1, 3) or len(values) not in (1, count):
+            raise ValueError(f"{name} must be one number or one a channel ({count} channels), got {value!r}")
+        return values * count if len(values) == 1 else values
+
+    def numbers(self) -> tuple[float, ...]:
+        """What sampling needs, in the order of ``ViewNumbers`` (csrc/common/view_params.h)."""
+        ranges = [_factor(name, getattr(self, name)) for name in ("brightness", "contrast", "saturation", "hue")]
+        off: tuple[Range, ...] = ((1.0, 1.0), (1.0, 1.0), (1.0, 1.0), (0.0, 0.0))
+        factors = [number for r, neutral in zip(ranges, off, strict=True) for number in (r or neutral)]
+        return (
+            *(self.scale or (0.0, 0.0)),
+            *(math.log(r) for r in self.ratio),
+            self.flip_p,
+            self.jitter_p,
+            *factors,
+            *(float(r is not None) for r in ranges),
+            float(self.shuffle),
+            self.grey_p,
+            self.blur_p,
+            *self.sigma,
+            self.solarize_p,
+        )

@@ -1,0 +1,211 @@
+"""``MultiViewTransform``: several augmented views of one image or a batch, and the two functions it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..ops.augment_views import augment_views
+from ..ops.view_params import view_params
+from .params import ViewParams
+from .spec import ViewSpec
+
+LAYOUTS = ("NCHW", "NHWC")
+
+
+def _groups(views: Sequence[ViewSpec]) -> Iterator[slice]:
+    """Runs of neighbouring views that one call can make: alike in all but what is drawn."""
+
+    def fixed(v: ViewSpec) -> tuple[Any, ...]:
+        return v.height_width, v.interpolation, v.blur_kernel, v.solarize_threshold, v.mean, v.std, v.semantics
+
+    begin = 0
+    for end in range(1, len(views) + 1):
+        if end == len(views) or fixed(views[end]) != fixed(views[begin]):
+            yield slice(begin, end)
+            begin = end
+
+
+def _checked_views(views: ViewSpec | Sequence[ViewSpec]) -> tuple[ViewSpec, ...]:
+    several = (views,) if isinstance(views, ViewSpec) else tuple(views)
+    if not several or not all(isinstance(view, ViewSpec) for view in several):
+        raise TypeError(f"views must be a ViewSpec or a sequence of at least one, got {views!r}")
+    return several
+
+
+def _as_images(images: Any, layout: str) -> tuple[list[Tensor], bool]:
+    """A list as the operator wants it (one batch [B, C, H, W], or images [C, H, W]), and whether it was one image."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    single = not isinstance(images, (list, tuple)) and getattr(images, "ndim", 3) < 4
+    several = list(images) if isinstance(images, (list, tuple)) else [images]
+    out = []
+    for image in several:
+        if isinstance(image, Tensor):
+            channels_last = layout == "NHWC"
+        elif hasattr(image, "__array_interface__"):  # NumPy and PIL: rows of pixels of channels
+            array = np.asarray(image)
+            image = torch.from_numpy(array if array.flags.writeable else array.copy())
+            image = image[..., None] if image.dim() == 2 else image
+            channels_last = True
+        else:
+            raise TypeError(f"images must be tensors, NumPy arrays or PIL images, got {type(image).__name__}")
+        if image.dim() not in (3, 4):
+            raise ValueError(f"images must be [C, H, W] or a batch of them ({layout}), got shape {tuple(image.shape)}")
+        out.append(image.movedim(-1, -3) if channels_last else image)
+    if len(out) > 1 and any(image.dim() == 4 for image in out):
+        raise ValueError("images must be one batch, or a list of images of three dimensions each")
+    return out, single
+
+
+def _count_and_size(images: Sequence[Tensor]) -> tuple[int, tuple[int, int] | Tensor]:
+    """How many images, and their (height, width): one for all, or [B, 2]."""
+    first = images[0]
+    height, width = first.shape[-2:]
+    if len(images) == 1:
+        return (first.shape[0] if first.dim() == 4 else 1), (height, width)
+    return len(images), torch.tensor([image.shape[-2:] for image in images], device=first.device)
+
+
+def sample_params(
+    images: Any,
+    views: ViewSpec | Sequence[ViewSpec],
+    ids: Sequence[int] | Tensor | int | None = None,
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+    layout: str = "NCHW",
+) -> ViewParams:
+    """Draw what happens to each image in each view.
+
+    Args:
+        images: as for ``apply``; only their number and sizes matter.
+        views: V of them.
+        ids: [B], which sample each image is, such as its index in the dataset: parameters depend on (seed, epoch, view,
+            id) and on the image's size alone, whatever the batch, the worker, the rank or the device. Default: drawn
+            from torch's CPU generator, so ``torch.manual_seed`` and the seeds of data-loader workers rule.
+        seed: 64 bits. Default 0.
+        epoch: below 2³². Default 0.
+        layout: of tensors, ``"NCHW"`` (default) or ``"NHWC"``.
+
+    Returns:
+        V views of B images, on the images' device.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what is allowed.
+    """
+    tensors, _ = _as_images(images, layout)
+    count, size = _count_and_size(tensors)
+    if ids is None:
+        ids = torch.randint(2**63 - 1, (count,))
+    elif not isinstance(ids, Tensor):
+        ids = torch.tensor([ids] if isinstance(ids, int) else list(ids), dtype=torch.int64)
+    ids = ids.reshape(-1).to(tensors[0].device, torch.int64, non_blocking=True)
+    if len(ids) != count:
+        raise ValueError(f"ids must be as many as the images, {count}, got {len(ids)}")
+    numbers = [view.numbers() for view in _checked_views(views)]
+    return ViewParams(view_params(ids, size, numbers, seed=seed, epoch=epoch))
+
+
+def apply(
+    images: Any,
+    params: ViewParams,
+    views: ViewSpec | Sequence[ViewSpec],
+    *,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    layout: str = "NCHW",
+) -> list[Tensor]:
+    """Make the views that ``params`` describe.
+
+    Args:
+        images: a batch [B, C, H, W] (or [B, H, W, C], with ``layout="NHWC"``), one image, or a list of B images of any
+            sizes: uint8, or floating point on the scale 0 … 1; 1 or 3 channels; any strides. NumPy arrays and PIL
+            images too, channels last. Floating-point values beyond [0, 1] are clamped where torchvision clamps: by
+            brightness, contrast, saturation and hue.
+        params: V views of B images.
+        views: V of them; what is not drawn (size, interpolation, kernel, normalisation, semantics) comes from here.
+        dtype: of the views: float32 (default), bfloat16 or float16.
+        channels_last: the views' memory format. Default False.
+        layout: of tensors, ``"NCHW"`` (default) or ``"NHWC"``.
+
+    Returns:
+        V tensors [B, C, h, w], or [C, h, w] for one image. Neighbours of one size share memory without overlapping.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what is allowed.
+    """
+    tensors, single = _as_images(images, layout)
+    several = _checked_views(views)
+    if len(params) != len(several):
+        raise ValueError(f"params must describe {len(several)} views, got {len(params)}")
+    out: list[Tensor] = []
+    for group in _groups(several):
+        spec = several[group.start]
+        made = augment_views(
+            tensors,
+            params.table[group],
+            size=spec.height_width,
+            cubic=spec.interpolation == "bicubic",
+            blur_kernel=spec.blur_kernel,
+            threshold=spec.solarize_threshold,
+            mean=spec.channels("mean", tensors[0].shape[-3]),
+            std=spec.channels("std", tensors[0].shape[-3]),
+            pil=spec.semantics == "pil",
+            dtype=dtype,
+            channels_last=channels_last,
+        )
+        out += (view[0] if single else view for view in made)
+    return out
+
+
+class MultiViewTransform:
+    """Several views of each image in one call: on a batch in the training process (CPU or GPU), or image by image
+    inside data-loader workers, with the same result for the same ids.
+
+    Args:
+        views: what to make, such as ``recipe("dino")``.
+        seed, dtype, channels_last, layout: as for ``sample_params`` and ``apply``.
+
+    Example:
+        >>> transform = MultiViewTransform(recipe("simclr", size=32))
+        >>> first, second = transform(images)                  # [B, 3, 32, 32] each
+        >>> params = transform.sample_params(images, ids, epoch=epoch)
+        >>> first, second = transform.apply(images, params)    # the same again, whenever it is called
+    """
+
+    def __init__(
+        self,
+        views: ViewSpec | Sequence[ViewSpec],
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        layout: str = "NCHW",
+    ) -> None:
+        self.views = _checked_views(views)
+        self.seed = seed
+        self.dtype = dtype
+        self.channels_last = channels_last
+        self.layout = layout
+
+    def sample_params(
+        self, images: Any, ids: Sequence[int] | Tensor | int | None = None, *, epoch: int = 0
+    ) -> ViewParams:
+        """What ``__call__`` would draw; see ``sslfast.augment.sample_params``."""
+        return sample_params(images, self.views, ids, seed=self.seed, epoch=epoch, layout=self.layout)
+
+    def apply(self, images: Any, params: ViewParams) -> list[Tensor]:
+        """The views that ``params`` describe; see ``sslfast.augment.apply``."""
+        return apply(images, params, self.views, dtype=self.dtype, channels_last=self.channels_last, layout=self.layout)
+
+    def __call__(self, images: Any, ids: Sequence[int] | Tensor | int | None = None, *, epoch: int = 0) -> list[Tensor]:
+        """One tensor a view: [B, C, h, w], or [C, h, w] for one image. ``ids`` and ``epoch`` as in ``sample_params``."""
+        return self.apply(images, self.sample_params(images, ids, epoch=epoch))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(repr, self.views))}, seed={self.seed}, dtype={self.dtype})"

@@ -1,0 +1,173 @@
+"""Views of images from their parameters: crop and antialiased resize, flip, colour jitter, greyscale, blur, solarize,
+normalise, cast and layout in two or three passes over a view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _backends, _library, _native, reference
+from .view_params import COLUMNS
+
+BACKENDS = ("cpu", "cuda", "reference")
+IMAGES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)
+VIEWS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _fake(
+    images: Sequence[Tensor],
+    params: Tensor,
+    size: Sequence[int],
+    cubic: bool,
+    blur_kernel: int,
+    threshold: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+    pil: bool,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    channels = (images[0].shape[-3],)
+    pixel = (*size, *channels) if channels_last else (*channels, *size)
+    return images[0].new_empty((*params.shape[:2], *pixel), dtype=dtype)
+
+
+_library.define(
+    "augment_views(Tensor[] images, Tensor params, int[] size, bool cubic, int blur_kernel, float threshold,"
+    " float[] mean, float[] std, bool pil, ScalarType dtype, bool channels_last) -> Tensor",
+    _fake,
+)
+
+
+def why_not(backend: str, images: Sequence[Tensor]) -> str | None:
+    """The reason ``backend`` cannot augment ``images``, or ``None`` if it can."""
+    device = images[0].device
+    if backend == "cpu":
+        return _native.why_missing.get("_C") if device.type == "cpu" else f"it takes CPU tensors, got {device}"
+    if backend == "cuda":
+        return _native.why_missing.get("_C_cuda") if device.type == "cuda" else f"it takes CUDA tensors, got {device}"
+    return f"augment_views has no {backend} implementation"
+
+
+def _check_images(images: Sequence[Tensor]) -> int:
+    """One batch [B, C, H, W] or B images [C, H, W], alike in all but their sizes; returns B."""
+    if len(images) == 0:
+        raise ValueError("images must hold at least one image, got an empty list")
+    first = images[0]
+    for i, image in enumerate(images):
+        name = "images" if len(images) == 1 else f"images[{i}]"
+        if not isinstance(image, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(image).__name__}")
+        if image.dtype not in IMAGES:
+            raise TypeError(f"{name} must be uint8, float32, bfloat16 or float16, got {image.dtype}")
+        if image.dim() != 3 and not (image.dim() == 4 and len(images) == 1):
+            raise ValueError(f"{name} must be a batch of four or an image of three dimensions, got {image.dim()}")
+        if image.shape[-3] not in (1, 3):
+            raise ValueError(f"{name} must have 1 or 3 channels, got {image.shape[-3]} in shape {tuple(image.shape)}")
+        if image.shape[-1] == 0 or image.shape[-2] == 0:
+            raise ValueError(f"{name} must have at least one pixel, got shape {tuple(image.shape)}")
+        if max(image.shape[-2:]) >= 2**24:  # a float32 parameter holds no larger whole number
+            raise ValueError(f"{name} must be below 2^24 pixels on a side, got shape {tuple(image.shape)}")
+        if (image.dtype, image.device, image.shape[-3]) != (first.dtype, first.device, first.shape[-3]):
+            raise ValueError(
+                f"images must agree in dtype, device and channels: images[{i}] is {image.dtype} on {image.device} with "
+                f"{image.shape[-3]} channels, images[0] is {first.dtype} on {first.device} with {first.shape[-3]}"
+            )
+        if image.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires a gradient, and augmentation has none: detach it")
+    count = first.shape[0] if first.dim() == 4 else len(images)
+    if count == 0:
+        raise ValueError(f"images must hold at least one image, got shape {tuple(first.shape)}")
+    return count
+
+
+def _check_boxes(images: Sequence[Tensor], params: Tensor) -> None:
+    """Crops inside their images; only where reading them costs no wait for a device."""
+    if not params.is_cpu or torch.compiler.is_compiling() or params.numel() == 0:
+        return
+    sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.float32)  # [B or 1, 2]
+    corner, extent = params[..., 0:2], params[..., 2:4]
+    good = ((corner >= 0) & (extent >= 1) & (corner + extent <= sizes)).all(-1)
+    if not bool(good.all()):
+        v, b = (int(i) for i in (~good).nonzero()[0])
+        size = tuple(images[b if len(images) > 1 else 0].shape[-2:])
+        raise ValueError(
+            f"params: the crop (top, left, height, width) = {params[v, b, :4].tolist()} of view {v} of image {b} must "
+            f"lie in its {size[0]} × {size[1]} pixels"
+        )
+
+
+def augment_views(
+    images: Sequence[Tensor],
+    params: Tensor,
+    *,
+    size: tuple[int, int],
+    cubic: bool = False,
+    blur_kernel: int = 23,
+    threshold: float = 0.5,
+    mean: Sequence[float] = (0.0, 0.0, 0.0),
+    std: Sequence[float] = (1.0, 1.0, 1.0),
+    pil: bool = False,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+) -> Tensor:
+    """Apply parameters to images: V views of each of B images, all of one size.
+
+    Args:
+        images: one tensor [B, C, H, W] in a list, or B tensors [C, H, W] of any sizes; C is 1 or 3, any strides; uint8,
+            or float32, bfloat16 or float16 on the scale 0 … 1.
+        params: [V, B, 16] float32 on the images' device, from ``view_params``. Crops must lie inside the images
+            (checked on the CPU; on a GPU they are cut to the image).
+        size: (height, width) of the views.
+        cubic: bicubic, else bilinear. Default False.
+        blur_kernel: width of the blur. Default 23.
+        threshold: of solarize, on the scale 0 … 1. Default 0.5.
+        mean, std: C numbers each. Default: 0 and 1.
+        pil: PIL's semantics. Default False: torchvision's.
+        dtype: float32 (default), bfloat16 or float16.
+        channels_last: channels beside each other in memory. Default False.
+
+    Returns:
+        [V, B, C, h, w], ``dtype``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what is allowed.
+    """
+    count = _check_images(images)
+    if params.dim() != 3 or params.shape[1:] != (count, len(COLUMNS)) or params.dtype != torch.float32:
+        raise ValueError(
+            f"params must be [views, {count}, {len(COLUMNS)}] of float32, got {tuple(params.shape)} of {params.dtype}"
+        )
+    if params.device != images[0].device:
+        raise ValueError(f"params must be on the images' device {images[0].device}, got {params.device}")
+    if dtype not in VIEWS:
+        raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    channels = images[0].shape[-3]
+    if len(mean) != channels or len(std) != channels:
+        raise ValueError(f"mean and std must have {channels} numbers, got {tuple(mean)} and {tuple(std)}")
+    _check_boxes(images, params)
+    preferred = "cuda" if images[0].device.type == "cuda" else "cpu"
+    backend = _backends.select("augment_views", preferred, lambda name: why_not(name, images))
+    if backend == "reference":
+        options = dict(
+            size=size, cubic=cubic, blur_kernel=blur_kernel, threshold=threshold, mean=mean, std=std, pil=pil
+        )
+        views = reference.augment_views(images, params, **options).to(dtype)
+        return views.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3) if channels_last else views
+    views = torch.ops.sslfast.augment_views(
+        [image.detach() for image in images],
+        params,
+        list(size),
+        cubic,
+        blur_kernel,
+        threshold,
+        list(mean),
+        list(std),
+        pil,
+        dtype,
+        channels_last,
+    )
+    return views.permute(0, 1, 4, 2, 3) if channels_last else views

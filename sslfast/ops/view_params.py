@@ -1,0 +1,99 @@
+"""Sampling of augmentation parameters: Philox4x32-10 keyed by seed, with (draw, view, epoch, sample id) as its counter.
+
+No state: the same (seed, epoch, view, sample) gives the same parameters on every device, in every batch, worker and
+rank, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _backends, _library, _native, reference
+
+BACKENDS = ("cpu", "cuda", "reference")
+# In the order of `enum Column` in csrc/common/view_params.h.
+COLUMNS = (
+    *("top", "left", "height", "width", "flip", "brightness", "contrast", "saturation", "hue"),
+    *("order0", "order1", "order2", "order3", "grey", "sigma", "solarize"),
+)
+NUMBERS = 24  # kViewNumbers
+
+
+def _fake(
+    ids: Tensor, sizes: Tensor | None, size: Sequence[int], seed: int, epoch: int, view: int, numbers: Sequence[float]
+) -> Tensor:
+    return ids.new_empty((len(numbers) // NUMBERS, ids.shape[0], len(COLUMNS)), dtype=torch.float32)
+
+
+_library.define(
+    "view_params(Tensor ids, Tensor? sizes, int[] size, int seed, int epoch, int view, float[] numbers) -> Tensor",
+    _fake,
+)
+
+
+def why_not(backend: str, ids: Tensor) -> str | None:
+    """The reason ``backend`` cannot sample for ``ids``, or ``None`` if it can."""
+    if backend == "cpu":
+        return _native.why_missing.get("_C") if ids.is_cpu else f"it takes CPU tensors, and ids is on {ids.device}"
+    if backend == "cuda":
+        if not ids.is_cuda:
+            return f"it takes CUDA tensors, and ids is on {ids.device}"
+        return _native.why_missing.get("_C_cuda")
+    return f"view_params has no {backend} implementation"
+
+
+def view_params(
+    ids: Tensor,
+    size: tuple[int, int] | Tensor,
+    numbers: Sequence[Sequence[float]],
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+    view: int = 0,
+) -> Tensor:
+    """Draw the parameters of V views of B images.
+
+    Args:
+        ids: [B] int64: which sample each image is, such as its index in the dataset.
+        size: (height, width) of every image, or [B, 2] int64 on ``ids``' device.
+        numbers: V times what ``ViewSpec.numbers()`` gives.
+        seed: any 64-bit whole number. Default 0.
+        epoch: 0 to 2³² − 1. Default 0.
+        view: number of the first of the views, up to 2¹⁶ − V. Default 0.
+
+    Returns:
+        [V, B, 16] float32, columns ``COLUMNS``; see ``sslfast.augment.ViewParams``.
+
+    Raises:
+        TypeError, ValueError: ids are not a vector of int64, a size is not positive, or a number is out of range.
+    """
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.dim() != 1:
+        got = f"{tuple(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"ids must be a vector of int64, got {got}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be a 64-bit whole number, got {seed}")
+    if not 0 <= epoch < 2**32:
+        raise ValueError(f"epoch must be between 0 and 2^32 − 1, got {epoch}")
+    if not 0 <= view <= 2**16 - len(numbers):
+        raise ValueError(f"view must be between 0 and 2^16 minus the number of views, got {view}")
+    if isinstance(size, Tensor):
+        if size.shape != (len(ids), 2) or size.dtype != torch.int64 or size.device != ids.device:
+            raise ValueError(
+                f"size must be [{len(ids)}, 2] of int64 on {ids.device}, got {tuple(size.shape)} of {size.dtype} on "
+                f"{size.device}"
+            )
+        if size.is_cpu and not torch.compiler.is_compiling() and len(ids) and not int(size.min()) > 0:
+            raise ValueError(f"size must be positive, got {int(size.min())}")
+    elif min(size) < 1:
+        raise ValueError(f"size must be positive, got {tuple(size)}")
+    seed = seed - 2**64 if seed >= 2**63 else seed  # as the schema's signed 64 bits
+    flat = [float(number) for of_view in numbers for number in of_view]
+    sizes, fixed = (size, []) if isinstance(size, Tensor) else (None, list(size))
+    preferred = "cuda" if ids.device.type == "cuda" else "cpu"
+    backend = _backends.select("view_params", preferred, lambda name: why_not(name, ids))
+    if backend == "reference":
+        return reference.view_params(ids, size, numbers, seed=seed, epoch=epoch, view=view)
+    return torch.ops.sslfast.view_params(ids, sizes, fixed, seed, epoch, view, flat)

@@ -1,0 +1,183 @@
+"""Augmentation in plain PyTorch, one sample at a time, step by step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def resized(image: Tensor, size: tuple[int, int], cubic: bool) -> Tensor:
+    """Antialiased, with taps that end at the border of ``image`` [C, H, W]."""
+    return F.interpolate(image[None], size, mode="bicubic" if cubic else "bilinear", antialias=True)[0]
+
+
+# ------------------------------------------------------------------ torchvision: floats in [0, 1], tensor functional ops
+
+
+def grey(image: Tensor) -> Tensor:
+    """[C, H, W] → [1, H, W]; a grey image is its own."""
+    if image.shape[0] == 1:
+        return image
+    r, g, b = image
+    return (0.2989 * r + 0.587 * g + 0.114 * b)[None]
+
+
+def blend(image: Tensor, other: Tensor | float, factor: float) -> Tensor:
+    return (factor * image + (1 - factor) * other).clamp(0, 1)
+
+
+def hue_turned(image: Tensor, turn: float) -> Tensor:
+    """Through HSV: H + turn modulo 1."""
+    r, g, b = image
+    top, low = image.amax(0), image.amin(0)
+    divisor = torch.where(top == low, torch.ones_like(top), top - low)
+    rc, gc, bc = (top - r) / divisor, (top - g) / divisor, (top - b) / divisor
+    h = torch.where(top == r, bc - gc, torch.where(top == g, 2 + rc - bc, 4 + gc - rc))
+    h = (h / 6 + 1 + turn) % 1
+    saturation = (top - low) / torch.where(top == low, torch.ones_like(top), top)
+    sector = torch.floor(6 * h)
+    f = 6 * h - sector
+    p = (top * (1 - saturation)).clamp(0, 1)
+    q = (top * (1 - saturation * f)).clamp(0, 1)
+    t = (top * (1 - saturation * (1 - f))).clamp(0, 1)
+    index = sector.long() % 6
+    table = [(top, t, p), (q, top, p), (p, top, t), (p, q, top), (t, p, top), (top, p, q)]
+    by_sector = torch.stack([torch.stack(rgb) for rgb in table])  # [6, 3, H, W]
+    return by_sector.gather(0, index.expand(1, 3, *index.shape))[0]
+
+
+def blurred(image: Tensor, kernel: int, sigma: float) -> Tensor:
+    """Separable Gaussian of ``kernel`` taps, border mirrored."""
+    x = torch.arange(kernel, dtype=image.dtype, device=image.device) - kernel // 2
+    weight = torch.exp(-0.5 * (x / sigma) ** 2)
+    weight = weight / weight.sum()
+    half, channels = kernel // 2, image.shape[0]
+    padded = F.pad(image[None], (half, half, half, half), mode="reflect")
+    rows = F.conv2d(padded, weight.view(1, 1, 1, -1).expand(channels, -1, -1, -1), groups=channels)
+    return F.conv2d(rows, weight.view(1, 1, -1, 1).expand(channels, -1, -1, -1), groups=channels)[0]
+
+
+# --------------------------------------------------------------------------- pil: whole numbers 0 … 255, held as floats
+
+
+def pil_grey(image: Tensor) -> Tensor:
+    if image.shape[0] == 1:
+        return image
+    r, g, b = image
+    return torch.floor((19595 * r + 38470 * g + 7471 * b + 32768) / 65536)[None]
+
+
+def pil_blend(image: Tensor, other: Tensor | float, factor: float) -> Tensor:
+    return torch.floor((other + factor * (image - other)).clamp(0, 255))
+
+
+def pil_hue_turned(image: Tensor, turn: float) -> Tensor:
+    """Through HSV of bytes: each truncated, H turned modulo 256."""
+    r, g, b = image
+    top, low = image.amax(0), image.amin(0)
+    divisor = torch.where(top == low, torch.ones_like(top), top - low)
+    rc, gc, bc = (top - r) / divisor, (top - g) / divisor, (top - b) / divisor
+    h = torch.where(top == r, bc - gc, torch.where(top == g, 2 + rc - bc, 4 + gc - rc))
+    # The small number keeps a quotient that should be whole from being truncated one too low.
+    h = torch.where(top == low, torch.zeros_like(h), torch.floor(255 * ((h / 6 + 1) % 1) + 1e-4))
+    saturation = torch.floor(255 * (top - low) / top.clamp_min(1) + 1e-4) / 255
+    h = 6 * ((h + int(255 * turn)) % 256) / 255
+    sector = torch.floor(h)
+    f = h - sector
+    p = torch.floor(top * (1 - saturation) + 0.5)
+    q = torch.floor(top * (1 - saturation * f) + 0.5)
+    t = torch.floor(top * (1 - saturation * (1 - f)) + 0.5)
+    index = sector.long() % 6
+    table = [(top, t, p), (q, top, p), (p, top, t), (p, q, top), (t, p, top), (top, p, q)]
+    by_sector = torch.stack([torch.stack(rgb) for rgb in table])
+    return by_sector.gather(0, index.expand(1, 3, *index.shape))[0]
+
+
+def pil_blurred(image: Tensor, sigma: float) -> Tensor:
+    """Three box filters each way whose variances add up to σ², the border repeated, rounded after each."""
+    variance = sigma * sigma / 3
+    whole = math.floor((math.sqrt(12 * variance + 1) - 1) / 2)
+    share = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    weight = image.new_full((2 * whole + 3,), 1 / (2 * (whole + share) + 1))
+    weight[0] = weight[-1] = share * float(weight[0])
+    for _ in range(2):
+        for _ in range(3):
+            padded = F.pad(image[None], (whole + 1, whole + 1, 0, 0), mode="replicate")[0]
+            image = torch.floor((padded.unfold(2, len(weight), 1) * weight).sum(-1) + 0.5)
+        image = image.transpose(1, 2)
+    return image
+
+
+# ---------------------------------------------------------------------------------------------------------------- a view
+
+
+def augment_view(
+    image: Tensor,
+    row: Sequence[float],
+    *,
+    size: tuple[int, int],
+    cubic: bool,
+    blur_kernel: int,
+    threshold: float,
+    pil: bool,
+) -> Tensor:
+    """One view of ``image`` [C, H, W] on the scale 0 … 1, before normalisation; ``row``: its 16 parameters."""
+    top, left, height, width = (int(value) for value in row[:4])
+    flip, factors, order, (grey_on, sigma, solarize) = row[4], row[5:9], row[9:13], row[13:16]
+    x = image[:, top : top + height, left : left + width]
+    to_grey, mix, turned = (pil_grey, pil_blend, pil_hue_turned) if pil else (grey, blend, hue_turned)
+    if pil:
+        x = torch.floor(255 * x.clamp(0, 1) + 0.5)
+    x = resized(x, size, cubic)
+    if pil:
+        x = torch.floor(x.clamp(0, 255) + 0.5)
+    if flip:
+        x = x.flip(2)
+    for operation in order:
+        factor = factors[int(operation)]
+        if operation == 0:
+            x = mix(x, 0.0, factor)
+        if operation == 1:
+            mean = to_grey(x).mean()
+            x = mix(x, torch.floor(mean + 0.5) if pil else mean, factor)
+        if operation == 2 and len(x) == 3:
+            x = mix(x, to_grey(x), factor)
+        if operation == 3 and len(x) == 3:
+            x = turned(x, factor)
+    if grey_on:
+        x = to_grey(x).expand(len(x), -1, -1)
+    if sigma > 0:
+        x = pil_blurred(x, sigma) if pil else blurred(x, blur_kernel, sigma)
+    if solarize:
+        white, limit = (255, 256 * threshold) if pil else (1, threshold)
+        x = torch.where(x >= limit, white - x, x)
+    return x / 255 if pil else x
+
+
+def augment_views(
+    images: Sequence[Tensor],
+    params: Tensor,
+    *,
+    size: tuple[int, int],
+    cubic: bool = False,
+    blur_kernel: int = 23,
+    threshold: float = 0.5,
+    mean: Sequence[float] = (0.0, 0.0, 0.0),
+    std: Sequence[float] = (1.0, 1.0, 1.0),
+    pil: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """[V, B, C, h, w] in ``dtype`` (float64 for the truth of tests): see ``sslfast.ops.augment_views``."""
+    each = list(images[0]) if images[0].dim() == 4 else list(images)
+    options = dict(size=size, cubic=cubic, blur_kernel=blur_kernel, threshold=threshold, pil=pil)
+    shift, scale = (torch.tensor(v, dtype=dtype, device=each[0].device)[:, None, None] for v in (mean, std))
+    views = []
+    for of_view in params.tolist():
+        for image, row in zip(each, of_view, strict=True):
+            x = image.to(dtype) / 255 if image.dtype == torch.uint8 else image.to(dtype)
+            views.append((augment_view(x, row, **options) - shift) / scale)
+    return torch.stack(views).unflatten(0, params.shape[:2])
