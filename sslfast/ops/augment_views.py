@@ -152,10 +152,17 @@ def augment_views(
     preferred = "cuda" if images[0].device.type == "cuda" else "cpu"
     backend = _backends.select("augment_views", preferred, lambda name: why_not(name, images))
     if backend == "reference":
-        options = dict(
-            size=size, cubic=cubic, blur_kernel=blur_kernel, threshold=threshold, mean=mean, std=std, pil=pil
-        )
-        views = reference.augment_views(images, params, **options).to(dtype)
+        views = reference.augment_views(
+            images,
+            params,
+            size=size,
+            cubic=cubic,
+            blur_kernel=blur_kernel,
+            threshold=threshold,
+            mean=mean,
+            std=std,
+            pil=pil,
+        ).to(dtype)
         return views.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3) if channels_last else views
     views = torch.ops.sslfast.augment_views(
         [image.detach() for image in images],

@@ -15,7 +15,7 @@ def resized(image: Tensor, size: tuple[int, int], cubic: bool) -> Tensor:
     return F.interpolate(image[None], size, mode="bicubic" if cubic else "bilinear", antialias=True)[0]
 
 
-# ------------------------------------------------------------------ torchvision: floats in [0, 1], tensor functional ops
+# ----------------------------------------------------------------- torchvision: floats in [0, 1], tensor functional ops
 
 
 def grey(image: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def pil_blurred(image: Tensor, sigma: float) -> Tensor:
     return image
 
 
-# ---------------------------------------------------------------------------------------------------------------- a view
+# --------------------------------------------------------------------------------------------------------------- a view
 
 
 def augment_view(
@@ -173,11 +173,11 @@ def augment_views(
 ) -> Tensor:
     """[V, B, C, h, w] in ``dtype`` (float64 for the truth of tests): see ``sslfast.ops.augment_views``."""
     each = list(images[0]) if images[0].dim() == 4 else list(images)
-    options = dict(size=size, cubic=cubic, blur_kernel=blur_kernel, threshold=threshold, pil=pil)
     shift, scale = (torch.tensor(v, dtype=dtype, device=each[0].device)[:, None, None] for v in (mean, std))
     views = []
     for of_view in params.tolist():
         for image, row in zip(each, of_view, strict=True):
             x = image.to(dtype) / 255 if image.dtype == torch.uint8 else image.to(dtype)
-            views.append((augment_view(x, row, **options) - shift) / scale)
+            view = augment_view(x, row, size=size, cubic=cubic, blur_kernel=blur_kernel, threshold=threshold, pil=pil)
+            views.append((view - shift) / scale)
     return torch.stack(views).unflatten(0, params.shape[:2])

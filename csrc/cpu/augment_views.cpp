@@ -1,0 +1,206 @@
+// Views of images on the CPU. One worker makes one view at a time in its own memory: the view as planes of floats (which
+// stay in the cache for the usual sizes) and a few rows. Pass 1 resamples and does the colours up to contrast; pass 2 the
+// rest of them; pass 3 blurs, solarises, normalises and writes. What the parameters leave out is left out.
+#include "augment_views.h"
+
+#include "view_finish.h"
+
+namespace sslfast::SSLFAST_CPU_LEVEL {
+namespace {
+
+struct Workplace {
+  Resampler resampler;
+  Finisher finisher;
+  float* planes;  // [C, h rounded up to a block, pitch]
+  int64_t pitch, plane;
+};
+
+Workplace lay_out(Arena& arena, const AugmentCall& call) {
+  constexpr int L = kLanes<float>;
+  Workplace w{};
+  w.pitch = rounded_up(call.width, L);
+  w.plane = w.pitch * rounded_up(call.height, L);
+  w.resampler = take_resampler(arena, call);
+  w.finisher = take_finisher(arena, call.channels, w.pitch);
+  w.planes = arena.take<float>(call.channels * w.plane);
+  return w;
+}
+
+template <bool kPil>
+void make_view(const AugmentCall& call, Workplace& w, int64_t v, int64_t b) {
+  constexpr int L = kLanes<float>;
+  const int64_t view = v * call.count + b;
+  const float* row = call.params + view * kColumns;
+  const Image& image = call.images[b];
+  const Box box = box_of(row, image);
+  const Colours colours = colours_of(row, call.channels);
+  const bool flip = row[kFlip] != 0, solarize = row[kSolarize] != 0;
+  const float sigma = row[kSigma];
+  const int channels = call.channels;
+
+  fill(w.resampler.down, resampling(static_cast<int>(box.height), call.height, call.cubic));
+  fill(w.resampler.across, resampling(static_cast<int>(box.width), call.width, call.cubic));
+  const RowLayout layout = row_layout(image, channels, box.width);
+  double grey = 0;
+  for (int y0 = 0; y0 < call.height; y0 += L) {
+    const int rows = call.height - y0 < L ? call.height - y0 : L;
+    float* block = w.planes + y0 * w.pitch;
+    resample_down<kPil>(call, image, box, w.resampler, y0, rows);
+    if (channels == 3) {
+      resample_across<kPil, 3>(call, layout, box, flip, w.resampler, w.plane, w.pitch, block);
+    } else {
+      resample_across<kPil, 1>(call, layout, box, flip, w.resampler, w.plane, w.pitch, block);
+    }
+    for (int y = 0; y < rows; ++y) {
+      jitter_row<kPil>(colours, 0, colours.before, block + y * w.pitch, channels, w.plane, w.pitch, 0.0f);
+      if (colours.needs_mean) grey += grey_sum<kPil>(block + y * w.pitch, channels, w.plane, call.width);
+    }
+  }
+  float mean = static_cast<float>(grey / (static_cast<double>(call.height) * call.width));
+  if (kPil) mean = floor_of(mean + 0.5f);
+  const bool blur = sigma > 0;
+  const int radius = blur ? blur_weights<kPil>(sigma, call.blur_limit, w.finisher.weight) : 0;
+  for (int y = 0; y < call.height; ++y) {
+    float* in_planes = w.planes + y * w.pitch;
+    jitter_row<kPil>(colours, colours.before, colours.after, in_planes, channels, w.plane, w.pitch, mean);
+    if (colours.grey) grey_row<kPil>(in_planes, w.plane, w.pitch);
+    if (!blur) finish_row<kPil>(call, in_planes, w.plane, w.finisher, solarize, view, y);
+  }
+  for (int y = 0; blur && y < call.height; ++y) {
+    float* blurred = w.finisher.blurred;
+    for (int c = 0; c < channels; ++c)
+      blurred_row<kPil>(call, w.planes + c * w.plane, w.pitch, y, radius, w.finisher, blurred + c * w.pitch);
+    finish_row<kPil>(call, blurred, w.pitch, w.finisher, solarize, view, y);
+  }
+}
+
+}  // namespace
+
+int64_t augment_scratch_bytes(const AugmentCall& call) {
+  Arena arena{nullptr};
+  lay_out(arena, call);
+  return arena.used;
+}
+
+// The views of one image are neighbours, so that its pixels are read from memory once.
+void augment_views(const Parallel& parallel, const AugmentCall& call) {
+  const int64_t total = call.views * call.count, bytes = augment_scratch_bytes(call);
+  int64_t next = 0;
+  auto work = [&](int64_t worker) {
+    Arena arena{call.scratch + worker * bytes};
+    Workplace w = lay_out(arena, call);
+    __builtin_memset(w.resampler.block, 0,
+                     reinterpret_cast<char*>(w.resampler.turned) - reinterpret_cast<char*>(w.resampler.block));
+    for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < total;) {
+      if (call.pil) {
+        make_view<true>(call, w, i % call.views, i / call.views);
+      } else {
+        make_view<false>(call, w, i % call.views, i / call.views);
+      }
+    }
+  };
+  parallel_each(parallel, call.workers, work);
+}
+
+}  // namespace sslfast::SSLFAST_CPU_LEVEL
+
+#ifdef SSLFAST_CPU_DISPATCH
+#include <algorithm>
+#include <vector>
+
+#include "operator.h"
+
+namespace sslfast {
+namespace {
+
+PixelType pixel_type(ScalarType type, const char* name) {
+  switch (type) {
+    case ScalarType::Byte: return PixelType::u8;
+    case ScalarType::Float: return PixelType::f32;
+    case ScalarType::BFloat16: return PixelType::b16;
+    case ScalarType::Half: return PixelType::f16;
+    default: SSLFAST_CHECK(false, name, " has a dtype that is not supported: ", torch::headeronly::toString(type));
+  }
+}
+
+std::vector<Image> images_of(const std::vector<Tensor>& tensors) {
+  std::vector<Image> images;
+  for (const Tensor& t : tensors) {
+    const int64_t d = t.dim(), count = d == 4 ? t.size(0) : 1;
+    const auto step = d == 4 ? t.stride(0) * static_cast<int64_t>(t.element_size()) : 0;
+    for (int64_t b = 0; b < count; ++b) {
+      images.push_back({static_cast<const char*>(t.const_data_ptr()) + b * step, t.size(d - 2), t.size(d - 1),
+                        t.stride(d - 3), t.stride(d - 2), t.stride(d - 1)});
+    }
+  }
+  return images;
+}
+
+Tensor augment_views_cpu(std::vector<Tensor> tensors, const Tensor& params_any, std::vector<int64_t> size, bool cubic,
+                         int64_t blur_kernel, double threshold, std::vector<double> mean, std::vector<double> std,
+                         bool pil, ScalarType dtype, bool channels_last) {
+  SSLFAST_CHECK(!tensors.empty(), "images must hold at least one image");
+  const Tensor& first = tensors[0];
+  for (const Tensor& t : tensors) {
+    SSLFAST_CHECK(t.dim() == 3 || (t.dim() == 4 && tensors.size() == 1), "images must have three or four dimensions");
+    SSLFAST_CHECK(t.size(t.dim() - 3) == first.size(first.dim() - 3), "images must have the same number of channels");
+    SSLFAST_CHECK(t.scalar_type() == first.scalar_type(), "images must have the same dtype");
+    SSLFAST_CHECK(t.device() == params_any.device(), "images must be on the device of params");
+    SSLFAST_CHECK(t.size(t.dim() - 2) > 0 && t.size(t.dim() - 1) > 0, "images must have at least one pixel");
+  }
+  const int64_t channels = first.size(first.dim() - 3);
+  SSLFAST_CHECK(channels == 1 || channels == 3, "images must have 1 or 3 channels, got ", channels);
+  SSLFAST_CHECK(size.size() == 2 && size[0] > 0 && size[1] > 0, "size must be two positive numbers");
+  SSLFAST_CHECK(mean.size() == static_cast<size_t>(channels) && std.size() == mean.size(),
+                "mean and std must have one number a channel");
+  SSLFAST_CHECK(blur_kernel >= 1 && blur_kernel / 2 <= kMaxBlurRadius, "blur_kernel must be from 1 to ",
+                2 * kMaxBlurRadius + 1, ", got ", blur_kernel);
+  const std::vector<Image> images = images_of(tensors);
+  const auto count = static_cast<int64_t>(images.size()), views = params_any.dim() == 3 ? params_any.size(0) : 0;
+  check_tensor(params_any, "params", {views, count, kColumns}, ScalarType::Float, params_any);
+  const Tensor params = contiguous(params_any);
+
+  AugmentCall call{};
+  call.images = images.data();
+  call.params = const_data<float>(params);
+  call.views = views;
+  call.count = count;
+  call.channels = static_cast<int>(channels);
+  call.in = pixel_type(first.scalar_type(), "images");
+  call.out = pixel_type(dtype, "dtype");
+  SSLFAST_CHECK(call.out != PixelType::u8, "dtype must be a floating-point type");
+  call.height = static_cast<int>(size[0]);
+  call.width = static_cast<int>(size[1]);
+  call.cubic = cubic;
+  call.pil = pil;
+  call.channels_last = channels_last;
+  call.blur_limit = static_cast<int>(blur_kernel / 2);
+  call.threshold = static_cast<float>(threshold);
+  for (int64_t c = 0; c < channels; ++c) {
+    call.scale[c] = static_cast<float>(1 / (std[c] * (pil ? 255 : 1)));
+    call.shift[c] = static_cast<float>(-mean[c] / std[c]);
+  }
+  for (int64_t i = 0; i < views * count; ++i) {
+    const Box box = box_of(call.params + i * kColumns, images[i % count]);
+    call.crop_height = std::max(call.crop_height, box.height);
+    call.crop_width = std::max(call.crop_width, box.width);
+  }
+  Tensor result = channels_last ? torch::stable::new_empty(first, {views, count, size[0], size[1], channels}, dtype)
+                                : torch::stable::new_empty(first, {views, count, channels, size[0], size[1]}, dtype);
+  if (views == 0) return result;
+  call.result = result.mutable_data_ptr();
+  const Parallel parallel = torch_parallel();
+  // Below some thousand pixels a second thread costs more than it brings.
+  call.workers = views * count * size[0] * size[1] < 8192 ? 1 : std::min(parallel.threads, views * count);
+  const int64_t bytes = SSLFAST_CALL(augment_scratch_bytes, call);
+  Tensor memory = scratch(params, call.workers * bytes);
+  call.scratch = static_cast<char*>(aligned(memory));
+  SSLFAST_CALL(augment_views, parallel, call);
+  return result;
+}
+
+}  // namespace
+}  // namespace sslfast
+
+STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) { m.impl("augment_views", TORCH_BOX(&sslfast::augment_views_cpu)); }
+#endif  // SSLFAST_CPU_DISPATCH

@@ -1,0 +1,131 @@
+// The passes over a view after the first: the colours from contrast on, and the blur. A block whose sample has no need of
+// the pass leaves at once.
+#pragma once
+#include "view_resample.h"
+
+namespace sslfast {
+namespace {
+
+constexpr int kColourThreads = 256;
+constexpr int kColourPixels = 4;  // a thread
+constexpr int kBlurThreads = 128;
+constexpr int kBlurWarps = kBlurThreads / kWarp;
+constexpr int kRun = kTile / kBlurWarps;  // neighbours that a thread filters together
+constexpr int kMiddle = kTile + 1;        // floats of a row filtered across: odd, so that a warp meets every bank
+
+// Contrast, what comes after it, and grey, on 1024 pixels of sample first + blockIdx.y.
+template <bool kPil, int kChannels>
+__global__ void __launch_bounds__(kColourThreads)
+    colour_kernel(const Views views, const Sample* __restrict__ samples, int64_t first, float* __restrict__ planes,
+                  const float* __restrict__ partial) {
+  const int64_t n = first + blockIdx.y, pixels = views.pixels();
+  const Sample& s = samples[n];
+  if (!s.needs_mean) return;
+  double sum = 0;
+  for (int t = threadIdx.x; t < views.tiles; t += kColourThreads) {
+    sum += partial[blockIdx.y * static_cast<int64_t>(views.tiles) + t];
+  }
+  float mean = static_cast<float>(sum_over_block<kColourThreads>(sum) / static_cast<double>(pixels));
+  if (kPil) mean = floor_of(mean + 0.5f);
+  float* plane = planes + blockIdx.y * kChannels * pixels;
+#pragma unroll 1
+  for (int k = 0; k < kColourPixels; ++k) {
+    const int64_t pixel = (static_cast<int64_t>(blockIdx.x) * kColourPixels + k) * kColourThreads + threadIdx.x;
+    if (pixel >= pixels) return;
+    Rgb<float> p{plane[pixel], plane[kChannels / 2 * pixels + pixel], plane[(kChannels - 1) * pixels + pixel]};
+    p = jitter<kPil>(p, s, s.before, s.after, mean);
+    if (s.grey) p.r = p.g = p.b = grey_value<kPil, kChannels>(p);
+    const float out[3] = {p.r, p.g, p.b};
+    float value[kChannels];
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) value[c] = out[c];
+    if (s.radius >= 0) {
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) plane[c * pixels + pixel] = value[c];
+    } else {
+      finish_pixel<kPil>(views, s, n, pixel, value);
+    }
+  }
+}
+
+// How a filter of 2·radius + 1 weights runs over kRun neighbours at once: in groups of kRun taps, weights of 0 at the end.
+__host__ __device__ inline int tap_groups(int radius) { return (2 * radius + kRun - 1) / kRun + 1; }
+// Columns of the tile with its border, odd, for a warp that reads one column of 32 rows.
+__host__ __device__ inline int bordered(int radius) { return (kTile - kRun + tap_groups(radius) * kRun) | 1; }
+
+__host__ inline size_t blur_shared_bytes(int radius) {
+  return (static_cast<size_t>(kTile) * (bordered(radius) + kMiddle) + tap_groups(radius) * kRun) * sizeof(float);
+}
+
+// sum[j] += Σ_i weight[i − j] value[i] over one group of taps i. `window` holds the last kRun weights, weight[i] at place
+// i mod kRun: a weight and a value are loaded once for kRun products each.
+__device__ inline void add_taps(const float* value, int step, const float* weight, float (&window)[kRun],
+                                float (&sum)[kRun]) {
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) {
+    window[i] = weight[i];
+    const float v = value[i * step];
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) sum[j] += window[(i - j + kRun) % kRun] * v;
+  }
+}
+
+// Blur of a tile, a channel at a time, kTile rows of its border at a time: filtered across by lanes that stand on rows,
+// then down by lanes that stand on columns. The zero weights that pad the filter meet up to kRun − 1 pixels more on either
+// side, so a NaN or an infinity spreads that much further than the filter.
+template <bool kPil, int kChannels>
+__global__ void __launch_bounds__(kBlurThreads)
+    blur_kernel(const Views views, const Sample* __restrict__ samples, int64_t first,
+                const float* __restrict__ half_filters, const float* __restrict__ planes) {
+  extern __shared__ float shared_tile[];
+  const int64_t n = first + blockIdx.y, pixels = views.pixels();
+  const Sample& s = samples[n];
+  const int radius = s.radius;
+  if (radius < 0) return;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int groups = tap_groups(radius), pitch = bordered(radius);
+  float *tile = shared_tile, *middle = tile + kTile * pitch, *filter = middle + kTile * kMiddle;
+  for (int t = threadIdx.x; t < groups * kRun; t += kBlurThreads) {
+    filter[t] = t <= 2 * radius ? half_filters[n * kHalfFilter + abs(t - radius)] : 0.0f;
+  }
+  const int x0 = blockIdx.x % views.tiles_across * kTile, y0 = blockIdx.x / views.tiles_across * kTile;
+  float down[kChannels][kRun] = {};
+#pragma unroll
+  for (int c = 0; c < kChannels; ++c) {
+    const float* plane = planes + (blockIdx.y * kChannels + c) * pixels;
+    float down_window[kRun] = {};
+    for (int begin = 0; begin < groups + kBlurWarps - 1; begin += kBlurWarps) {  // in groups of kRun rows
+      for (int row = warp; row < kTile; row += kBlurWarps) {
+        const float* in =
+            plane + static_cast<int64_t>(inside<kPil>(y0 - radius + begin * kRun + row, views.height)) * views.width;
+        for (int x = lane; x < pitch; x += kWarp)
+          tile[row * pitch + x] = in[inside<kPil>(x0 - radius + x, views.width)];
+      }
+      __syncthreads();
+      float across[kRun] = {}, window[kRun] = {};
+      const float* value = tile + lane * pitch + warp * kRun;
+      for (int g = 0; g < groups; ++g) add_taps(value + g * kRun, 1, filter + g * kRun, window, across);
+#pragma unroll
+      for (int j = 0; j < kRun; ++j) middle[lane * kMiddle + warp * kRun + j] = across[j];
+      __syncthreads();
+      for (int k = 0; k < kBlurWarps; ++k) {
+        const int g = begin + k - warp;  // this group of rows, counted from the first that the warp needs
+        if (g < 0 || g >= groups) continue;
+        add_taps(middle + k * kRun * kMiddle + lane, kMiddle, filter + g * kRun, down_window, down[c]);
+      }
+      // No barrier: the next write to `middle` waits for the one after the loads, and `tile` is no longer read.
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kRun; ++j) {
+    const int x = x0 + lane, y = y0 + warp * kRun + j;
+    if (x >= views.width || y >= views.height) continue;
+    float value[kChannels];
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) value[c] = kPil ? floor_of(down[c][j] + 0.5f) : down[c][j];
+    finish_pixel<kPil>(views, s, n, static_cast<int64_t>(y) * views.width + x, value);
+  }
+}
+
+}  // namespace
+}  // namespace sslfast

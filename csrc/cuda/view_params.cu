@@ -1,0 +1,79 @@
+// Sampling of augmentation parameters on the GPU, one thread a view of an image: the arithmetic, and so every bit of the
+// result, is that of common/view_params.h.
+#include "../common/view_params.h"
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "../torch_api.h"
+
+namespace sslfast {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kViewsPerLaunch = 16;  // their numbers travel as a kernel's argument, of which there may be 4 KiB
+
+struct Draw {
+  uint64_t seed;
+  uint32_t epoch;
+  uint32_t view;  // number of the launch's first view
+  int64_t count;  // B
+  int64_t height, width;
+  const int64_t* ids;    // [B]
+  const int64_t* sizes;  // [B, 2], or null: all are height × width
+  ViewNumbers of_view[kViewsPerLaunch];
+};
+static_assert(sizeof(Draw) <= 4096 - 2 * sizeof(void*));
+
+__global__ void sample_kernel(const __grid_constant__ Draw draw, float* __restrict__ params) {
+  const int64_t b = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (b >= draw.count) return;
+  const Stream stream{draw.seed, static_cast<uint64_t>(draw.ids[b]), draw.epoch, draw.view + blockIdx.y};
+  const int64_t height = draw.sizes ? draw.sizes[2 * b] : draw.height;
+  const int64_t width = draw.sizes ? draw.sizes[2 * b + 1] : draw.width;
+  sample_view(stream, draw.of_view[blockIdx.y], height, width, params + (blockIdx.y * draw.count + b) * kColumns);
+}
+
+Tensor view_params_cuda(const Tensor& ids_any, std::optional<Tensor> sizes_any, std::vector<int64_t> size, int64_t seed,
+                        int64_t epoch, int64_t view, std::vector<double> numbers) {
+  SSLFAST_CHECK(numbers.size() % kViewNumbers == 0, "numbers must be a multiple of ", kViewNumbers, ", got ",
+                numbers.size());
+  const auto views = static_cast<int64_t>(numbers.size()) / kViewNumbers, count = ids_any.numel();
+  check_tensor(ids_any, "ids", {count}, ScalarType::Long, ids_any);
+  const torch::stable::accelerator::DeviceGuard guard(ids_any.get_device_index());
+  const Tensor ids = contiguous(ids_any);
+  std::optional<Tensor> sizes;
+  if (sizes_any.has_value()) {
+    check_tensor(*sizes_any, "size", {count, 2}, ScalarType::Long, ids);
+    sizes = contiguous(*sizes_any);
+  } else {
+    SSLFAST_CHECK(size.size() == 2, "size must have two numbers, got ", size.size());
+  }
+  Tensor params = torch::stable::new_empty(ids, {views, count, kColumns}, ScalarType::Float);
+  if (views * count == 0) return params;
+  const cudaStream_t stream = current_stream(ids);
+  Draw draw{};
+  draw.seed = static_cast<uint64_t>(seed);
+  draw.epoch = static_cast<uint32_t>(epoch);
+  draw.count = count;
+  draw.height = sizes.has_value() ? 0 : size[0];
+  draw.width = sizes.has_value() ? 0 : size[1];
+  draw.ids = const_data<int64_t>(ids);
+  draw.sizes = sizes.has_value() ? const_data<int64_t>(*sizes) : nullptr;
+  const auto blocks = static_cast<unsigned>((count + kThreads - 1) / kThreads);
+  for (int64_t v = 0; v < views; v += kViewsPerLaunch) {
+    const int64_t some = std::min<int64_t>(views - v, kViewsPerLaunch);
+    draw.view = static_cast<uint32_t>(view + v);
+    __builtin_memcpy(draw.of_view, numbers.data() + v * kViewNumbers, some * sizeof(ViewNumbers));
+    sample_kernel<<<dim3(blocks, static_cast<unsigned>(some)), kThreads, 0, stream>>>(
+        draw, mutable_data<float>(params) + v * count * kColumns);
+  }
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return params;
+}
+
+}  // namespace
+}  // namespace sslfast
+
+STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) { m.impl("view_params", TORCH_BOX(&sslfast::view_params_cuda)); }
