@@ -4,6 +4,7 @@ PYTHON ?= python3
 METHOD ?= simclr
 DATA   ?= digits
 RANKS  ?= 1
+JOBS   ?= auto
 OUT    ?= benchmarks/results
 
 BIN   := .venv/bin
@@ -18,7 +19,7 @@ help:
 	@echo "make demo   train on real images, fused loss beside plain; table, picture and JSON in out/demo"
 	@echo "            (METHOD=simclr, barlow or vicreg; DATA=digits, DATA=fashion-mnist or DATA=<folder of images>;"
 	@echo "            RANKS=2 on two processes)"
-	@echo "make test   build in place and run every test"
+	@echo "make test   build in place and run every test (JOBS=0 in one process)"
 	@echo "make lint   ruff, clang-format, line lengths, mypy"
 	@echo "make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench  correctness, then time and memory of every operation; CSV and picture"
@@ -42,7 +43,7 @@ demo: $(BUILT)
 
 test: $(BUILT) $(PEERS)
 	$(BIN)/python -m sslfast
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, built apart from the ordinary libraries.
 SANITIZED := build/sanitized
@@ -53,7 +54,8 @@ sanitize: $(READY)
 	cd $(SANITIZED) && SSLFAST_SANITIZE=address,undefined $(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 PYTHONPATH=. \
 	  $(CURDIR)/$(BIN)/python -m pytest -q tests/test_l2_normalize.py tests/test_nt_xent.py \
-	  tests/test_similarity_lse.py tests/test_similarity_logsigmoid.py \
+	  tests/test_similarity_lse.py tests/test_similarity_logsigmoid.py tests/test_second_moment.py \
+	  tests/test_view_params.py tests/test_augment_views.py \
 	  -m "not slow" -k "not compile and not memory and not every_cpu_level"
 
 lint: $(READY)

@@ -16,6 +16,10 @@ One operation is one file ``bench_<op>.py``, found by its name. Such a file defi
 ``why_skip(case, provider, metric) -> str``    the reason not to measure this here, or ``None``
 =============================================  =================================================================
 
+and, where the speed-up is not over the best of eager and ``torch.compile``, ``BASELINES``: whose best it is over. An
+operation without a gradient is measured in mode ``call``; where its calls draw random numbers, ``Work.proof`` is
+compared with the truth instead.
+
 Results go to ``results/<machine>.csv`` in one schema (``harness.COLUMNS``); tables and plots are drawn from that file
 alone.
 """

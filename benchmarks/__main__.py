@@ -39,7 +39,7 @@ def parse(arguments: Sequence[str], known: Sequence[str]) -> argparse.Namespace:
 
 def table(rows: Sequence[Row]) -> Table:
     """The run's rows as a terminal table, one line per (case, provider), peak memory beside time."""
-    view = Table(title="times: median (20th–80th percentile); speed-up over the best of eager and torch.compile")
+    view = Table(title="times: median (20th–80th percentile); speed-up over the best baseline")
     for column in ("case", "provider"):
         view.add_column(column, no_wrap=True)
     for column in ("time [ms]", "share of\nbound", "speed-\nup", "extra peak\n[MiB]"):

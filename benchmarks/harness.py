@@ -36,6 +36,8 @@ COLUMNS = (
     "command",
 )
 MODES = ("forward", "backward", "both")
+CALL = "call"  # the mode of an operation without a gradient
+WHOLE = ("both", CALL)  # what memory is measured of, and what tables show
 BASELINES = ("eager", "compile")
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
@@ -59,7 +61,7 @@ class Failed(RuntimeError):
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: ``shape`` names its sizes (``{"N": 4096, "D": 128}``), ``mode`` is one of ``MODES``.
+    """One problem: ``shape`` names its sizes (``{"N": 4096, "D": 128}``), ``mode`` is one of ``MODES``, or ``CALL``.
 
     Raises:
         ValueError: ``mode`` is none of these.
@@ -72,8 +74,8 @@ class Case:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"mode={self.mode!r} is not measured; allowed: {', '.join(MODES)}")
+        if self.mode not in (*MODES, CALL):
+            raise ValueError(f"mode={self.mode!r} is not measured; allowed: {', '.join((*MODES, CALL))}")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -89,10 +91,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Work:
-    """``run(prepare())`` is one measured call, of which only ``run`` is timed; it returns value, gradients, or both."""
+    """``run(prepare())`` is one measured call, of which only ``run`` is timed; it returns value, gradients, or both.
+
+    ``proof`` returns what must equal the truth instead, where a run draws random numbers; ``tolerance`` is the
+    disagreement allowed, where ``AGREEMENT`` of the case's dtype does not fit.
+    """
 
     prepare: Callable[[], Any]
     run: Callable[[Any], tuple[Tensor, ...]]
+    proof: Callable[[], tuple[Tensor, ...]] | None = None
+    tolerance: float | None = None
 
     def __call__(self) -> tuple[Tensor, ...]:
         return self.run(self.prepare())
@@ -190,12 +198,12 @@ def time_interleaved(
     return samples
 
 
-def speedups(samples: dict[str, list[float]]) -> dict[str, float]:
+def speedups(samples: dict[str, list[float]], baselines: Sequence[str] = BASELINES) -> dict[str, float]:
     """Per provider the median over rounds of (best baseline's time / its time in the same round).
 
-    The best baseline is the one of ``BASELINES`` with the smaller median; without any the result is empty.
+    The best baseline is the one of ``baselines`` with the smallest median; without any the result is empty.
     """
-    medians = {name: float(np.median(samples[name])) for name in BASELINES if name in samples}
+    medians = {name: float(np.median(samples[name])) for name in baselines if name in samples}
     if not medians:
         return {}
     best = np.asarray(samples[min(medians, key=lambda name: medians[name])])
@@ -206,13 +214,13 @@ def speedups(samples: dict[str, list[float]]) -> dict[str, float]:
 
 
 def peak_mib(case: Case, provider: str) -> float:
-    """Extra peak memory of one forward and backward in a fresh process, in MiB (what counts: ``peak_extra_bytes``).
+    """Extra peak memory of one measured call in a fresh process, in MiB (what counts: ``peak_extra_bytes``).
 
     Raises:
         Unavailable: the provider cannot run, runs out of memory, or the system cannot say.
         Failed: the provider failed otherwise.
     """
-    request = json.dumps({"case": asdict(replace(case, mode="both")), "provider": provider})
+    request = json.dumps({"case": asdict(case), "provider": provider})
     environment = {**os.environ, **machine_module.ALLOCATOR_ENVIRONMENT, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     command = [sys.executable, "-c", f"from {__name__} import memory_worker; memory_worker()", request]
     try:
@@ -299,7 +307,7 @@ class Runner:
         torch.compiler.reset()  # shapes of earlier cases must not count towards the limit on recompilations
         self._time(bench, case)
         self._release(case)
-        if case.mode == "both":
+        if case.mode in WHOLE:
             for provider in bench.PROVIDERS:
                 self._memory(bench, case, provider)
 
@@ -322,7 +330,8 @@ class Runner:
             clock(candidate.run, candidate.prepare())  # the second warm-up; the equality check was the first
         samples = time_interleaved(works, clock, self.seconds)
         flops, bytes_moved = bench.cost(case)
-        ratios, bound = speedups(samples), self.peaks.bound_ms(flops, bytes_moved, case.dtype)
+        ratios = speedups(samples, getattr(bench, "BASELINES", BASELINES))
+        bound = self.peaks.bound_ms(flops, bytes_moved, case.dtype)
         for provider, times in samples.items():
             share = bound / float(np.median(times)) if bound is not None else None
             self.report.rows.append(self._row(case, provider, "time_ms", times, share, ratios.get(provider)))
@@ -331,14 +340,15 @@ class Runner:
         """The provider's closure, once it has returned the right values; ``None`` after a recorded skip or error."""
         try:
             candidate = bench.setup(case, provider)
-            wrong = disagreement(candidate(), truth)
+            wrong = disagreement((candidate.proof or candidate)(), truth)
         except Exception as error:  # a peer may fail in any way; that must not end the run
             self._failed(case, provider, "time_ms", error)
             return None
-        if wrong > AGREEMENT[case.dtype]:
+        allowed = AGREEMENT[case.dtype] if candidate.tolerance is None else candidate.tolerance
+        if wrong > allowed:
             self.report.errors.append(
                 f"{case}, {provider}: not timed, its results differ from the float64 truth by {wrong:.1e},"
-                f" allowed {AGREEMENT[case.dtype]:.0e}"
+                f" allowed {allowed:.0e}"
             )
             return None
         return candidate

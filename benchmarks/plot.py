@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from .harness import Row, read_csv
+from .harness import CALL, WHOLE, Row, read_csv
 from .machine import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -137,8 +137,11 @@ def spread(heights: Sequence[float], ratio: float) -> list[float]:
 
 
 def markdown(op: str, rows: Sequence[Row]) -> str:
-    """One machine's results of one operation as a Markdown table, forward and backward together; empty without any."""
-    rows = [row for row in rows if row["op"] == op and row["mode"] == "both"]
+    """One machine's results of one operation as a Markdown table, forward and backward together; empty without any.
+
+    An operation without a gradient has rates instead of times: how many views a second.
+    """
+    rows = [row for row in rows if row["op"] == op and row["mode"] in WHOLE]
     timed = [row for row in rows if row["metric"] == "time_ms"]
     if not timed:
         return ""
@@ -146,12 +149,14 @@ def markdown(op: str, rows: Sequence[Row]) -> str:
     cases = list(dict.fromkeys((row["dtype"], row["shape"]) for row in rows))
     sizes = list(json.loads(cases[0][1]))
     several_dtypes = len({dtype for dtype, _ in cases}) > 1
-    header = [*sizes, *(["dtype"] if several_dtypes else []), *(f"{provider_text(p)} [ms]" for p in providers)]
+    unit = "views/s" if rows[0]["mode"] == CALL else "ms"
+    header = [*sizes, *(["dtype"] if several_dtypes else []), *(f"{provider_text(p)} [{unit}]" for p in providers)]
     header += ["speed-up", "share of bound", "memory, best other [MiB]", "memory, sslfast [MiB]"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---:|" * len(header)]
     for dtype, shape in cases:
         cell = {(row["provider"], row["metric"]): row for row in rows if (row["dtype"], row["shape"]) == (dtype, shape)}
-        times = [_time_text(cell.get((provider, "time_ms"))) for provider in providers]
+        text = _rate_text if unit == "views/s" else _time_text
+        times = [text(cell.get((provider, "time_ms"))) for provider in providers]
         ours = cell.get(("sslfast", "time_ms"), {})
         speedup = ours.get("speedup_over_best_of_eager_compile")
         share = ours.get("share_of_bound")
@@ -173,16 +178,26 @@ def _time_text(row: Row | None) -> str:
     return f"{_short(row['p50'])} ({_short(row['p20'])}–{_short(row['p80'])})" if row else ""
 
 
+def _rate_text(row: Row | None) -> str:
+    if not row:
+        return ""
+    shape = json.loads(row["shape"])
+    low, middle, high = (1e3 * shape["images"] * shape["views"] / float(row[p]) for p in ("p80", "p50", "p20"))
+    return f"{_short(middle)} ({_short(low)}–{_short(high)})"
+
+
 def _caption(rows: Sequence[Row], timed: Sequence[Row], several_dtypes: bool) -> str:
     first = rows[0]
     where = first["device"] + (f", driver {first['driver']}" if first["driver"] else f", {first['threads']} threads")
     dtype = "" if several_dtypes else f"{first['dtype']}, "
     rounds = min(int(row["rounds"]) for row in timed)
     versions = f"torch {first['torch']}, sslfast {first['sslfast']} ({first['commit']})"
+    call = first["mode"] == CALL
     return (
-        f"**{where}**: {versions}, {dtype}forward and backward. "
-        f"Median of at least {rounds} interleaved rounds (20th–80th percentile); speed-up over the best of eager and "
-        "torch.compile; memory is the extra peak, gradients included."
+        f"**{where}**: {versions}, {dtype}{'views a second' if call else 'forward and backward'}. "
+        f"Median of at least {rounds} interleaved rounds (20th–80th percentile); speed-up over the best of "
+        f"{'the others' if call else 'eager and torch.compile'}; memory is the extra peak, "
+        f"{'results' if call else 'gradients'} included."
     )
 
 

@@ -1,4 +1,7 @@
-"""Settings of every test run: the Triton interpreter without a GPU, seeds, what was skipped, which backends ran."""
+"""Settings of every test run: the Triton interpreter without a GPU, seeds, what was skipped, which backends ran.
+
+With pytest-xdist (``-n``) tests run in several processes; what is counted here is then the sum over them.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,22 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import pytest
-import torch
+# Threads that wait do not spin: several processes share the processor, and a kernel on tiny inputs is mostly waiting.
+# Read when torch is first imported, like Triton's variable below; child processes inherit both.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import numpy as np  # noqa: E402  (after the variable above)
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Triton reads it when it is first imported, which importing torch or sslfast does not do.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from sslfast import _backends, ops  # noqa: E402  (after the variable above)
+from sslfast import _backends, ops  # noqa: E402  (after the variables above)
 
 TESTS = Path(__file__).parent
 
@@ -48,8 +56,21 @@ def _choose_and_record(op: str, preferred: str, why_not: Callable[[str], str | N
     return backend
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """``-n auto``: a process for each core, hyper-threads counted; each may take 2 GB, so no more than 8."""
+    return min(cores(), 8)
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def pytest_configure(config: pytest.Config) -> None:
     _backends.select = _choose_and_record
+    processes = getattr(config.option, "numprocesses", None)
+    if processes:  # before they start. Two threads at least: how a kernel divides its work is tested by every test.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(2, cores() // processes)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -83,8 +104,18 @@ def missing_pairs() -> list[tuple[str, str]]:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    if exitstatus == pytest.ExitCode.OK and is_full_run(session.config) and missing_pairs():
+    config = session.config
+    if hasattr(config, "workeroutput"):  # one of several processes: the first one adds up and judges
+        config.workeroutput["ran"] = [(*pair, calls) for pair, calls in _ran.items()]
+    elif exitstatus == pytest.ExitCode.OK and is_full_run(config) and missing_pairs():
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A process of pytest-xdist has ended; one that crashed told nothing."""
+    for op, backend, calls in getattr(node, "workeroutput", {}).get("ran", ()):
+        _ran[op, backend] += calls
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -92,7 +123,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     skipped: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for report in out.stats.get("skipped", []):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-        test = report.nodeid.rpartition("/")[2].partition("[")[0]  # all parameters of one test together
+        # All parameters of one test together; pytest-xdist adds "@group".
+        test = report.nodeid.rpartition("/")[2].partition("[")[0].partition("@")[0]
         skipped[reason.removeprefix("Skipped: ")][test] += 1
     out.section("skipped tests")
     for reason, tests in sorted(skipped.items()):

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks import Unavailable
 from distributed_common import (
     SIZES,
     STRATEGIES,
@@ -180,6 +181,11 @@ def under_compile(rank: int, world: int) -> None:
 COUNTER = Path("/proc/self/io")
 
 
+def needs_counter() -> None:
+    if not COUNTER.exists():
+        raise Unavailable(f"counts bytes by {COUNTER}, which this system does not have")
+
+
 def written() -> int:
     """Bytes that this process has written, to sockets and files."""
     return int(next(line for line in COUNTER.read_text().splitlines() if line.startswith("wchar")).split()[1])
@@ -188,8 +194,9 @@ def written() -> int:
 @case
 def bytes_sent(rank: int, world: int) -> None:
     """What this process writes to its sockets in a step, against the formulas of docs/scaling.md."""
-    if world == 1 or not COUNTER.exists():
+    if world == 1:
         return
+    needs_counter()
     n, width = 256, 256
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
         rows, total = n * width, n * world

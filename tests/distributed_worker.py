@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 import distributed_losses  # noqa: F401  (registers its cases)
 import distributed_moments  # noqa: F401
+from benchmarks import Unavailable
 from distributed_common import CASES
 from distributed_contract import one_rank_away
 
@@ -30,12 +31,14 @@ def main(rank: int, world: int, meeting: str, results: str, what: str) -> None:
         Path(results).write_text(json.dumps(report))
         os._exit(0)  # the group is broken and cannot be taken down in order
     for name, function in CASES.items():
-        start = time.monotonic()
+        start, failure, skipped = time.monotonic(), None, None
         try:
             function(rank, world)
-            report[name] = [time.monotonic() - start, None]
+        except Unavailable as reason:
+            skipped = str(reason)
         except Exception:
-            report[name] = [time.monotonic() - start, traceback.format_exc()]
+            failure = traceback.format_exc()
+        report[name] = {"seconds": time.monotonic() - start, "failure": failure, "skipped": skipped}
         Path(results).write_text(json.dumps(report))
     dist.destroy_process_group()
 

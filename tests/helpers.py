@@ -1,6 +1,8 @@
-"""What every test of an operation shares: the error budget and the grid of shapes."""
+"""What every test of an operation shares: the error budget and the grid of shapes; and tests of losses of two views."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -42,3 +44,58 @@ def _largest(t: Tensor) -> Tensor:
 def same_nonfinite(name: str, kernel: Tensor, reference: Tensor) -> None:
     """NaN and Inf appear in the same places, finite entries agree to 1e-4."""
     torch.testing.assert_close(kernel, reference, rtol=1e-4, atol=1e-5, equal_nan=True, msg=lambda m: f"{name}: {m}")
+
+
+# --------------------------------------------------------- losses of two views, each [N, D], or [N, ..., D] with places
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+GRAD_LOSS = 3.0  # not 1: a backward that forgets it fails
+# Both forms by "auto", tall and wide, ragged, one feature, two rows.
+VIEW_SHAPES = [(64, 64), (101, 30), (17, 90), (40, 200), (2, 5), (33, 1), (3, 2)]
+
+
+def two_views(
+    shape: tuple[int, ...], dtype: torch.dtype = torch.float64, largest: float = 1.6, noise: float = 0.3
+) -> tuple[Tensor, Tensor]:
+    """Related views whose columns have different means, and deviations from 0.2 to ``largest``; of ``dtype``."""
+    d = shape[-1]
+    z_a = torch.randn(shape, dtype=torch.float64) * torch.linspace(0.2, largest, d) + torch.linspace(-2, 4, d)
+    return z_a.to(dtype), (z_a + noise * torch.randn(shape, dtype=torch.float64)).to(dtype)
+
+
+def value_and_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    """The loss and GRAD_LOSS times its gradients."""
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    loss = function(*leaves)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves, torch.full_like(loss, GRAD_LOSS))]
+
+
+def check_loss(
+    function: Callable[..., Tensor],
+    formula: Callable[..., Tensor],
+    inputs: tuple[Tensor, ...],
+    floor: float = 1.0,
+    terms: int | None = None,
+) -> None:
+    """Value and gradients of a loss within the budget of its plain formula; dtypes are those of sums and of inputs.
+
+    Args:
+        floor: the size of the loss's terms before they cancel.
+        terms: what a gradient's terms are divided by; by default the entries of a view.
+    """
+    dtype = inputs[0].dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    kernel = value_and_gradients(function, *inputs)
+    single = value_and_gradients(formula, *(z.to(wide) for z in inputs))
+    truth = value_and_gradients(formula, *(z.double() for z in inputs))
+    assert kernel[0].dtype == wide and all(k.dtype == dtype for k in kernel[1:])
+    names = ("loss", "dz_a", "dz_b")[: len(kernel)]
+    for name, k, s, t in zip(names, kernel, single, truth, strict=True):
+        size = floor if name == "loss" else floor * GRAD_LOSS / (terms or inputs[0].numel())
+        within_budget(name, k, s.to(k.dtype), t, dtype, size)
+
+
+def same_value_and_gradients(function: Callable[..., Tensor], other: Callable[..., Tensor], *inputs: Tensor) -> None:
+    found, expected = (value_and_gradients(f, *inputs) for f in (function, other))
+    for mine, true in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, true)

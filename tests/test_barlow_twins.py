@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
 
+import helpers
 import sslfast
 from benchmarks import Unavailable, peers
-from helpers import same_nonfinite, within_budget
+from helpers import (
+    DTYPES,
+    GRAD_LOSS,
+    VIEW_SHAPES,
+    check_loss,
+    same_nonfinite,
+    same_value_and_gradients,
+    value_and_gradients,
+)
 from sslfast.losses.barlow_twins import BarlowTwinsLoss, barlow_twins, cross_correlation_loss
-
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-GRAD_LOSS = 3.0  # not 1: a backward that forgets it fails
-# Both forms by "auto", tall and wide, ragged, one feature, two rows.
-SHAPES = [(64, 64), (101, 30), (17, 90), (40, 200), (2, 5), (33, 1), (3, 2)]
 
 
 def lightly(lambda_param: float = 0.005):
@@ -37,41 +43,25 @@ def plain(z_a: Tensor, z_b: Tensor, lambda_param: float = 0.005, eps: float = 1e
     return on + lambda_param * off
 
 
-def two_views(n: int, d: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Related views with columns of different means and sizes, representable in ``dtype``."""
-    z_a = torch.randn(n, d, dtype=torch.float64) * torch.linspace(0.2, 3, d) + torch.linspace(-2, 4, d)
-    return z_a.to(dtype), (z_a + 0.5 * torch.randn(n, d, dtype=torch.float64)).to(dtype)
-
-
-def value_and_gradients(function, *inputs: Tensor) -> list[Tensor]:
-    leaves = [t.detach().clone().requires_grad_() for t in inputs]
-    loss = function(*leaves)
-    return [loss.detach(), *torch.autograd.grad(loss, leaves, torch.full_like(loss, GRAD_LOSS))]
+two_views = functools.partial(helpers.two_views, largest=3.0, noise=0.5)
 
 
 def check(function, formula, inputs: tuple[Tensor, ...]) -> None:
-    dtype = inputs[0].dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    kernel = value_and_gradients(function, *inputs)
-    single = value_and_gradients(formula, *(z.to(wide) for z in inputs))
-    truth = value_and_gradients(formula, *(z.double() for z in inputs))
-    assert kernel[0].dtype == wide and kernel[1].dtype == kernel[2].dtype == dtype
-    for name, k, s, t in zip(("loss", "dz_a", "dz_b"), kernel, single, truth, strict=True):
-        # C has entries up to 1, and a gradient's terms before they cancel are GRAD_LOSS · C / std / N.
-        within_budget(name, k, s.to(k.dtype), t, dtype, 1.0 if name == "loss" else GRAD_LOSS / len(inputs[0]))
+    # C has entries up to 1, and a gradient's terms before they cancel are GRAD_LOSS · C / std / N.
+    check_loss(function, formula, inputs, terms=len(inputs[0]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", VIEW_SHAPES, ids=str)
 def test_value_and_gradients(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    inputs = two_views(*shape, dtype)
+    inputs = two_views(shape, dtype)
     check(lambda a, b: barlow_twins(a, b, 0.05), lambda a, b: plain(a, b, 0.05), inputs)
 
 
 @pytest.mark.parametrize("form", ["primal", "dual"])
 @pytest.mark.parametrize("shape", [(64, 64), (17, 90), (101, 30)], ids=str)
 def test_terms_in_both_forms(shape: tuple[int, int], form: str) -> None:
-    inputs = two_views(*shape, torch.float32)
+    inputs = two_views(shape, torch.float32)
     for term in (0, 1):
         check(
             lambda a, b, term=term: cross_correlation_loss(a, b, eps=1e-2, form=form)[term],
@@ -81,9 +71,9 @@ def test_terms_in_both_forms(shape: tuple[int, int], form: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", VIEW_SHAPES, ids=str)
 def test_equals_lightly(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    inputs = two_views(*shape, dtype)
+    inputs = two_views(shape, dtype)
     check(BarlowTwinsLoss(0.0051), lightly(0.0051), inputs)
     if dtype == torch.float64:
         for a, b in zip(
@@ -94,7 +84,7 @@ def test_equals_lightly(shape: tuple[int, int], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("shape", [(64, 20), (12, 40)], ids=str)
 def test_constant_columns(shape: tuple[int, int]) -> None:
-    z_a, z_b = two_views(*shape, torch.float32)
+    z_a, z_b = two_views(shape, torch.float32)
     z_a[:, 3] = 0.1  # whose mean is not 0.1 after rounding
     z_b[:, 3:5] = -7.0
     kernel = value_and_gradients(barlow_twins, z_a, z_b)
@@ -105,14 +95,14 @@ def test_constant_columns(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("form", ["primal", "dual"])
 def test_mean_far_from_zero(form: str) -> None:
     """The mean's rounding is then a part of x̂ that no gradient may see."""
-    inputs = tuple(z + 1000 for z in two_views(64, 80, torch.float32))
+    inputs = tuple(z + 1000 for z in two_views((64, 80), torch.float32))
     check(lambda a, b: barlow_twins(a, b, form=form), plain, inputs)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("shape", [(64, 20), (12, 40)], ids=str)
 def test_nonfinite_row(shape: tuple[int, int], bad: float) -> None:
-    z_a, z_b = two_views(*shape, torch.float32)
+    z_a, z_b = two_views(shape, torch.float32)
     z_a[1] = bad
     found, expected = (value_and_gradients(f, z_a, z_b) for f in (barlow_twins, lightly()))
     assert found[0].isnan()
@@ -122,20 +112,20 @@ def test_nonfinite_row(shape: tuple[int, int], bad: float) -> None:
 
 def test_half_precision_beyond_its_range() -> None:
     """At this size the sum of squares passes 65504, and lightly's value is infinite."""
-    inputs = two_views(32, 1536, torch.float16)
+    inputs = two_views((32, 1536), torch.float16)
     assert plain(*(z.double() for z in inputs), lambda_param=1.0) > 65504
     check(lambda a, b: barlow_twins(a, b, 1.0), lambda a, b: plain(a, b, 1.0), inputs)
 
 
 @pytest.mark.parametrize("shape", [(6, 3), (3, 6)], ids=str)
 def test_double_backward(shape: tuple[int, int]) -> None:
-    inputs = [z.requires_grad_() for z in two_views(*shape)]
+    inputs = [z.requires_grad_() for z in two_views(shape)]
     assert torch.autograd.gradcheck(barlow_twins, inputs)
     assert torch.autograd.gradgradcheck(barlow_twins, inputs)
 
 
 def test_one_view_learns() -> None:
-    z_a, z_b = two_views(20, 50)
+    z_a, z_b = two_views((20, 50))
     both = value_and_gradients(barlow_twins, z_a, z_b)
     for i in (0, 1):
         inputs = [z.clone().requires_grad_(j == i) for j, z in enumerate((z_a, z_b))]
@@ -145,23 +135,21 @@ def test_one_view_learns() -> None:
 
 
 def test_autocast_keeps_single_precision() -> None:
-    z_a, z_b = two_views(40, 24, torch.float32)
+    z_a, z_b = two_views((40, 24), torch.float32)
     step = torch.autocast("cpu", dtype=torch.bfloat16)(barlow_twins)
-    for a, b in zip(value_and_gradients(step, z_a, z_b), value_and_gradients(barlow_twins, z_a, z_b), strict=True):
-        torch.testing.assert_close(a, b)
+    same_value_and_gradients(step, barlow_twins, z_a, z_b)
     torch.testing.assert_close(step(z_a.bfloat16(), z_b), barlow_twins(z_a.bfloat16().float(), z_b))
 
 
 @pytest.mark.parametrize("shape", [(40, 16), (16, 40)], ids=str)
 def test_compile_without_graph_breaks(shape: tuple[int, int]) -> None:
-    inputs = two_views(*shape, torch.float32)
+    inputs = two_views(shape, torch.float32)
     step = torch.compile(BarlowTwinsLoss(), fullgraph=True, backend="aot_eager")
-    for a, b in zip(value_and_gradients(step, *inputs), value_and_gradients(barlow_twins, *inputs), strict=True):
-        torch.testing.assert_close(a, b)
+    same_value_and_gradients(step, barlow_twins, *inputs)
 
 
 def test_module_is_the_function() -> None:
-    z_a, z_b = two_views(20, 6)
+    z_a, z_b = two_views((20, 6))
     options = {"scale_loss": 0.025, "eps": 1e-3, "statistics": "local", "form": "dual"}
     assert torch.equal(
         sslfast.BarlowTwinsLoss(0.01, False, **options)(z_a, z_b), barlow_twins(z_a, z_b, 0.01, **options)

@@ -26,7 +26,10 @@ from sslfast.ops._similarity_blocks import Statistics, merge_statistics
 TESTS = Path(__file__).parent
 PATIENCE = 240  # seconds; a hang is a failure
 
-pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
+pytestmark = [
+    pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"),
+    pytest.mark.xdist_group("distributed"),  # one group of processes of each size
+]
 
 
 class Group:
@@ -72,10 +75,14 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Group
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_case(groups: dict[int, Group], world: int, name: str) -> None:
-    for rank, report in enumerate(groups[world].reports()):
+    reports = groups[world].reports()
+    for rank, report in enumerate(reports):
         assert name in report, f"rank {rank} did not get so far: {groups[world].log(rank)}"
-        failure = report[name][1]
+        failure = report[name]["failure"]
         assert failure is None, f"rank {rank} of {world}: {failure}"
+    reasons = {report[name]["skipped"] for report in reports} - {None}
+    if reasons:
+        pytest.skip("; ".join(sorted(reasons)))
 
 
 def test_a_rank_that_is_missing_is_an_error_for_the_others(tmp_path: Path) -> None:

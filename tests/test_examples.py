@@ -33,7 +33,8 @@ from examples.common.data import FASHION_DIR, Dataset, load
 from examples.pretrain import __main__ as demo
 from examples.pretrain.methods import METHODS, SIMCLR, Method
 from examples.pretrain.model import build
-from examples.pretrain.train import Schedule, train
+from examples.pretrain.train import Schedule, embedded_views, train
+from sslfast.augment import MultiViewTransform, recipe
 
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 
@@ -104,7 +105,7 @@ def test_digits_end_to_end(method: Method, tmp_path: Path, monkeypatch: pytest.M
 def test_training_is_reproducible() -> None:
     data = load("digits")
     data = replace(data, train=data.train[:256])
-    views = augment.recipe_for(data)
+    views = augment.views_for(data)
 
     def curve(seed: int) -> list[float]:
         model = build(data, SIMCLR.hidden, SIMCLR.width, seed)
@@ -165,7 +166,7 @@ def _on_a_rank(rank: int, meeting: str) -> None:
         for loss in method.losses(world=2).values():  # a batch of 11 a step: 6 here, 5 there
             model = build(data, (16,), 12, seed=0)
             schedule = Schedule(epochs=1, batch_size=11, learning_rate=1e-3, seed=0)
-            curves.append(train(model, data, augment.recipe_for(data), loss, schedule, "test")[0])
+            curves.append(train(model, data, augment.views_for(data), loss, schedule, "test")[0])
         assert len(curves[0]) == 3 and curves[0] == pytest.approx(curves[1], rel=1e-4)
     dist.destroy_process_group()
 
@@ -197,41 +198,64 @@ def test_a_loss_that_may_need_too_much_memory_is_left_out(monkeypatch: pytest.Mo
     data = load("digits")
     method = replace(SIMCLR, hidden=(8,), width=32, large=((16, 32), (16, 64), (32, 64), (32, 192), (64, 512)))
     model = build(data, method.hidden, method.width, seed=0)
-    demo._costs(method, 16, model, data, augment.recipe_for(data), 0, Console(quiet=True))
+    demo._costs(method, 16, model, data, augment.views_for(data), 0, Console(quiet=True))
     both = ("fused", "plain")
     assert asked == [(16, 32, *both), (16, 64, *both), (32, 64, *both), (32, 192, "fused"), (64, 512, "fused")]
 
 
+def _images(count: int, channels: int) -> Dataset:
+    images = torch.rand(count, channels, 20, 20, generator=Generator().manual_seed(0))
+    return Dataset("x", images, images, None, None, (), view_size=16, mirror=channels == 3, photos=channels == 3)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_views(channels: int) -> None:
-    images = torch.rand(64, channels, 20, 20, generator=Generator().manual_seed(0))
-    still = augment.Augment(
-        size=20, rotation=0, zoom=(1, 1), stretch=1, shift=0, shear=0, mirror=False, contrast=0, blur=0, noise=0,
-        colour=0, padding="zeros",
-    )  # fmt: skip
-    if channels == 1:  # in colour one view in five loses its colours, whatever the strength
-        torch.testing.assert_close(still(images, Generator()), images, rtol=0, atol=1e-6)
-    data = Dataset("x", images, images, None, None, (), view_size=16, mirror=True, photos=channels == 3)
-    views = augment.recipe_for(data)
-    first, second = (views(images, Generator().manual_seed(seed)) for seed in (1, 2))
-    assert first.shape == (64, channels, 16, 16) and first.isfinite().all()
-    assert torch.equal(first, views(images, Generator().manual_seed(1)))
+    data = _images(64, channels)
+    specs = augment.views_for(data)
+    assert len(specs) == 2 and specs[0] == specs[1]
+    assert specs == recipe("simclr", 16) if channels == 3 else all(spec.flip_p == 0 for spec in specs)
+    transform = MultiViewTransform(specs, seed=1)
+    first, second = transform(data.train, range(64))
+    assert first.shape == second.shape == (64, channels, 16, 16) and first.isfinite().all()
     assert (first - second).abs().flatten(1).amax(1).min() > 0.01
+    assert torch.equal(first[5:9], transform(data.train[5:9], range(5, 9))[0])
 
 
-def test_rotation_and_shift_move_as_told() -> None:
-    image = torch.zeros(1, 1, 32, 32)
-    image[..., 12:20, 24:28] = 1  # a bar right of the centre
-    base = dict(zoom=(1, 1), stretch=1, shear=0, mirror=False, contrast=0, blur=0, noise=0, colour=0, padding="zeros")
-    turn = augment.Augment(size=32, rotation=20, shift=0, **base)
-    column = torch.arange(32.0) - 15.5
-    radius = []
-    for seed in range(20):
-        mass = turn(image, Generator().manual_seed(seed))[0, 0]
-        centre = torch.stack([(mass.sum(0) * column).sum(), (mass.sum(1) * column).sum()]) / mass.sum()
-        radius.append(centre.norm().item())
-        assert math.degrees(math.atan2(abs(centre[1]), centre[0])) < 20.5
-    assert radius == pytest.approx([10.0] * 20, abs=0.1)  # a rotation keeps the distance from the centre
+def test_training_names_its_images_and_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views are those of the images' indices and the epoch: the same for both losses, and in every run."""
+    data = replace(_images(50, 1), name="y")
+    seen: list[tuple[int, list[int], torch.Tensor]] = []
+    make = MultiViewTransform.__call__
+
+    def recorded(self: MultiViewTransform, images: torch.Tensor, ids: torch.Tensor, *, epoch: int) -> Any:
+        assert self.seed == 7 and torch.equal(images, data.train[ids])
+        views = make(self, images, ids, epoch=epoch)
+        seen.append((epoch, ids.tolist(), torch.stack(views)))
+        return views
+
+    monkeypatch.setattr(MultiViewTransform, "__call__", recorded)
+    for loss in (SIMCLR.fused, SIMCLR.plain):
+        model = build(data, (16,), 12, seed=0)
+        train(model, data, augment.views_for(data), loss, Schedule(3, 16, 1e-3, seed=7), "test")
+    assert [epoch for epoch, _, _ in seen] == [0, 0, 0, 1, 1, 1, 2, 2, 2] * 2
+    for begin in range(0, 18, 3):
+        ids = [i for _, batch, _ in seen[begin : begin + 3] for i in batch]
+        assert len(set(ids)) == len(ids) == 48
+    assert all(a[1] == b[1] and torch.equal(a[2], b[2]) for a, b in zip(seen[:9], seen[9:], strict=True))
+    assert seen[0][1] != seen[3][1]  # shuffled anew in each epoch
+
+
+def test_embedded_views_are_all_new() -> None:
+    data = _images(600, 1)
+    model = build(data, (16,), 12, seed=0)
+    specs = augment.views_for(data)
+    first, second = embedded_views(model, data, specs, 1300, seed=0)
+    assert first.shape == second.shape == (1300, 12)
+    for a, b in ((first, second), (first[:600], first[600:1200]), (first[:100], first[1200:])):
+        assert ((a - b).abs().amax(1) > 0).double().mean() > 0.99  # two views are seldom alike
+    again = embedded_views(model, data, specs, 700, seed=0)[1]
+    torch.testing.assert_close(again, second[:700], rtol=1e-4, atol=1e-6)  # other parts, rounded otherwise
+    assert not torch.allclose(embedded_views(model, data, specs, 700, seed=1)[1], again, atol=1e-3)
 
 
 def test_folder_with_classes(photos: Path) -> None:

@@ -8,13 +8,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sslfast
-from helpers import same_nonfinite, within_budget
+from helpers import (
+    DTYPES,
+    VIEW_SHAPES,
+    check_loss,
+    same_nonfinite,
+    same_value_and_gradients,
+    two_views,
+    value_and_gradients,
+)
 from sslfast.losses.vibcreg import VIbCRegLoss, vibcreg
-
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-GRAD_LOSS = 3.0  # not 1: a backward that forgets it fails
-# Both forms by "auto", tall and wide, ragged, one feature, two rows.
-SHAPES = [(64, 64), (101, 30), (17, 90), (40, 200), (2, 5), (33, 1), (3, 2)]
 
 
 def plain(z_a: Tensor, z_b: Tensor, weights=(25.0, 25.0, 200.0), eps: float = 1e-4) -> Tensor:
@@ -27,53 +30,28 @@ def plain(z_a: Tensor, z_b: Tensor, weights=(25.0, 25.0, 200.0), eps: float = 1e
     return loss
 
 
-def two_views(n: int, d: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Related views with columns of deviations on both sides of the hinge, representable in ``dtype``."""
-    z_a = torch.randn(n, d, dtype=torch.float64) * torch.linspace(0.2, 1.6, d) + torch.linspace(-2, 4, d)
-    return z_a.to(dtype), (z_a + 0.3 * torch.randn(n, d, dtype=torch.float64)).to(dtype)
-
-
-def value_and_gradients(function, *inputs: Tensor) -> list[Tensor]:
-    leaves = [t.detach().clone().requires_grad_() for t in inputs]
-    loss = function(*leaves)
-    return [loss.detach(), *torch.autograd.grad(loss, leaves, torch.full_like(loss, GRAD_LOSS))]
-
-
-def check(function, formula, inputs: tuple[Tensor, ...], floor: float = 1.0) -> None:
-    """``floor``: the size of the weights."""
-    dtype = inputs[0].dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    kernel = value_and_gradients(function, *inputs)
-    single = value_and_gradients(formula, *(z.to(wide) for z in inputs))
-    truth = value_and_gradients(formula, *(z.double() for z in inputs))
-    assert kernel[0].dtype == wide and kernel[1].dtype == kernel[2].dtype == dtype
-    for name, k, s, t in zip(("loss", "dz_a", "dz_b"), kernel, single, truth, strict=True):
-        size = floor if name == "loss" else floor * GRAD_LOSS / inputs[0].numel()
-        within_budget(name, k, s.to(k.dtype), t, dtype, size)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", VIEW_SHAPES, ids=str)
 def test_value_and_gradients(shape: tuple[int, int], dtype: torch.dtype) -> None:
     # Of two rows every correlation is ±1: its gradient's terms, weight / ‖column‖, cancel to nothing but rounding.
-    check(vibcreg, plain, two_views(*shape, dtype), floor=25.0 if shape[0] > 2 else 200 / 0.1)
+    check_loss(vibcreg, plain, two_views(shape, dtype), floor=25.0 if shape[0] > 2 else 200 / 0.1)
 
 
 @pytest.mark.parametrize("form", ["primal", "dual"])
 @pytest.mark.parametrize("weights", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)], ids=str)
 def test_terms_in_both_forms(weights: tuple[float, ...], form: str) -> None:
     for shape in ((64, 64), (17, 90), (101, 30)):
-        check(
+        check_loss(
             lambda a, b: vibcreg(a, b, *weights, eps=1e-2, form=form),
             lambda a, b: plain(a, b, weights, 1e-2),
-            two_views(*shape, torch.float32),
+            two_views(shape, torch.float32),
         )
 
 
 @pytest.mark.parametrize("shape", [(64, 20), (16, 40)], ids=str)
 def test_constant_columns(shape: tuple[int, int]) -> None:
     """The mean of as many equal numbers as a power of two is exact, so such a column stays zero, as in the formula."""
-    z_a, z_b = two_views(*shape, torch.float32)
+    z_a, z_b = two_views(shape, torch.float32)
     z_a[:, 3] = 0.5
     z_b[:, 3:5] = -7.0
     kernel = value_and_gradients(vibcreg, z_a, z_b)
@@ -82,21 +60,21 @@ def test_constant_columns(shape: tuple[int, int]) -> None:
 
 
 def test_correlation_does_not_depend_on_size() -> None:
-    z_a, z_b = two_views(20, 6)
+    z_a, z_b = two_views((20, 6))
     torch.testing.assert_close(vibcreg(1e-8 * z_a, z_b / 3, 0.0, 0.0, 1.0), vibcreg(z_a, z_b, 0.0, 0.0, 1.0))
 
 
 @pytest.mark.parametrize("form", ["primal", "dual"])
 def test_mean_far_from_zero(form: str) -> None:
     """The mean's rounding is then a part of x̂ that no gradient may see."""
-    inputs = tuple(z + 1000 for z in two_views(64, 80, torch.float32))
-    check(lambda a, b: vibcreg(a, b, form=form), plain, inputs, floor=25.0)
+    inputs = tuple(z + 1000 for z in two_views((64, 80), torch.float32))
+    check_loss(lambda a, b: vibcreg(a, b, form=form), plain, inputs, floor=25.0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("shape", [(64, 20), (12, 40)], ids=str)
 def test_nonfinite_row(shape: tuple[int, int], bad: float) -> None:
-    z_a, z_b = two_views(*shape, torch.float32)
+    z_a, z_b = two_views(shape, torch.float32)
     z_a[1] = bad
     found, expected = (value_and_gradients(f, z_a, z_b) for f in (vibcreg, plain))
     assert found[0].isnan()
@@ -106,33 +84,31 @@ def test_nonfinite_row(shape: tuple[int, int], bad: float) -> None:
 
 def test_half_precision_beyond_its_range() -> None:
     """Sums of squares of the columns, and of the distance, that pass 65504."""
-    check(vibcreg, plain, tuple((300 * torch.randn(32, 200)).half() for _ in range(2)), floor=25.0)
+    check_loss(vibcreg, plain, tuple((300 * torch.randn(32, 200)).half() for _ in range(2)), floor=25.0)
 
 
 @pytest.mark.parametrize("shape", [(6, 3), (4, 6)], ids=str)
 def test_double_backward(shape: tuple[int, int]) -> None:
-    inputs = [z.requires_grad_() for z in two_views(*shape)]
+    inputs = [z.requires_grad_() for z in two_views(shape)]
     assert torch.autograd.gradcheck(vibcreg, inputs)
     assert torch.autograd.gradgradcheck(vibcreg, inputs)
 
 
 def test_autocast_keeps_single_precision() -> None:
-    z_a, z_b = two_views(40, 24, torch.float32)
+    z_a, z_b = two_views((40, 24), torch.float32)
     step = torch.autocast("cpu", dtype=torch.bfloat16)(vibcreg)
-    for a, b in zip(value_and_gradients(step, z_a, z_b), value_and_gradients(vibcreg, z_a, z_b), strict=True):
-        torch.testing.assert_close(a, b)
+    same_value_and_gradients(step, vibcreg, z_a, z_b)
     torch.testing.assert_close(step(z_a.bfloat16(), z_b), vibcreg(z_a.bfloat16().float(), z_b))
 
 
 def test_compile_without_graph_breaks() -> None:
-    inputs = two_views(40, 16, torch.float32)
+    inputs = two_views((40, 16), torch.float32)
     step = torch.compile(VIbCRegLoss(), fullgraph=True, backend="aot_eager")
-    for a, b in zip(value_and_gradients(step, *inputs), value_and_gradients(vibcreg, *inputs), strict=True):
-        torch.testing.assert_close(a, b)
+    same_value_and_gradients(step, vibcreg, *inputs)
 
 
 def test_module_is_the_function() -> None:
-    z_a, z_b = two_views(20, 6)
+    z_a, z_b = two_views((20, 6))
     module = sslfast.VIbCRegLoss(2.0, 3.0, 0.5, False, 1e-3, form="dual")
     assert torch.equal(module(z_a, z_b), vibcreg(z_a, z_b, 2.0, 3.0, 0.5, eps=1e-3, form="dual"))
     assert repr(VIbCRegLoss()) == (

@@ -11,13 +11,19 @@ from torch.nn import functional as F
 
 import sslfast
 from benchmarks import Unavailable, peers
-from helpers import same_nonfinite, within_budget
+from helpers import (
+    DTYPES,
+    GRAD_LOSS,
+    VIEW_SHAPES,
+    check_loss,
+    same_nonfinite,
+    same_value_and_gradients,
+    two_views,
+    value_and_gradients,
+)
 from sslfast.losses.vicreg import VICRegLoss, covariance_loss, invariance_loss, variance_loss, vicreg
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-GRAD_LOSS = 3.0  # not 1: a backward that forgets it fails
-# Both forms by "auto", tall and wide, ragged, one feature, two rows; and places between rows and features.
-SHAPES = [(64, 64), (101, 30), (17, 90), (40, 200), (2, 5), (33, 1), (3, 2), (24, 3, 10), (9, 2, 3, 20)]
+SHAPES = [*VIEW_SHAPES, (24, 3, 10), (9, 2, 3, 20)]  # places between rows and features
 WEIGHTS = (2.0, 3.0, 0.5)  # all terms of a size
 
 
@@ -50,36 +56,10 @@ def plain(z_a: Tensor, z_b: Tensor, weights=WEIGHTS, eps: float = 1e-4, views: i
     return loss
 
 
-def two_views(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Related views with columns of deviations on both sides of the hinge, representable in ``dtype``."""
-    d = shape[-1]
-    z_a = torch.randn(shape, dtype=torch.float64) * torch.linspace(0.2, 1.6, d) + torch.linspace(-2, 4, d)
-    return z_a.to(dtype), (z_a + 0.3 * torch.randn(shape, dtype=torch.float64)).to(dtype)
-
-
-def value_and_gradients(function, *inputs: Tensor) -> list[Tensor]:
-    leaves = [t.detach().clone().requires_grad_() for t in inputs]
-    loss = function(*leaves)
-    return [loss.detach(), *torch.autograd.grad(loss, leaves, torch.full_like(loss, GRAD_LOSS))]
-
-
-def check(function, formula, inputs: tuple[Tensor, ...]) -> None:
-    dtype = inputs[0].dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    kernel = value_and_gradients(function, *inputs)
-    single = value_and_gradients(formula, *(z.to(wide) for z in inputs))
-    truth = value_and_gradients(formula, *(z.double() for z in inputs))
-    assert kernel[0].dtype == wide and all(k.dtype == dtype for k in kernel[1:])
-    names = ("loss", "dz_a", "dz_b")[: len(kernel)]
-    for name, k, s, t in zip(names, kernel, single, truth, strict=True):
-        # A gradient's terms before they cancel: each a difference of two numbers near 1, over N·D.
-        within_budget(name, k, s.to(k.dtype), t, dtype, 1.0 if name == "loss" else GRAD_LOSS / inputs[0].numel())
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_value_and_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    check(lambda a, b: vicreg(a, b, *WEIGHTS), plain, two_views(shape, dtype))
+    check_loss(lambda a, b: vicreg(a, b, *WEIGHTS), plain, two_views(shape, dtype))
 
 
 @pytest.mark.parametrize("form", ["primal", "dual"])
@@ -87,7 +67,7 @@ def test_value_and_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None
 def test_terms_in_both_forms(weights: tuple[float, ...], form: str) -> None:
     for shape in ((64, 64), (17, 90), (101, 30)):
         for reduction, views in (("mean", 2), ("sum", 1)):
-            check(
+            check_loss(
                 lambda a, b, r=reduction: vicreg(a, b, *weights, eps=1e-2, variance_reduction=r, form=form),
                 lambda a, b, views=views: plain(a, b, weights, 1e-2, views),
                 two_views(shape, torch.float32),
@@ -98,27 +78,27 @@ def test_terms_in_both_forms(weights: tuple[float, ...], form: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_lightly(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     inputs = two_views(shape, dtype)
-    check(VICRegLoss(), lightly("VICRegLoss"), inputs)
+    check_loss(VICRegLoss(), lightly("VICRegLoss"), inputs)
     weights = (*WEIGHTS, False, 1e-3)
-    check(VICRegLoss(*weights), lightly("VICRegLoss", *weights), inputs)
+    check_loss(VICRegLoss(*weights), lightly("VICRegLoss", *weights), inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_functions_equal_lightly(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     z_a, z_b = two_views(shape, dtype)
-    check(invariance_loss, lightly("invariance_loss"), (z_a, z_b))
-    check(covariance_loss, lightly("covariance_loss"), (z_a,))
-    check(lambda x: variance_loss(x, 1e-2), lambda x: lightly("variance_loss")(x, 1e-2), (z_a,))
+    check_loss(invariance_loss, lightly("invariance_loss"), (z_a, z_b))
+    check_loss(covariance_loss, lightly("covariance_loss"), (z_a,))
+    check_loss(lambda x: variance_loss(x, 1e-2), lambda x: lightly("variance_loss")(x, 1e-2), (z_a,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [(64, 20), (12, 40)], ids=str)
 def test_equals_metric_learning(shape: tuple[int, int], dtype: torch.dtype) -> None:
     inputs = two_views(shape, dtype)
-    check(vicreg, metric_learning(), inputs)
+    check_loss(vicreg, metric_learning(), inputs)
     theirs = metric_learning(invariance_lambda=2.0, variance_mu=3.0, covariance_v=0.5, eps=1e-3)
-    check(lambda a, b: vicreg(a, b, *WEIGHTS, eps=1e-3), theirs, inputs)
+    check_loss(lambda a, b: vicreg(a, b, *WEIGHTS, eps=1e-3), theirs, inputs)
 
 
 @pytest.mark.parametrize("shape", [(64, 20), (12, 40)], ids=str)
@@ -149,11 +129,11 @@ def test_half_precision_beyond_its_range() -> None:
     """Covariances whose squares pass 65504, and columns whose sums do: lightly's value is infinite."""
     large = tuple((30 * torch.randn(32, 2048)).half() for _ in range(2))
     assert plain(*(z.double() for z in large), (0.0, 0.0, 1.0)) > 65504
-    check(lambda a, b: vicreg(a, b, *WEIGHTS), plain, large)
+    check_loss(lambda a, b: vicreg(a, b, *WEIGHTS), plain, large)
     offset = two_views((64, 12), torch.float64)[0].mul(0.5).add(3000).half()
-    check(variance_loss, lambda x: F.relu(1 - (x.var(0) + 1e-4).sqrt()).mean(), (offset,))
+    check_loss(variance_loss, lambda x: F.relu(1 - (x.var(0) + 1e-4).sqrt()).mean(), (offset,))
     far = tuple((z * 1e3).half() for z in two_views((16, 4)))
-    check(invariance_loss, F.mse_loss, far)
+    check_loss(invariance_loss, F.mse_loss, far)
 
 
 @pytest.mark.parametrize("shape", [(6, 3), (3, 6)], ids=str)
@@ -183,9 +163,7 @@ def test_autocast_keeps_single_precision() -> None:
         (variance_loss, (z_a,)),
         (covariance_loss, (z_a,)),
     ):
-        inside = value_and_gradients(autocast(function), *inputs)
-        for a, b in zip(inside, value_and_gradients(function, *inputs), strict=True):
-            torch.testing.assert_close(a, b)
+        same_value_and_gradients(autocast(function), function, *inputs)
     for function in (vicreg, invariance_loss):
         torch.testing.assert_close(autocast(function)(z_a.bfloat16(), z_b), function(z_a.bfloat16().float(), z_b))
 
@@ -194,8 +172,7 @@ def test_autocast_keeps_single_precision() -> None:
 def test_compile_without_graph_breaks(shape: tuple[int, ...]) -> None:
     inputs = two_views(shape, torch.float32)
     step = torch.compile(VICRegLoss(), fullgraph=True, backend="aot_eager")
-    for a, b in zip(value_and_gradients(step, *inputs), value_and_gradients(vicreg, *inputs), strict=True):
-        torch.testing.assert_close(a, b)
+    same_value_and_gradients(step, vicreg, *inputs)
 
 
 def test_module_is_the_function() -> None:

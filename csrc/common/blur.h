@@ -1,4 +1,4 @@
-// The weights of a view's blur, for the host and the device: one half of a symmetric filter whose sum is 1.
+// The filters of a view's blur, for the host and the device.
 #pragma once
 #include "half.h"
 
@@ -37,50 +37,33 @@ SSLFAST_INLINE int gaussian_weights(float sigma, int limit, float* weight) {
   return radius;
 }
 
-// PIL's GaussianBlur: three box filters, each of 2l + 1 whole pixels and a share `edge` of one more at either end, such
-// that the variance of the three together is σ².
-SSLFAST_INLINE int box_weights(float sigma, float* weight) {
+// PIL's GaussianBlur is three box filters along each row and then three along each column, each rounded to a byte. A box
+// is 2 · radius + 1 whole pixels and a share of one more at either end, such that the variances of three add up to σ².
+struct Box3 {
+  int radius;
+  uint32_t whole, end;  // weights, in units of 2^-24
+};
+
+SSLFAST_INLINE Box3 box_of_sigma(float sigma) {
   const float variance = sigma * sigma / 3;
 #ifdef __CUDA_ARCH__
-  const float length = sqrtf(12 * variance + 1);
+  const float length = static_cast<float>(__dsqrt_rn(12.0 * variance + 1.0));
 #else
-  const float length = __builtin_sqrtf(12 * variance + 1);
+  const float length = static_cast<float>(__builtin_sqrt(12.0 * variance + 1.0));
 #endif
-  int l = static_cast<int>((length - 1) / 2);
   const int most = kMaxBlurRadius / 3 - 1;
-  l = l < most ? l : most;
-  float share = (2 * l + 1) * (l * (l + 1) - 3 * variance) / (6 * (variance - (l + 1) * (l + 1)));
-  const float full = 1 / (2 * (l + share) + 1), edge = share * full;
-  // The box at distance t, then box ∗ box, then box ∗ box ∗ box, each summed over the other filter's extent.
-  const int reach = l + 1;
-  float twice[2 * (kMaxBlurRadius / 3) + 1];
-  for (int t = 0; t <= 2 * reach; ++t) {
-    float sum = 0;
-    for (int s = -reach; s <= reach; ++s) {
-      const int other = t - s < 0 ? s - t : t - s;
-      sum += (s == reach || s == -reach ? edge : full) * (other > reach ? 0.0f : other == reach ? edge : full);
-    }
-    twice[t] = sum;
-  }
-  for (int t = 0; t <= 3 * reach; ++t) {
-    float sum = 0;
-    for (int s = -reach; s <= reach; ++s) {
-      const int other = t - s < 0 ? s - t : t - s;
-      sum += (s == reach || s == -reach ? edge : full) * (other > 2 * reach ? 0.0f : twice[other]);
-    }
-    weight[t] = sum;
-  }
-  return 3 * reach;
+  int l = static_cast<int>((length - 1) / 2);
+  l = l < 0 ? 0 : l < most ? l : most;
+  const float share = (2 * l + 1) * (l * (l + 1) - 3 * variance) / (6 * (variance - (l + 1) * (l + 1)));
+  const float width = 2 * (l + share) + 1;
+  const auto whole = static_cast<uint32_t>((1 << 24) / (width > 1 ? width : 1.0f));
+  return {l, whole, ((1u << 24) - (2 * l + 1) * whole) / 2};
 }
 
-// weight[0 … radius] of this σ; `limit` is half the kernel of the view (torchvision) and unused by PIL.
-template <bool kPil>
-SSLFAST_INLINE int blur_weights(float sigma, int limit, float* weight) {
-  if constexpr (kPil) {
-    return box_weights(sigma, weight);
-  } else {
-    return gaussian_weights(sigma, limit, weight);
-  }
+// The box filter's byte from the sum over the whole pixels and that of the two ends; U: uint32_t or a vector of them.
+template <typename U>
+SSLFAST_INLINE U boxed(const Box3& box, U sum, U ends) {
+  return (sum * box.whole + ends * box.end + (1u << 23)) >> 24;
 }
 
 }  // namespace sslfast

@@ -66,15 +66,30 @@ SSLFAST_INLINE Rgb<V> saturated(const Rgb<V>& p, float f) {
   return blend<kPil>(p, grey_of<kPil>(p), f);
 }
 
-// Hue as 6·H in [0, 6] (red, yellow, green, cyan, blue, magenta), of a pixel with this maximum and this range > 0.
-template <typename V>
+// Hue as 6·H in [0, 6) (red, yellow, green, cyan, blue, magenta), of a pixel with this maximum and this range > 0. By
+// divisions in PIL's order, since bytes are cut from it.
+template <bool kPil, typename V>
 SSLFAST_INLINE V hue_of(const Rgb<V>& p, V top, V range) {
-  const V inverse = splat<V>(1.0f) / range;
-  const V of_red = (p.g - p.b) * inverse;
-  const V of_green = (p.b - p.r) * inverse + splat<V>(2.0f);
-  const V of_blue = (p.r - p.g) * inverse + splat<V>(4.0f);
-  const V h = p.r == top ? of_red : (p.g == top ? of_green : of_blue);
-  return h < splat<V>(0.0f) ? h + splat<V>(6.0f) : h;
+  V of_red, of_green, of_blue;
+  if constexpr (kPil) {
+    const V r = (top - p.r) / range, g = (top - p.g) / range, b = (top - p.b) / range;
+    of_red = b - g;
+    of_green = splat<V>(2.0f) + (r - b);
+    of_blue = splat<V>(4.0f) + (g - r);
+  } else {
+    const V inverse = splat<V>(1.0f) / range;
+    of_red = (p.g - p.b) * inverse;
+    of_green = (p.b - p.r) * inverse + splat<V>(2.0f);
+    of_blue = (p.r - p.g) * inverse + splat<V>(4.0f);
+  }
+  return p.r == top ? of_red : (p.g == top ? of_green : of_blue);
+}
+
+// ⌊255 x⌋ for x in [0, 1], of the exact product: 256 x and the difference from a whole number beside it are exact.
+template <typename V>
+SSLFAST_INLINE V byte_of(V x) {
+  const V whole = floor_of(x * splat<V>(255.0f));
+  return x * splat<V>(256.0f) - whole < x ? whole - splat<V>(1.0f) : whole;
 }
 
 // How far a channel is from the maximum, as a share of the range: channel n (5 red, 3 green, 1 blue) at hue h in
@@ -95,22 +110,22 @@ SSLFAST_INLINE Rgb<V> hue_turned(const Rgb<V>& p, float f) {
   top = top > p.b ? top : p.b;
   low = low < p.b ? low : p.b;
   const V range = top - low;
-  V h = hue_of(p, top, range == zero ? splat<V>(1.0f) : range);
+  V h = hue_of<kPil>(p, top, range == zero ? splat<V>(1.0f) : range);
   if constexpr (kPil) {
     // H, S and V are bytes: truncated, the hue turned modulo 256.
+    h = h / six;
     const V turn = splat<V>(static_cast<float>(static_cast<int>(f * 255.0f)));
-    V hue = floor_of(h * splat<V>(255.0f / 6.0f) + splat<V>(1e-4f));
-    hue = (range == zero ? zero : hue) + turn;
+    V hue = range == zero ? turn : byte_of(h < zero ? h + splat<V>(1.0f) : h) + turn;
     hue = hue < zero ? hue + splat<V>(256.0f) : hue;
     hue = hue > splat<V>(255.0f) ? hue - splat<V>(256.0f) : hue;
-    const V share = top > zero ? range / top : zero;
-    const V saturation = floor_of(share * splat<V>(255.0f) + splat<V>(1e-4f)) * splat<V>(1.0f / 255.0f);
-    h = hue * splat<V>(6.0f / 255.0f);
+    const V share = byte_of(range / (top > zero ? top : splat<V>(1.0f)));
+    h = hue * six / splat<V>(255.0f);
     h = h >= six ? h - six : h;
-    const V scale = top * saturation, half = splat<V>(0.5f);
+    const V scale = top * (share / splat<V>(255.0f)), half = splat<V>(0.5f);
     return {floor_of(top - scale * falloff(5.0f, h) + half), floor_of(top - scale * falloff(3.0f, h) + half),
             floor_of(top - scale * falloff(1.0f, h) + half)};
   } else {
+    h = h < zero ? h + six : h;
     h = h + splat<V>(f < 0 ? 6 * f + 6 : 6 * f);
     h = h >= six ? h - six : h;
     // The channel that is the maximum is left as it is; what lies below it is held to [0, 1], as torchvision does.

@@ -12,6 +12,7 @@ struct Workplace {
   Resampler resampler;
   Finisher finisher;
   float* planes;  // [C, h rounded up to a block, pitch]
+  float* other;   // [h rounded up to a block, pitch], for PIL's blur
   int64_t pitch, plane;
 };
 
@@ -20,9 +21,10 @@ Workplace lay_out(Arena& arena, const AugmentCall& call) {
   Workplace w{};
   w.pitch = rounded_up(call.width, L);
   w.plane = w.pitch * rounded_up(call.height, L);
-  w.resampler = take_resampler(arena, call);
+  w.resampler = take_resampler(arena, call, w.pitch);
   w.finisher = take_finisher(arena, call.channels, w.pitch);
   w.planes = arena.take<float>(call.channels * w.plane);
+  w.other = arena.take<float>(call.pil ? w.plane : 0);
   return w;
 }
 
@@ -38,39 +40,39 @@ void make_view(const AugmentCall& call, Workplace& w, int64_t v, int64_t b) {
   const float sigma = row[kSigma];
   const int channels = call.channels;
 
-  fill(w.resampler.down, resampling(static_cast<int>(box.height), call.height, call.cubic));
-  fill(w.resampler.across, resampling(static_cast<int>(box.width), call.width, call.cubic));
-  const RowLayout layout = row_layout(image, channels, box.width);
-  double grey = 0;
-  for (int y0 = 0; y0 < call.height; y0 += L) {
-    const int rows = call.height - y0 < L ? call.height - y0 : L;
-    float* block = w.planes + y0 * w.pitch;
-    resample_down<kPil>(call, image, box, w.resampler, y0, rows);
-    if (channels == 3) {
-      resample_across<kPil, 3>(call, layout, box, flip, w.resampler, w.plane, w.pitch, block);
-    } else {
-      resample_across<kPil, 1>(call, layout, box, flip, w.resampler, w.plane, w.pitch, block);
-    }
-    for (int y = 0; y < rows; ++y) {
-      jitter_row<kPil>(colours, 0, colours.before, block + y * w.pitch, channels, w.plane, w.pitch, 0.0f);
-      if (colours.needs_mean) grey += grey_sum<kPil>(block + y * w.pitch, channels, w.plane, call.width);
-    }
-  }
-  float mean = static_cast<float>(grey / (static_cast<double>(call.height) * call.width));
-  if (kPil) mean = floor_of(mean + 0.5f);
   const bool blur = sigma > 0;
-  const int radius = blur ? blur_weights<kPil>(sigma, call.blur_limit, w.finisher.weight) : 0;
+  // Where the view lies as the planes do, and no blur still needs what is overwritten, it is made in its place.
+  const bool in_place = !blur && call.out == PixelType::f32 && (!call.channels_last || channels == 1) &&
+                        call.width % L == 0 && call.height % L == 0;
+  const int64_t pixels = static_cast<int64_t>(call.height) * call.width;
+  float* planes = in_place ? static_cast<float*>(call.result) + view * channels * pixels : w.planes;
+  double grey = 0;
+  resample<kPil>(call, image, box, flip, w.resampler, planes, w.plane, w.pitch, [&](int y) {
+    jitter_row<kPil>(colours, 0, colours.before, planes + y * w.pitch, channels, w.plane, w.pitch, 0.0f);
+    if (colours.needs_mean) grey += grey_sum<kPil>(planes + y * w.pitch, channels, w.plane, call.width);
+  });
+  const double exact = grey / static_cast<double>(pixels);
+  const auto mean = kPil ? static_cast<float>(static_cast<int>(exact + 0.5)) : static_cast<float>(exact);
   for (int y = 0; y < call.height; ++y) {
-    float* in_planes = w.planes + y * w.pitch;
-    jitter_row<kPil>(colours, colours.before, colours.after, in_planes, channels, w.plane, w.pitch, mean);
-    if (colours.grey) grey_row<kPil>(in_planes, w.plane, w.pitch);
-    if (!blur) finish_row<kPil>(call, in_planes, w.plane, w.finisher, solarize, view, y);
+    float* row_of_planes = planes + y * w.pitch;
+    jitter_row<kPil>(colours, colours.before, colours.after, row_of_planes, channels, w.plane, w.pitch, mean);
+    if (colours.grey) grey_row<kPil>(row_of_planes, w.plane, w.pitch);
+    if (!blur) finish_row<kPil>(call, row_of_planes, w.plane, w.finisher, solarize, view, y);
   }
-  for (int y = 0; blur && y < call.height; ++y) {
+  if (!blur) return;
+  if constexpr (kPil) {
+    const Box3 filter = box_of_sigma(sigma);
+    for (int c = 0; c < channels; ++c) box_blur(call, filter, planes + c * w.plane, w.other, w.pitch, w.finisher);
+    for (int y = 0; y < call.height; ++y)
+      finish_row<kPil>(call, planes + y * w.pitch, w.plane, w.finisher, solarize, view, y);
+  } else {
+    const int radius = gaussian_weights(sigma, call.blur_limit, w.finisher.weight);
     float* blurred = w.finisher.blurred;
-    for (int c = 0; c < channels; ++c)
-      blurred_row<kPil>(call, w.planes + c * w.plane, w.pitch, y, radius, w.finisher, blurred + c * w.pitch);
-    finish_row<kPil>(call, blurred, w.pitch, w.finisher, solarize, view, y);
+    for (int y = 0; y < call.height; ++y) {
+      for (int c = 0; c < channels; ++c)
+        blurred_row(call, planes + c * w.plane, w.pitch, y, radius, w.finisher, blurred + c * w.pitch);
+      finish_row<kPil>(call, blurred, w.pitch, w.finisher, solarize, view, y);
+    }
   }
 }
 
@@ -89,6 +91,7 @@ void augment_views(const Parallel& parallel, const AugmentCall& call) {
   auto work = [&](int64_t worker) {
     Arena arena{call.scratch + worker * bytes};
     Workplace w = lay_out(arena, call);
+    // The last block of a crop may have fewer rows than lanes; what stands in the others must be numbers.
     __builtin_memset(w.resampler.block, 0,
                      reinterpret_cast<char*>(w.resampler.turned) - reinterpret_cast<char*>(w.resampler.block));
     for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < total;) {

@@ -36,6 +36,18 @@ struct Vec<double> {
   typedef double loose __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
   typedef int64_t mask __attribute__((vector_size(kVectorBytes)));
 };
+template <>
+struct Vec<uint32_t> {
+  typedef uint32_t type __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t loose __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+  typedef int32_t mask __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct Vec<int32_t> {
+  typedef int32_t type __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t loose __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+  typedef int32_t mask __attribute__((vector_size(kVectorBytes)));
+};
 template <typename T>
 using vec = typename Vec<T>::type;
 template <typename T>

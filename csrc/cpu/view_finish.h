@@ -42,30 +42,66 @@ static inline __attribute__((always_inline)) void blur_down(const Finisher& f, c
   for (int i = 0; i < kVectors; ++i) store(out + x + i * L, sum[i]);
 }
 
-// Row y of a plane under the separable filter, to `out`; the planes stay as they are.
-template <bool kPil>
+// Row y of a plane under the Gaussian, by columns and then by rows, to `out`; the planes stay as they are.
 static void blurred_row(const AugmentCall& call, const float* plane, int64_t pitch, int y, int radius, Finisher& f,
                         float* out) {
   using V = vec<float>;
   constexpr int L = kLanes<float>;
-  const float *above[kMaxBlurRadius + 1], *below[kMaxBlurRadius + 1];
-  for (int t = 0; t <= radius; ++t) {
-    above[t] = plane + inside<kPil>(y - t, call.height) * pitch;
-    below[t] = plane + inside<kPil>(y + t, call.height) * pitch;
+  const float *above[kMaxBlurRadius + 1] = {plane + y * pitch}, *below[kMaxBlurRadius + 1];
+  for (int t = 1; t <= radius; ++t) {
+    above[t] = plane + inside<false>(y - t, call.height) * pitch;
+    below[t] = plane + inside<false>(y + t, call.height) * pitch;
   }
   float* middle = f.across + kBorder;
   int64_t x = 0;
   for (; x + 4 * L <= pitch; x += 4 * L) blur_down<4>(f, above, below, radius, x, middle);
   for (; x < pitch; x += L) blur_down<1>(f, above, below, radius, x, middle);
   for (int t = 1; t <= radius; ++t) {
-    middle[-t] = middle[inside<kPil>(-t, call.width)];
-    middle[call.width - 1 + t] = middle[inside<kPil>(call.width - 1 + t, call.width)];
+    middle[-t] = middle[inside<false>(-t, call.width)];
+    middle[call.width - 1 + t] = middle[inside<false>(call.width - 1 + t, call.width)];
   }
   for (x = 0; x < pitch; x += L) {
     V sum = f.weight[0] * load(middle + x);
     for (int t = 1; t <= radius; ++t) sum += f.weight[t] * (load(middle + x - t) + load(middle + x + t));
-    store(out + x, kPil ? floor_of(sum + splat<V>(0.5f)) : sum);
+    store(out + x, sum);
   }
+}
+
+// One box filter: `at(t)` is where the pixels at distance t stand.
+template <typename At>
+static inline __attribute__((always_inline)) void box_row(const Box3& box, int64_t pitch, uint32_t* out, At at) {
+  for (int64_t x = 0; x < pitch; x += kLanes<float>) {
+    vec<uint32_t> sum = load(at(0) + x);
+    for (int t = 1; t <= box.radius; ++t) sum += load(at(-t) + x) + load(at(t) + x);
+    store(out + x, boxed(box, sum, load(at(-box.radius - 1) + x) + load(at(box.radius + 1) + x)));
+  }
+}
+
+// A plane under PIL's blur, in place; `other` is a second plane. Whole numbers, held as such in between.
+static void box_blur(const AugmentCall& call, const Box3& box, float* plane, float* other, int64_t pitch, Finisher& f) {
+  using Row = Vec<uint32_t>::loose;
+  const int reach = box.radius + 1, width = call.width, height = call.height;
+  auto* rows = reinterpret_cast<uint32_t*>(other);
+  uint32_t* line = reinterpret_cast<uint32_t*>(f.across) + kBorder;
+  for (int y = 0; y < height; ++y) {
+    for (int64_t x = 0; x < pitch; x += kLanes<float>)
+      *reinterpret_cast<Row*>(line + x) = __builtin_convertvector(load(plane + y * pitch + x), vec<uint32_t>);
+    for (int pass = 0; pass < 3; ++pass) {
+      for (int t = 1; t <= reach; ++t) line[-t] = line[0], line[width - 1 + t] = line[width - 1];
+      uint32_t* out = rows + y * pitch;
+      box_row(box, pitch, out, [&](int t) { return line + t; });
+      if (pass < 2) __builtin_memcpy(line, out, pitch * sizeof(uint32_t));
+    }
+  }
+  auto* columns = reinterpret_cast<uint32_t*>(plane);
+  for (int pass = 0; pass < 3; ++pass) {
+    const uint32_t* in = pass == 1 ? columns : rows;
+    uint32_t* out = pass == 1 ? rows : columns;
+    for (int y = 0; y < height; ++y)
+      box_row(box, pitch, out + y * pitch, [&](int t) { return in + inside<true>(y + t, height) * pitch; });
+  }
+  for (int64_t i = 0; i < height * pitch; i += kLanes<float>)
+    store(plane + i, __builtin_convertvector(load(columns + i), vec<float>));
 }
 
 // One row of all channels (a channel is `plane` numbers further): solarize, normalise, and out.

@@ -25,8 +25,8 @@ __global__ void __launch_bounds__(kColourThreads)
   for (int t = threadIdx.x; t < views.tiles; t += kColourThreads) {
     sum += partial[blockIdx.y * static_cast<int64_t>(views.tiles) + t];
   }
-  float mean = static_cast<float>(sum_over_block<kColourThreads>(sum) / static_cast<double>(pixels));
-  if (kPil) mean = floor_of(mean + 0.5f);
+  const double exact = sum_over_block<kColourThreads>(sum) / static_cast<double>(pixels);
+  const auto mean = kPil ? static_cast<float>(static_cast<int>(exact + 0.5)) : static_cast<float>(exact);
   float* plane = planes + blockIdx.y * kChannels * pixels;
 #pragma unroll 1
   for (int k = 0; k < kColourPixels; ++k) {
@@ -35,10 +35,10 @@ __global__ void __launch_bounds__(kColourThreads)
     Rgb<float> p{plane[pixel], plane[kChannels / 2 * pixels + pixel], plane[(kChannels - 1) * pixels + pixel]};
     p = jitter<kPil>(p, s, s.before, s.after, mean);
     if (s.grey) p.r = p.g = p.b = grey_value<kPil, kChannels>(p);
-    const float out[3] = {p.r, p.g, p.b};
+    const float colours[3] = {p.r, p.g, p.b};
     float value[kChannels];
 #pragma unroll
-    for (int c = 0; c < kChannels; ++c) value[c] = out[c];
+    for (int c = 0; c < kChannels; ++c) value[c] = colours[c];
     if (s.radius >= 0) {
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) plane[c * pixels + pixel] = value[c];
@@ -49,13 +49,14 @@ __global__ void __launch_bounds__(kColourThreads)
 }
 
 // How a filter of 2·radius + 1 weights runs over kRun neighbours at once: in groups of kRun taps, weights of 0 at the end.
-__host__ __device__ inline int tap_groups(int radius) { return (2 * radius + kRun - 1) / kRun + 1; }
+__host__ __device__ constexpr int tap_groups(int radius) { return (2 * radius + kRun - 1) / kRun + 1; }
 // Columns of the tile with its border, odd, for a warp that reads one column of 32 rows.
-__host__ __device__ inline int bordered(int radius) { return (kTile - kRun + tap_groups(radius) * kRun) | 1; }
+__host__ __device__ constexpr int bordered(int radius) { return (kTile - kRun + tap_groups(radius) * kRun) | 1; }
 
-__host__ inline size_t blur_shared_bytes(int radius) {
+__host__ constexpr size_t blur_shared_bytes(int radius) {
   return (static_cast<size_t>(kTile) * (bordered(radius) + kMiddle) + tap_groups(radius) * kRun) * sizeof(float);
 }
+static_assert(blur_shared_bytes(kMaxBlurRadius) <= kSharedBytes);
 
 // sum[j] += Σ_i weight[i − j] value[i] over one group of taps i. `window` holds the last kRun weights, weight[i] at place
 // i mod kRun: a weight and a value are loaded once for kRun products each.

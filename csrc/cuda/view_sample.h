@@ -15,6 +15,7 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kTile = 32;  // a block makes kTile × kTile pixels of a view
 constexpr int kHalfFilter = kMaxBlurRadius + 1;
+constexpr size_t kSharedBytes = 48 << 10;  // what a block may have without asking for more
 
 struct Image {
   const void* data;

@@ -17,9 +17,10 @@ from rich.console import Console
 
 import sslfast
 from examples.common import evaluate, ranks, report
-from examples.common.augment import Augment, recipe_for
+from examples.common.augment import views_for
 from examples.common.data import Dataset, load
 from examples.common.measure import Cost, cost, serving_backend
+from sslfast.augment import ViewSpec
 
 from .methods import METHODS, Method
 from .model import Model, build, untrained
@@ -56,10 +57,10 @@ def run(settings: Settings, data: Dataset, console: Console) -> report.Result | 
         notes.append(f"a batch of {batch_size}, all training images, instead of {wanted}")
     steps_per_epoch = len(data.train) // batch_size
     epochs = settings.epochs or math.ceil(method.steps / steps_per_epoch)
-    augment = recipe_for(data)
+    views = views_for(data)
     initial = build(data, method.hidden, method.width, seed)
 
-    small = embedded_views(initial, data, augment, min(8, batch_size), seed)
+    small = embedded_views(initial, data, views, min(8, batch_size), seed)
     operators = method.operators if world == 1 else method.operators_over_ranks
     backend = serving_backend(losses["fused"], operators, *small)
     if rank == 0:
@@ -71,7 +72,7 @@ def run(settings: Settings, data: Dataset, console: Console) -> report.Result | 
         )
     schedule = Schedule(epochs, batch_size, method.learning_rate, seed)
     models = {name: initial.copy() for name in losses}
-    runs = {name: train(models[name], data, augment, loss, schedule, name) for name, loss in losses.items()}
+    runs = {name: train(models[name], data, views, loss, schedule, name) for name, loss in losses.items()}
     if rank > 0:
         return None
     console.print("Evaluating the features ...")
@@ -104,7 +105,7 @@ def run(settings: Settings, data: Dataset, console: Console) -> report.Result | 
         curves={name: curve for name, (curve, _) in runs.items()},
         training_seconds={name: seconds for name, (_, seconds) in runs.items()},
         accuracies=accuracies,
-        costs=_costs(method, batch_size, models["fused"], data, augment, seed, console),
+        costs=_costs(method, batch_size, models["fused"], data, views, seed, console),
         seconds=0.0,
     )
     settings.output.mkdir(parents=True, exist_ok=True)
@@ -119,7 +120,7 @@ def run(settings: Settings, data: Dataset, console: Console) -> report.Result | 
 
 
 def _costs(
-    method: Method, batch_size: int, model: Model, data: Dataset, augment: Augment, seed: int, console: Console
+    method: Method, batch_size: int, model: Model, data: Dataset, views: Sequence[ViewSpec], seed: int, console: Console
 ) -> list[Cost]:
     """The cost of each loss at the training's size and at the method's large ones; the embeddings are of real images.
 
@@ -138,7 +139,7 @@ def _costs(
             console.print(f"Measuring the loss alone at N = {pairs}, D = {width}: {', '.join(losses)} ...")
             embedder = model if width == method.width else model.of_width(method.hidden, width, seed)
             # Views of another seed than the training's.
-            costs.append(cost(losses, *embedded_views(embedder, data, augment, pairs, seed + 1)))
+            costs.append(cost(losses, *embedded_views(embedder, data, views, pairs, seed + 1)))
     return costs
 
 

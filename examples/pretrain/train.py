@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from examples.common import ranks
-from examples.common.augment import Augment
 from examples.common.data import Dataset
 from examples.common.measure import Loss
+from sslfast.augment import MultiViewTransform, ViewSpec
 
 from .model import Model
 
@@ -30,7 +31,8 @@ class Schedule:
         batch_size: images a step, of all ranks together, at most the number of training images; what is left over at
             the end of an epoch waits for the next shuffle.
         learning_rate: the largest; it rises to it over the first steps, then falls as a cosine.
-        seed: of the order of the images and of all views, so two trainings see the same batches.
+        seed: of the order of the images and of all views, so two trainings see the same batches: the views of an image
+            depend on it, on the epoch and on the image's index, and on nothing else.
     """
 
     epochs: int
@@ -40,7 +42,7 @@ class Schedule:
 
 
 def train(
-    model: Model, data: Dataset, augment: Augment, loss: Loss, schedule: Schedule, label: str
+    model: Model, data: Dataset, views: Sequence[ViewSpec], loss: Loss, schedule: Schedule, label: str
 ) -> tuple[list[float], float]:
     """Train ``model`` in place with AdamW.
 
@@ -48,6 +50,7 @@ def train(
     DistributedDataParallel keeps the weights alike.
 
     Args:
+        views: the two that are made of each image.
         loss: takes the embeddings of both views, [rows, D] each, where ``rows`` is this rank's part of the batch.
         label: shown by the progress bar.
 
@@ -56,8 +59,7 @@ def train(
     """
     generator = Generator().manual_seed(schedule.seed)
     rank, world = ranks.place()
-    # All ranks shuffle alike; with several of them each draws views of its own.
-    views_generator = generator if world == 1 else Generator().manual_seed(schedule.seed + 1 + rank)
+    transform = MultiViewTransform(views, seed=schedule.seed)
     embed: nn.Module = nn.Sequential(model.encoder, model.projector)
     if world > 1:
         embed = DistributedDataParallel(embed)
@@ -75,12 +77,12 @@ def train(
     losses: list[float] = []
     start = time.perf_counter()
     with tqdm(total=steps, desc=f"{label:>5} loss", unit="step", disable=rank > 0) as progress:
-        for _ in range(schedule.epochs):
+        for epoch in range(schedule.epochs):
             order = torch.randperm(len(data.train), generator=generator)
             for batch in order[: steps_per_epoch * schedule.batch_size].split(schedule.batch_size):
-                images = data.train[batch.tensor_split(world)[rank]]  # [n, C, H, W]
-                views = torch.cat([augment(images, views_generator) for _ in range(2)])  # [2n, C, s, s]
-                value = loss(*embed(views).chunk(2))
+                ids = batch.tensor_split(world)[rank]
+                both = torch.cat(transform(data.train[ids], ids, epoch=epoch))  # [2n, C, s, s]
+                value = loss(*embed(both).chunk(2))
                 optimizer.zero_grad()
                 value.backward()
                 optimizer.step()
@@ -92,18 +94,16 @@ def train(
 
 
 @torch.no_grad()
-def embedded_views(model: Model, data: Dataset, augment: Augment, pairs: int, seed: int) -> tuple[Tensor, Tensor]:
+def embedded_views(
+    model: Model, data: Dataset, views: Sequence[ViewSpec], pairs: int, seed: int
+) -> tuple[Tensor, Tensor]:
     """Embeddings of two views of real images, [pairs, D] each: the training images again and again, in new views."""
-    generator = Generator().manual_seed(seed)
+    transform = MultiViewTransform(views, seed=seed)
     model.encoder.eval()
     model.projector.eval()
-    parts: list[tuple[Tensor, Tensor]] = []
-    left = pairs
-    while left > 0:
-        for images in data.train.split(512):
-            images = images[:left]
-            parts.append((model.embed(augment(images, generator)), model.embed(augment(images, generator))))
-            left -= len(images)
-            if left == 0:
-                break
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    parts = []
+    for ids in torch.arange(pairs).split(512):
+        # The second time round an image has another id, hence other views.
+        parts.append([model.embed(view) for view in transform(data.train[ids % len(data.train)], ids)])
+    first, second = (torch.cat(embeddings) for embeddings in zip(*parts, strict=True))
+    return first, second

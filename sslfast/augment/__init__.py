@@ -1,7 +1,8 @@
 """Augmentation for self-supervised learning: views of images from uint8 pixels to training tensors, CPU and GPU."""
 
+from . import pretext
 from .params import ViewParams
-from .recipes import recipe
+from .recipes import RECIPES, recipe
 from .spec import IMAGENET_MEAN, IMAGENET_STD, ViewSpec
 from .transform import MultiViewTransform, apply, sample_params
 
@@ -9,9 +10,11 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "MultiViewTransform",
+    "RECIPES",
     "ViewParams",
     "ViewSpec",
     "apply",
+    "pretext",
     "recipe",
     "sample_params",
 ]

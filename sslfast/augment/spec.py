@@ -30,7 +30,7 @@ def _pair(name: str, value: Sequence[float], low: float, high: float = math.inf)
 def _factor(name: str, value: float | Sequence[float]) -> Range | None:
     """A strength as a range of factors, as torchvision's ColorJitter reads it; ``None`` where the operation is off."""
     centre, low, high = (0.0, -0.5, 0.5) if name == "hue" else (1.0, 0.0, math.inf)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)):
         most = 0.5 if name == "hue" else math.inf
         if not 0 <= value <= most:
             raise ValueError(f"{name} must be between 0 and {most}, or (low, high), got {value!r}")

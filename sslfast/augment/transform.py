@@ -204,7 +204,7 @@ class MultiViewTransform:
         return apply(images, params, self.views, dtype=self.dtype, channels_last=self.channels_last, layout=self.layout)
 
     def __call__(self, images: Any, ids: Sequence[int] | Tensor | int | None = None, *, epoch: int = 0) -> list[Tensor]:
-        """One tensor a view: [B, C, h, w], or [C, h, w] for one image. ``ids`` and ``epoch`` as in ``sample_params``."""
+        """One tensor a view: [B, C, h, w], or [C, h, w] for one image. ``ids``, ``epoch``: see ``sample_params``."""
         return self.apply(images, self.sample_params(images, ids, epoch=epoch))
 
     def __repr__(self) -> str:

@@ -82,9 +82,10 @@ def pil_hue_turned(image: Tensor, turn: float) -> Tensor:
     divisor = torch.where(top == low, torch.ones_like(top), top - low)
     rc, gc, bc = (top - r) / divisor, (top - g) / divisor, (top - b) / divisor
     h = torch.where(top == r, bc - gc, torch.where(top == g, 2 + rc - bc, 4 + gc - rc))
-    # The small number keeps a quotient that should be whole from being truncated one too low.
-    h = torch.where(top == low, torch.zeros_like(h), torch.floor(255 * ((h / 6 + 1) % 1) + 1e-4))
-    saturation = torch.floor(255 * (top - low) / top.clamp_min(1) + 1e-4) / 255
+    # PIL holds both in float32, so a quotient that should be whole may be truncated one too low; so may this one.
+    h, saturation = ((h / 6 + 1) % 1).float(), ((top - low) / top.clamp_min(1)).float()
+    h = torch.where(top == low, torch.zeros_like(top), torch.floor(255 * h.double()).to(top.dtype))
+    saturation = torch.floor(255 * saturation.double()).to(top.dtype) / 255
     h = 6 * ((h + int(255 * turn)) % 256) / 255
     sector = torch.floor(h)
     f = h - sector
@@ -97,17 +98,25 @@ def pil_hue_turned(image: Tensor, turn: float) -> Tensor:
     return by_sector.gather(0, index.expand(1, 3, *index.shape))[0]
 
 
+def pil_resized(image: Tensor, size: tuple[int, int], cubic: bool) -> Tensor:
+    """Columns first, then rows, rounded and clamped to a byte after each."""
+    for step in ((image.shape[1], size[1]), size):
+        image = torch.floor(resized(image, step, cubic).clamp(0, 255) + 0.5)
+    return image
+
+
 def pil_blurred(image: Tensor, sigma: float) -> Tensor:
     """Three box filters each way whose variances add up to σ², the border repeated, rounded after each."""
     variance = sigma * sigma / 3
     whole = math.floor((math.sqrt(12 * variance + 1) - 1) / 2)
     share = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
-    weight = image.new_full((2 * whole + 3,), 1 / (2 * (whole + share) + 1))
-    weight[0] = weight[-1] = share * float(weight[0])
+    weight = int(2**24 / (2 * (whole + share) + 1))  # in fixed point
+    end = (2**24 - (2 * whole + 1) * weight) // 2
+    weights = torch.tensor([end, *[weight] * (2 * whole + 1), end], device=image.device)
     for _ in range(2):
         for _ in range(3):
-            padded = F.pad(image[None], (whole + 1, whole + 1, 0, 0), mode="replicate")[0]
-            image = torch.floor((padded.unfold(2, len(weight), 1) * weight).sum(-1) + 0.5)
+            padded = F.pad(image[None], (whole + 1, whole + 1, 0, 0), mode="replicate")[0].long()
+            image = (((padded.unfold(2, len(weights), 1) * weights).sum(-1) + 2**23) >> 24).to(image.dtype)
         image = image.transpose(1, 2)
     return image
 
@@ -132,9 +141,7 @@ def augment_view(
     to_grey, mix, turned = (pil_grey, pil_blend, pil_hue_turned) if pil else (grey, blend, hue_turned)
     if pil:
         x = torch.floor(255 * x.clamp(0, 1) + 0.5)
-    x = resized(x, size, cubic)
-    if pil:
-        x = torch.floor(x.clamp(0, 255) + 0.5)
+    x = pil_resized(x, size, cubic) if pil else resized(x, size, cubic)
     if flip:
         x = x.flip(2)
     for operation in order:
