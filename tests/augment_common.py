@@ -128,7 +128,9 @@ def pil_view(image: Tensor, values: Sequence[float], options: dict[str, Any]) ->
     p = dict(zip(COLUMNS, values, strict=True))
     x = f.to_pil_image(image)
     x = f.crop(x, int(p["top"]), int(p["left"]), int(p["height"]), int(p["width"]))
-    x = f.resize(x, list(options["size"]), interpolation=_mode(options))
+    # Columns first, as every PIL did; Pillow 13 takes the rows first where that is less work, which rounds differently.
+    for size in ([int(p["height"]), options["size"][1]], list(options["size"])):
+        x = f.resize(x, size, interpolation=_mode(options))
     x = _colours(f, x, p, options)
     return torch.from_numpy(np.array(x).reshape(*options["size"], len(image))).movedim(-1, 0) / 255
 

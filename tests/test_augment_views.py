@@ -91,8 +91,8 @@ def test_whole_recipes_are_torchvisions(backend: str) -> None:
 @pytest.mark.parametrize("cubic", [False, True], ids=["bilinear", "bicubic"])
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "saturated"])
 def test_pil_semantics_are_pils(name: str, cubic: bool, backend: str) -> None:
-    """Given PIL's own bytes a step gives PIL's bytes back. After a resizing, whose fixed-point arithmetic may round to
-    the next level, a step through HSV can be several levels off in a few pixels: its hue is a byte too.
+    """The kernels after a resizing too. The reference resizes in floating point, so after it a level may be another, and
+    a step through HSV several levels off in a few pixels: its hue is a byte too.
     """
     values, options = row((7, 0, 96, 64), **OPERATIONS[name]), {"size": (96, 64), "cubic": cubic}
     resized = row(BOX, **OPERATIONS[name])
@@ -103,14 +103,15 @@ def test_pil_semantics_are_pils(name: str, cubic: bool, backend: str) -> None:
             255 * (augment(backend, [image], table([r]), pil=True, **options, **plain)[0, 0] - theirs).abs()
             for r, theirs in ((r, pil_view(image, r, options)) for r in (values, resized))
         ]
-        assert error[0].max() <= (3.001 if values[14] else 1.001) and error[0].mean() <= 0.5, (channels, error[0].max())
+        assert error[0].max() <= 1.001 and error[0].mean() <= 0.05, (channels, error[0].max(), error[0].mean())
+        allowed = 1e-3 if backend == "reference" else 0
         share = (error[1] > 3.001).float().mean()
-        assert error[1].mean() <= 0.5 and share <= 1e-3, (channels, error[1].max(), error[1].mean(), share)
+        assert error[1].mean() <= 0.05 and share <= allowed, (channels, error[1].max(), error[1].mean(), share)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_whole_recipes_in_pil_semantics_are_pils(backend: str) -> None:
-    """BYOL's strengths, which turn a level more or less before the colours to several after them, in a few pixels."""
+    """At BYOL's strengths; the reference's one level before the colours is several after them, in a few pixels."""
     spec = ViewSpec(
         64, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, jitter_p=0.8, grey_p=0.2, blur_p=0.5, solarize_p=0.2
     )
@@ -120,7 +121,8 @@ def test_whole_recipes_in_pil_semantics_are_pils(backend: str) -> None:
         for view, values in zip(got, params[0].tolist(), strict=True):
             error = 255 * (view - pil_view(image, values, {"size": (64, 64), "cubic": True})).abs()
             share = (error > 3.001).float().mean()
-            assert error.mean() <= 0.5 and share <= 5e-3, (values, error.max(), error.mean(), share)
+            allowed = 5e-3 if backend == "reference" else 0
+            assert error.mean() <= 0.1 and share <= allowed, (values, error.max(), error.mean(), share)
 
 
 # ---------------------------------------------------------------------------------------- kernels against float64 truth
@@ -212,7 +214,7 @@ def test_resizing_by_hand(size: tuple[int, int], backend: str) -> None:
             image, plain = torch.rand(channels, *shape), {"mean": [0.0] * channels, "std": [1.0] * channels}
             got = augment(backend, [image], table([row((0, 0, *shape))]), size=size, **plain)[0, 0]
             expected = triangles(shape[0], size[0]) @ image.double() @ triangles(shape[1], size[1]).T
-            torch.testing.assert_close(got.double(), expected, rtol=0, atol=2e-6)
+            torch.testing.assert_close(got.double(), expected, rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -357,7 +359,7 @@ def test_kernel_in_pil_semantics_is_the_reference(backend: str) -> None:
         got = augment(backend, [images], params, **options)
         error = 255 * (got - reference.augment_views([images], params, **options)).abs().flatten(2)
         mean, wrong = error.mean(-1), (error > 3.001).float().mean(-1)
-        assert mean.max() <= 0.5 and wrong.max() <= 0.01, (mean.max(), wrong.max())
+        assert mean.max() <= 0.1 and wrong.max() <= 0.02, (mean.max(), wrong.max())
 
 
 def chosen(device: str, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> tuple[Any, ...]:

@@ -25,8 +25,7 @@ SSLFAST_INLINE float exp_of(float x) {
 
 // A Gaussian cut at `limit` pixels; what it weighs there in float32 beyond 5.5 σ (3e-7) is left out. weight[0 … radius].
 SSLFAST_INLINE int gaussian_weights(float sigma, int limit, float* weight) {
-  int radius = static_cast<int>(5.5f * sigma) + 1;
-  radius = radius < limit ? radius : limit;
+  const int radius = 5.5f * sigma < static_cast<float>(limit) ? static_cast<int>(5.5f * sigma) + 1 : limit;
   float sum = 0;
   for (int t = radius; t >= 0; --t) {
     const float x = static_cast<float>(t) / sigma;
@@ -45,15 +44,15 @@ struct Box3 {
 };
 
 SSLFAST_INLINE Box3 box_of_sigma(float sigma) {
+  constexpr float kWidest = kMaxBlurRadius / 3.0f;
+  sigma = sigma < kWidest ? sigma : kWidest;
   const float variance = sigma * sigma / 3;
 #ifdef __CUDA_ARCH__
   const float length = static_cast<float>(__dsqrt_rn(12.0 * variance + 1.0));
 #else
   const float length = static_cast<float>(__builtin_sqrt(12.0 * variance + 1.0));
 #endif
-  const int most = kMaxBlurRadius / 3 - 1;
-  int l = static_cast<int>((length - 1) / 2);
-  l = l < 0 ? 0 : l < most ? l : most;
+  const int l = static_cast<int>((length - 1) / 2);
   const float share = (2 * l + 1) * (l * (l + 1) - 3 * variance) / (6 * (variance - (l + 1) * (l + 1)));
   const float width = 2 * (l + share) + 1;
   const auto whole = static_cast<uint32_t>((1 << 24) / (width > 1 ? width : 1.0f));

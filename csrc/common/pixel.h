@@ -130,9 +130,9 @@ SSLFAST_INLINE Rgb<V> hue_turned(const Rgb<V>& p, float f) {
     h = h >= six ? h - six : h;
     // The channel that is the maximum is left as it is; what lies below it is held to [0, 1], as torchvision does.
     const V red = falloff(5.0f, h), green = falloff(3.0f, h), blue = falloff(1.0f, h);
-    return {red > zero ? clamp(top - range * red, 0.0f, 1.0f) : top,
-            green > zero ? clamp(top - range * green, 0.0f, 1.0f) : top,
-            blue > zero ? clamp(top - range * blue, 0.0f, 1.0f) : top};
+    return {red <= zero ? top : clamp(top - range * red, 0.0f, 1.0f),
+            green <= zero ? top : clamp(top - range * green, 0.0f, 1.0f),
+            blue <= zero ? top : clamp(top - range * blue, 0.0f, 1.0f)};
   }
 }
 

@@ -3,7 +3,7 @@
 // of floats for so few samples at a time that they stay in the L2 cache. A group of samples is three launches:
 //   resample_kernel (view_resample.h): crop, antialiased resize, flip, colours up to contrast;
 //   colour_kernel (view_finish.h): contrast and the colours after it, where there is contrast;
-//   blur_kernel (view_finish.h): where there is blur.
+//   gaussian_kernel or box_kernel (view_finish.h): where there is blur.
 // The first of them that can, solarises, normalises and writes the view. Nothing is read back, and nothing waits: the
 // operator can be captured in a CUDA graph, of a ragged list too, whose table travels as a kernel's argument.
 #include <algorithm>
@@ -51,7 +51,6 @@ void launch(const Work& w) {
   prepare_kernel<kPil><<<blocks_of(views.samples, kPrepareThreads), kPrepareThreads, 0, w.stream>>>(
       views, w.images, w.params, w.samples, w.half_filters);
   const size_t weights = static_cast<size_t>(2 * w.most_kept) * kTile * sizeof(float);
-  const size_t blur = blur_shared_bytes(kPil ? kMaxBlurRadius : views.blur_limit);
   const auto tiles = static_cast<unsigned>(views.tiles);
   for (int64_t first = 0; first < views.samples; first += w.group) {
     const auto some = static_cast<unsigned>(std::min(w.group, views.samples - first));
@@ -60,8 +59,13 @@ void launch(const Work& w) {
     colour_kernel<kPil, kChannels>
         <<<dim3(blocks_of(views.pixels(), kColourThreads * kColourPixels), some), kColourThreads, 0, w.stream>>>(
             views, w.samples, first, w.planes, w.partial);
-    blur_kernel<kPil, kChannels>
-        <<<dim3(tiles, some), kBlurThreads, blur, w.stream>>>(views, w.samples, first, w.half_filters, w.planes);
+    if constexpr (kPil) {
+      box_kernel<kChannels>
+          <<<dim3(tiles, some), kBlurThreads, kBoxBytes, w.stream>>>(views, w.samples, first, w.planes);
+    } else {
+      gaussian_kernel<kChannels><<<dim3(tiles, some), kBlurThreads, blur_shared_bytes(views.blur_limit), w.stream>>>(
+          views, w.samples, first, w.half_filters, w.planes);
+    }
   }
 }
 

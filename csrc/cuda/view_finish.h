@@ -71,13 +71,13 @@ __device__ inline void add_taps(const float* value, int step, const float* weigh
   }
 }
 
-// Blur of a tile, a channel at a time, kTile rows of its border at a time: filtered across by lanes that stand on rows,
+// Torchvision's blur of a tile, a channel at a time, kTile rows of its border at a time: filtered across by lanes that stand on rows,
 // then down by lanes that stand on columns. The zero weights that pad the filter meet up to kRun − 1 pixels more on either
 // side, so a NaN or an infinity spreads that much further than the filter.
-template <bool kPil, int kChannels>
+template <int kChannels>
 __global__ void __launch_bounds__(kBlurThreads)
-    blur_kernel(const Views views, const Sample* __restrict__ samples, int64_t first,
-                const float* __restrict__ half_filters, const float* __restrict__ planes) {
+    gaussian_kernel(const Views views, const Sample* __restrict__ samples, int64_t first,
+                    const float* __restrict__ half_filters, const float* __restrict__ planes) {
   extern __shared__ float shared_tile[];
   const int64_t n = first + blockIdx.y, pixels = views.pixels();
   const Sample& s = samples[n];
@@ -98,9 +98,9 @@ __global__ void __launch_bounds__(kBlurThreads)
     for (int begin = 0; begin < groups + kBlurWarps - 1; begin += kBlurWarps) {  // in groups of kRun rows
       for (int row = warp; row < kTile; row += kBlurWarps) {
         const float* in =
-            plane + static_cast<int64_t>(inside<kPil>(y0 - radius + begin * kRun + row, views.height)) * views.width;
+            plane + static_cast<int64_t>(inside<false>(y0 - radius + begin * kRun + row, views.height)) * views.width;
         for (int x = lane; x < pitch; x += kWarp)
-          tile[row * pitch + x] = in[inside<kPil>(x0 - radius + x, views.width)];
+          tile[row * pitch + x] = in[inside<false>(x0 - radius + x, views.width)];
       }
       __syncthreads();
       float across[kRun] = {}, window[kRun] = {};
@@ -123,8 +123,86 @@ __global__ void __launch_bounds__(kBlurThreads)
     if (x >= views.width || y >= views.height) continue;
     float value[kChannels];
 #pragma unroll
-    for (int c = 0; c < kChannels; ++c) value[c] = kPil ? floor_of(down[c][j] + 0.5f) : down[c][j];
-    finish_pixel<kPil>(views, s, n, static_cast<int64_t>(y) * views.width + x, value);
+    for (int c = 0; c < kChannels; ++c) value[c] = down[c][j];
+    finish_pixel<false>(views, s, n, static_cast<int64_t>(y) * views.width + x, value);
+  }
+}
+
+// A box filter at `place` of a line of bytes, of which place 0 is pixel `origin` of an image of this size.
+__device__ inline uint8_t box_at(const Box3& box, const uint8_t* line, int step, int place, int origin, int size) {
+  const auto at = [&](int t) -> uint32_t { return line[(inside<true>(origin + place + t, size) - origin) * step]; };
+  uint32_t sum = 0;
+  for (int t = -box.radius; t <= box.radius; ++t) sum += at(t);
+  return static_cast<uint8_t>(boxed<uint32_t>(box, sum, at(-box.radius - 1) + at(box.radius + 1)));
+}
+
+constexpr size_t kBoxBytes = 4 * kTile * (kTile + 2 * kMaxBlurRadius);
+static_assert(kBoxBytes <= kSharedBytes);
+
+// PIL's blur of a tile, a channel at a time: three boxes along each of the rows with their border, then three along the
+// columns. Every box leaves the outermost radius + 1 of its line unknown; beyond the image the border pixel is repeated.
+template <int kChannels>
+__global__ void __launch_bounds__(kBlurThreads, 6)
+    box_kernel(const Views views, const Sample* __restrict__ samples, int64_t first, const float* __restrict__ planes) {
+  extern __shared__ float shared_tile[];
+  const int64_t n = first + blockIdx.y, pixels = views.pixels();
+  const Sample& s = samples[n];
+  if (s.radius < 0) return;
+  const Box3 box = s.box;
+  const int reach = s.radius, wide = kTile + 2 * reach, lost = box.radius + 1;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  auto* rows = reinterpret_cast<uint8_t*>(shared_tile);  // [2, kTile, wide]
+  uint8_t* columns = rows + 2 * kTile * wide;            // [2, wide, kTile]
+  const int size = kTile * wide;
+  const int x0 = blockIdx.x % views.tiles_across * kTile, y0 = blockIdx.x / views.tiles_across * kTile;
+  float result[kChannels][kRun];
+#pragma unroll
+  for (int c = 0; c < kChannels; ++c) {
+    const float* plane = planes + (blockIdx.y * kChannels + c) * pixels;
+    for (int begin = 0; begin < wide; begin += kTile) {
+      const int count = min(kTile, wide - begin);
+      for (int row = warp; row < count; row += kBlurWarps) {
+        const int y = inside<true>(y0 - reach + begin + row, views.height);
+        for (int x = lane; x < wide; x += kWarp) {
+          const float value = plane[static_cast<int64_t>(y) * views.width + inside<true>(x0 - reach + x, views.width)];
+          rows[row * wide + x] = static_cast<uint8_t>(value);
+        }
+      }
+      __syncthreads();
+      for (int pass = 0; pass < 3; ++pass) {
+        const uint8_t* from = rows + pass % 2 * size;
+        uint8_t* to = rows + (pass + 1) % 2 * size;
+        for (int row = warp; row < count; row += kBlurWarps) {
+          for (int x = (pass + 1) * lost + lane; x < wide - (pass + 1) * lost; x += kWarp) {
+            to[row * wide + x] = box_at(box, from + row * wide, 1, x, x0 - reach, views.width);
+          }
+        }
+        __syncthreads();
+      }
+      for (int row = warp; row < count; row += kBlurWarps) {
+        columns[(begin + row) * kTile + lane] = rows[size + row * wide + reach + lane];
+      }
+    }
+    __syncthreads();
+    for (int pass = 0; pass < 3; ++pass) {
+      const uint8_t* from = columns + pass % 2 * size;
+      uint8_t* to = columns + (pass + 1) % 2 * size;
+      for (int y = (pass + 1) * lost + warp; y < wide - (pass + 1) * lost; y += kBlurWarps) {
+        to[y * kTile + lane] = box_at(box, from + lane, kTile, y, y0 - reach, views.height);
+      }
+      __syncthreads();
+    }
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) result[c][j] = columns[size + (reach + warp * kRun + j) * kTile + lane];
+  }
+#pragma unroll
+  for (int j = 0; j < kRun; ++j) {
+    const int x = x0 + lane, y = y0 + warp * kRun + j;
+    if (x >= views.width || y >= views.height) continue;
+    float value[kChannels];
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) value[c] = result[c][j];
+    finish_pixel<true>(views, s, n, static_cast<int64_t>(y) * views.width + x, value);
   }
 }
 

@@ -8,7 +8,7 @@
 namespace sslfast {
 namespace {
 
-constexpr int kResampleThreads = 512;
+constexpr int kResampleThreads = 256;
 constexpr int kResampleWarps = kResampleThreads / kWarp;
 constexpr int kRowsPerThread = kTile / kResampleWarps;
 constexpr int kBand = 48;      // rows of the crop held at once, which a tile needs up to a scale of about 1.3
@@ -81,7 +81,7 @@ __device__ A sum_over_block(A value) {
 // then the band's share is added to the tile's pixels, which lie in registers; so a crop may be of any size.
 // `planes` [group, C, h, w] takes what is not finished here, `partial` [group, tiles] the sums of the grey values.
 template <bool kPil, int kChannels, typename T>
-__global__ void __launch_bounds__(kResampleThreads, 2)
+__global__ void __launch_bounds__(kResampleThreads, 3)
     resample_kernel(const Views views, const Images images, const Sample* __restrict__ samples, int64_t first,
                     int most_kept, float* __restrict__ planes, float* __restrict__ partial) {
   using S = Sum<kPil>;

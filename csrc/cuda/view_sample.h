@@ -54,6 +54,7 @@ struct Sample {
   int before, after;  // order[0 … before) precedes contrast, order[before … after) begins with it
   int order[4];
   float factor[4];  // of the operation at the same place in the order
+  Box3 box;         // of PIL's blur
   bool flip, needs_mean, grey, solarize;
 };
 
@@ -72,7 +73,7 @@ __device__ inline int whole(float x, int low, int high) {
 }
 
 // One thread a sample. Crops are cut to the image, so that no parameter makes a kernel read beyond it. `half_filters`
-// [samples, kHalfFilter] takes the blur's weights, which every block of the sample then shares.
+// [samples, kHalfFilter] takes the weights of torchvision's blur, which every block of the sample then shares.
 template <bool kPil>
 __global__ void prepare_kernel(const Views views, const Images images, const float* __restrict__ params,
                                Sample* __restrict__ samples, float* __restrict__ half_filters) {
@@ -107,8 +108,15 @@ __global__ void prepare_kernel(const Views views, const Images images, const flo
   s.before = needs_mean ? before : after;
   s.after = after;
   s.needs_mean = needs_mean;
-  const float sigma = fminf(row[kSigma], 1e6f);  // beyond it the weights no longer change, but whole numbers overflow
-  s.radius = row[kSigma] > 0 ? blur_weights<kPil>(sigma, views.blur_limit, half_filters + n * kHalfFilter) : -1;
+  s.radius = -1;
+  if (!(row[kSigma] > 0)) return;
+  const float sigma = fminf(row[kSigma], 1e6f);  // beyond it nothing changes, but whole numbers overflow
+  if constexpr (kPil) {
+    s.box = box_of_sigma(sigma);
+    s.radius = 3 * (s.box.radius + 1);
+  } else {
+    s.radius = gaussian_weights(sigma, views.blur_limit, half_filters + n * kHalfFilter);
+  }
 }
 
 // order[begin … end) on one pixel.

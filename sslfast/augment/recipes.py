@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .spec import IMAGENET_MEAN, IMAGENET_STD, LARGEST_KERNEL, ViewSpec
+from ..ops.augment_views import LARGEST_KERNEL
+from .spec import IMAGENET_MEAN, IMAGENET_STD, ViewSpec
 
 SWAV_STD = (0.228, 0.224, 0.225)  # red is 0.228 in SwAV's code, 0.229 elsewhere
 DINOV2_KERNEL = 9

@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..ops.augment_views import LARGEST_KERNEL
+
 SEMANTICS = ("torchvision", "pil")
 INTERPOLATIONS = ("bilinear", "bicubic")
-LARGEST_KERNEL = 255  # 2 · kMaxBlurRadius + 1 in csrc/common/blur.h
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -98,7 +99,7 @@ class ViewSpec:
     semantics: str = "torchvision"
 
     def __post_init__(self) -> None:
-        size = (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
+        size = tuple(self.size) if isinstance(self.size, (tuple, list)) else (self.size, self.size)
         if len(size) != 2 or not all(isinstance(s, int) and 1 <= s < 2**24 for s in size):
             raise ValueError(f"size must be a positive whole number or two of them, got {self.size!r}")
         if self.scale is not None:

@@ -43,6 +43,8 @@ def _as_images(images: Any, layout: str) -> tuple[list[Tensor], bool]:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     single = not isinstance(images, (list, tuple)) and getattr(images, "ndim", 3) < 4
     several = list(images) if isinstance(images, (list, tuple)) else [images]
+    if not several:
+        raise ValueError("images must hold at least one image, got an empty list")
     out = []
     for image in several:
         if isinstance(image, Tensor):
@@ -103,7 +105,7 @@ def sample_params(
     if ids is None:
         ids = torch.randint(2**63 - 1, (count,))
     elif not isinstance(ids, Tensor):
-        ids = torch.tensor([ids] if isinstance(ids, int) else list(ids), dtype=torch.int64)
+        ids = torch.from_numpy(np.array(ids, dtype=np.int64, ndmin=1))
     ids = ids.reshape(-1).to(tensors[0].device, torch.int64, non_blocking=True)
     if len(ids) != count:
         raise ValueError(f"ids must be as many as the images, {count}, got {len(ids)}")

@@ -14,6 +14,7 @@ from .view_params import COLUMNS
 
 BACKENDS = ("cpu", "cuda", "reference")
 IMAGES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)
+LARGEST_KERNEL = 255  # 2 · kMaxBlurRadius + 1 in csrc/common/blur.h
 VIEWS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -84,8 +85,8 @@ def _check_images(images: Sequence[Tensor]) -> int:
     return count
 
 
-def _check_boxes(images: Sequence[Tensor], params: Tensor) -> None:
-    """Crops inside their images; only where reading them costs no wait for a device."""
+def _check_params(images: Sequence[Tensor], params: Tensor, widest_kernel: int, blur_kernel: int) -> None:
+    """Crops inside their images, and no blur wider than allowed; only where reading them waits for no device."""
     if not params.is_cpu or torch.compiler.is_compiling() or params.numel() == 0:
         return
     sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.float32)  # [B or 1, 2]
@@ -98,6 +99,8 @@ def _check_boxes(images: Sequence[Tensor], params: Tensor) -> None:
             f"params: the crop (top, left, height, width) = {params[v, b, :4].tolist()} of view {v} of image {b} must "
             f"lie in its {size[0]} × {size[1]} pixels"
         )
+    if blur_kernel > widest_kernel and bool((params[..., COLUMNS.index("sigma")] > 0).any()):
+        raise ValueError(f"blur_kernel must be at most {widest_kernel} at this size of view, got {blur_kernel}")
 
 
 def augment_views(
@@ -108,8 +111,8 @@ def augment_views(
     cubic: bool = False,
     blur_kernel: int = 23,
     threshold: float = 0.5,
-    mean: Sequence[float] = (0.0, 0.0, 0.0),
-    std: Sequence[float] = (1.0, 1.0, 1.0),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     pil: bool = False,
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
@@ -123,9 +126,10 @@ def augment_views(
             (checked on the CPU; on a GPU they are cut to the image).
         size: (height, width) of the views.
         cubic: bicubic, else bilinear. Default False.
-        blur_kernel: width of the blur. Default 23.
+        blur_kernel: width of the blur, odd, at most 255, and in torchvision's semantics below twice the view's side
+            (checked on the CPU where a view is blurred). Default 23.
         threshold: of solarize, on the scale 0 … 1. Default 0.5.
-        mean, std: C numbers each. Default: 0 and 1.
+        mean, std: C numbers each, std none that is 0. Default: 0 and 1.
         pil: PIL's semantics. Default False: torchvision's.
         dtype: float32 (default), bfloat16 or float16.
         channels_last: channels beside each other in memory. Default False.
@@ -146,9 +150,17 @@ def augment_views(
     if dtype not in VIEWS:
         raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     channels = images[0].shape[-3]
-    if len(mean) != channels or len(std) != channels:
-        raise ValueError(f"mean and std must have {channels} numbers, got {tuple(mean)} and {tuple(std)}")
-    _check_boxes(images, params)
+    mean, std = mean or (0.0,) * channels, std or (1.0,) * channels
+    if len(mean) != channels or len(std) != channels or 0 in std:
+        raise ValueError(
+            f"mean and std must have {channels} numbers, std none that is 0, got {tuple(mean)} and {tuple(std)}"
+        )
+    if len(size) != 2 or not all(isinstance(s, int) and 1 <= s < 2**24 for s in size):
+        raise ValueError(f"size must be two positive whole numbers, got {size!r}")
+    if blur_kernel % 2 == 0 or not 1 <= blur_kernel <= LARGEST_KERNEL:
+        raise ValueError(f"blur_kernel must be an odd whole number from 1 to {LARGEST_KERNEL}, got {blur_kernel}")
+    # The border is mirrored, and a mirror image has no more pixels than the view; PIL's blur knows no kernel.
+    _check_params(images, params, LARGEST_KERNEL if pil else 2 * min(size) - 1, blur_kernel)
     preferred = "cuda" if images[0].device.type == "cuda" else "cpu"
     backend = _backends.select("augment_views", preferred, lambda name: why_not(name, images))
     if backend == "reference":

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 def resized(image: Tensor, size: tuple[int, int], cubic: bool) -> Tensor:
     """Antialiased, with taps that end at the border of ``image`` [C, H, W]."""
+    if size[1] == 1 < size[0]:  # torch 2.13 makes a wrong single column, and a right single row
+        return resized(image.transpose(1, 2), (1, size[0]), cubic).transpose(1, 2)
     return F.interpolate(image[None], size, mode="bicubic" if cubic else "bilinear", antialias=True)[0]
 
 
@@ -31,23 +33,26 @@ def blend(image: Tensor, other: Tensor | float, factor: float) -> Tensor:
 
 
 def hue_turned(image: Tensor, turn: float) -> Tensor:
-    """Through HSV: H + turn modulo 1."""
+    """Through HSV: H + turn modulo 1. V·S is written as max − min: S is not finite where max is 0 and min below."""
     r, g, b = image
     top, low = image.amax(0), image.amin(0)
     divisor = torch.where(top == low, torch.ones_like(top), top - low)
     rc, gc, bc = (top - r) / divisor, (top - g) / divisor, (top - b) / divisor
     h = torch.where(top == r, bc - gc, torch.where(top == g, 2 + rc - bc, 4 + gc - rc))
     h = (h / 6 + 1 + turn) % 1
-    saturation = (top - low) / torch.where(top == low, torch.ones_like(top), top)
     sector = torch.floor(6 * h)
     f = 6 * h - sector
-    p = (top * (1 - saturation)).clamp(0, 1)
-    q = (top * (1 - saturation * f)).clamp(0, 1)
-    t = (top * (1 - saturation * (1 - f))).clamp(0, 1)
-    index = sector.long() % 6
-    table = [(top, t, p), (q, top, p), (p, top, t), (p, q, top), (t, p, top), (top, p, q)]
-    by_sector = torch.stack([torch.stack(rgb) for rgb in table])  # [6, 3, H, W]
-    return by_sector.gather(0, index.expand(1, 3, *index.shape))[0]
+    p = low.clamp(0, 1)
+    q = (top - (top - low) * f).clamp(0, 1)
+    t = (top - (top - low) * (1 - f)).clamp(0, 1)
+    return by_sector(sector, top, p, q, t)
+
+
+def by_sector(sector: Tensor, v: Tensor, p: Tensor, q: Tensor, t: Tensor) -> Tensor:
+    """RGB from the sixths of the hue circle."""
+    table = [(v, t, p), (q, v, p), (p, v, t), (p, q, v), (t, p, v), (v, p, q)]
+    stacked = torch.stack([torch.stack(rgb) for rgb in table])  # [6, 3, H, W]
+    return stacked.gather(0, (sector.long() % 6).expand(1, 3, *sector.shape))[0]
 
 
 def blurred(image: Tensor, kernel: int, sigma: float) -> Tensor:
@@ -76,26 +81,24 @@ def pil_blend(image: Tensor, other: Tensor | float, factor: float) -> Tensor:
 
 
 def pil_hue_turned(image: Tensor, turn: float) -> Tensor:
-    """Through HSV of bytes: each truncated, H turned modulo 256."""
-    r, g, b = image
-    top, low = image.amax(0), image.amin(0)
+    """Through HSV of bytes: each truncated, H turned modulo 256. Single and double precision stand where PIL's C has
+    them, since a quotient that should be whole may be truncated one too low."""
+    r, g, b = image.float()
+    top, low = image.float().amax(0), image.float().amin(0)
     divisor = torch.where(top == low, torch.ones_like(top), top - low)
-    rc, gc, bc = (top - r) / divisor, (top - g) / divisor, (top - b) / divisor
-    h = torch.where(top == r, bc - gc, torch.where(top == g, 2 + rc - bc, 4 + gc - rc))
-    # PIL holds both in float32, so a quotient that should be whole may be truncated one too low; so may this one.
-    h, saturation = ((h / 6 + 1) % 1).float(), ((top - low) / top.clamp_min(1)).float()
-    h = torch.where(top == low, torch.zeros_like(top), torch.floor(255 * h.double()).to(top.dtype))
-    saturation = torch.floor(255 * saturation.double()).to(top.dtype) / 255
+    rc, gc, bc = ((top - channel) / divisor for channel in (r, g, b))
+    of_green, of_blue = 2 + rc.double() - bc, 4 + gc.double() - rc
+    h = torch.where(top == r, bc - gc, torch.where(top == g, of_green.float(), of_blue.float()))
+    h = ((h.double() / 6 + 1) % 1).float()
+    h = torch.where(top == low, torch.zeros_like(top), torch.floor(255 * h.double()).float())
+    saturation = torch.floor(255 * ((top - low) / top.clamp_min(1)).double()).float() / 255
     h = 6 * ((h + int(255 * turn)) % 256) / 255
     sector = torch.floor(h)
     f = h - sector
     p = torch.floor(top * (1 - saturation) + 0.5)
     q = torch.floor(top * (1 - saturation * f) + 0.5)
     t = torch.floor(top * (1 - saturation * (1 - f)) + 0.5)
-    index = sector.long() % 6
-    table = [(top, t, p), (q, top, p), (p, top, t), (p, q, top), (t, p, top), (top, p, q)]
-    by_sector = torch.stack([torch.stack(rgb) for rgb in table])
-    return by_sector.gather(0, index.expand(1, 3, *index.shape))[0]
+    return by_sector(sector, top, p, q, t).to(image.dtype)
 
 
 def pil_resized(image: Tensor, size: tuple[int, int], cubic: bool) -> Tensor:
