@@ -43,7 +43,7 @@ demo: $(BUILT)
 
 test: $(BUILT) $(PEERS)
 	$(BIN)/python -m sslfast
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+	$(BIN)/python -m pytest -n $(JOBS)
 
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, built apart from the ordinary libraries.
 SANITIZED := build/sanitized

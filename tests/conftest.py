@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,30 @@ def pytest_xdist_auto_num_workers() -> int:
 
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests go to whichever process is free, those that share something expensive to make to one, and these first.
+
+    Not by pytest-xdist's own ``xdist_group``: version 3.8 adds the group to ``Item._nodeid``, which pytest 9.2 ignores.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return shared_by(nodeid) or nodeid
+
+    return Scheduling(config, log)
+
+
+def shared_by(test: str) -> str | None:
+    """What the tests are called together that need one tree, wheel, process group, or compiling process."""
+    file, _, name = test.rpartition("/")[2].partition("::")
+    if file == "test_triton_aot.py":
+        architecture = re.search(r"-(80|86|90|100)-", name)
+        return f"{file}, {architecture[1]}" if architecture else None
+    return file if file in ("test_packaging.py", "test_distributed.py") else None
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -123,8 +148,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     skipped: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for report in out.stats.get("skipped", []):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-        # All parameters of one test together; pytest-xdist adds "@group".
-        test = report.nodeid.rpartition("/")[2].partition("[")[0].partition("@")[0]
+        test = report.nodeid.rpartition("/")[2].partition("[")[0]  # all parameters of one test together
         skipped[reason.removeprefix("Skipped: ")][test] += 1
     out.section("skipped tests")
     for reason, tests in sorted(skipped.items()):

@@ -91,8 +91,8 @@ def test_whole_recipes_are_torchvisions(backend: str) -> None:
 @pytest.mark.parametrize("cubic", [False, True], ids=["bilinear", "bicubic"])
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "saturated"])
 def test_pil_semantics_are_pils(name: str, cubic: bool, backend: str) -> None:
-    """The kernels after a resizing too. The reference resizes in floating point, so after it a level may be another, and
-    a step through HSV several levels off in a few pixels: its hue is a byte too.
+    """The kernels after a resizing too. The reference resizes in floating point, so after it a level may be another,
+    and a step through HSV several levels off in a few pixels: its hue is a byte too.
     """
     values, options = row((7, 0, 96, 64), **OPERATIONS[name]), {"size": (96, 64), "cubic": cubic}
     resized = row(BOX, **OPERATIONS[name])

@@ -26,10 +26,7 @@ from sslfast.ops._similarity_blocks import Statistics, merge_statistics
 TESTS = Path(__file__).parent
 PATIENCE = 240  # seconds; a hang is a failure
 
-pytestmark = [
-    pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"),
-    pytest.mark.xdist_group("distributed"),  # one group of processes of each size
-]
+pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
 
 
 class Group:

@@ -18,8 +18,6 @@ import torch
 
 import sslfast
 
-pytestmark = pytest.mark.xdist_group("packaging")  # one clean tree, one wheel
-
 ROOT = Path(__file__).parent.parent
 SITE = sysconfig.get_paths()["purelib"]  # where torch is
 LEAVE_OUT = (".venv", ".git", "build", "dist", "out", "*.so", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")

@@ -271,18 +271,13 @@ def compiled_for(architecture: int) -> dict[str, dict[str, Any]]:
     return compile_all([case for case in FULL if case[2] == architecture])
 
 
-@pytest.mark.xdist_group("compile for 90")
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: "-".join(map(str, case)))
 def test_hopper(case: list[Any], quick: dict[str, dict[str, Any]]) -> None:
     check(case, quick[json.dumps(case)])
 
 
-# One process compiles for one architecture.
-BY_ARCHITECTURE = [pytest.param(case, marks=pytest.mark.xdist_group(f"compile for {case[2]}")) for case in FULL]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("case", BY_ARCHITECTURE, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", FULL, ids=lambda case: "-".join(map(str, case)))
 def test_every_configuration(case: list[Any]) -> None:
     check(case, compiled_for(case[2])[json.dumps(case)])
 

@@ -61,7 +61,7 @@ def same_statistics(ours, theirs) -> None:
         {"embedding_dim": 1, "w_size": 2, "loss_fn": by_order, "eps": 0.01},
         {"embedding_dim": 6, "w_size": 16, "loss_fn": by_order},
     ],
-    ids=str,
+    ids=lambda options: ", ".join(f"{name}={getattr(value, '__name__', value)}" for name, value in options.items()),
 )
 def test_equals_lightly(options: dict, dtype: torch.dtype) -> None:
     ours, theirs = WMSELoss(**options).to(dtype), lightly("WMSELoss", **options).to(dtype)

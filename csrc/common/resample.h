@@ -56,4 +56,12 @@ SSLFAST_INLINE int32_t fixed_weight(double weight) {
   return static_cast<int32_t>(scaled < 0 ? scaled - 0.5 : scaled + 0.5);
 }
 
+// A sum of bytes times such weights, to the nearest byte; I: int32_t or a vector of them.
+template <typename I>
+SSLFAST_INLINE I fixed_to_byte(I sum) {
+  const I black{}, white = black + 255, value = (sum + (1 << (kFixedBits - 1))) >> kFixedBits;
+  const I positive = value < black ? black : value;
+  return positive > white ? white : positive;
+}
+
 }  // namespace sslfast

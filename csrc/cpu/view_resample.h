@@ -140,11 +140,7 @@ static Resampler take_resampler(Arena& arena, const AugmentCall& call, int64_t p
 }
 
 static inline vec<float> rounded(vec<float> sum) { return sum; }
-static inline vec<int32_t> rounded(vec<int32_t> sum) {
-  const vec<int32_t> white = vec<int32_t>{} + 255, value = (sum + (1 << (kFixedBits - 1))) >> kFixedBits;
-  const vec<int32_t> positive = value < 0 ? vec<int32_t>{} : value;
-  return positive > white ? white : positive;
-}
+static inline vec<int32_t> rounded(vec<int32_t> sum) { return fixed_to_byte(sum); }
 
 // The columns of one block of rows, mirrored where the view is; positions from the view's width up to the pitch repeat
 // the last one.

@@ -47,8 +47,7 @@ __device__ Sum<kPil> weight_of(const Resampling& r, int i, int pixel, double sum
   }
 }
 
-// A sum in fixed point as a byte.
-__device__ inline int rounded(int sum) { return min(max((sum + (1 << (kFixedBits - 1))) >> kFixedBits, 0), 255); }
+__device__ inline int rounded(int sum) { return fixed_to_byte(sum); }
 __device__ inline float rounded(float sum) { return sum; }
 
 // By one warp, a pixel a lane; weight [taps, kTile], where they are kept.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -152,6 +153,10 @@ class ViewSpec:
 
     def numbers(self) -> tuple[float, ...]:
         """What sampling needs, in the order of ``ViewNumbers`` (csrc/common/view_params.h)."""
+        return self._numbers
+
+    @functools.cached_property
+    def _numbers(self) -> tuple[float, ...]:
         ranges = [_factor(name, getattr(self, name)) for name in ("brightness", "contrast", "saturation", "hue")]
         off: tuple[Range, ...] = ((1.0, 1.0), (1.0, 1.0), (1.0, 1.0), (0.0, 0.0))
         factors = [number for r, neutral in zip(ranges, off, strict=True) for number in (r or neutral)]

@@ -90,10 +90,10 @@ def view_params(
     elif min(size) < 1:
         raise ValueError(f"size must be positive, got {tuple(size)}")
     seed = seed - 2**64 if seed >= 2**63 else seed  # as the schema's signed 64 bits
-    flat = [float(number) for of_view in numbers for number in of_view]
+    flat = [number for of_view in numbers for number in of_view]
     sizes, fixed = (size, []) if isinstance(size, Tensor) else (None, list(size))
     preferred = "cuda" if ids.device.type == "cuda" else "cpu"
     backend = _backends.select("view_params", preferred, lambda name: why_not(name, ids))
     if backend == "reference":
         return reference.view_params(ids, size, numbers, seed=seed, epoch=epoch, view=view)
-    return torch.ops.sslfast.view_params(ids, sizes, fixed, seed, epoch, view, flat)
+    return torch.ops.sslfast.view_params.default(ids, sizes, fixed, seed, epoch, view, flat)
