@@ -71,6 +71,17 @@ def test_every_kind_of_input_gives_the_same_views(backend: str) -> None:
             assert same(part, [view[begin:end] for view in views])
 
 
+def test_stacked() -> None:
+    """One tensor of what would be a list, from one call and from several."""
+    batch, ids = noise(3, 3, 40, 50), [7, 3, 9]
+    for views in ([GLOBAL, GLOBAL], [GLOBAL, ViewSpec(32, interpolation="bicubic"), GLOBAL]):
+        stacked, apart = MultiViewTransform(views, stacked=True), MultiViewTransform(views)
+        assert torch.equal(stacked(batch, ids), torch.stack(apart(batch, ids)))
+        assert torch.equal(stacked(batch[1], 3), torch.stack(apart(batch[1], 3)))
+    with pytest.raises(ValueError, match="stacked must be False for views of several sizes"):
+        MultiViewTransform(VIEWS, stacked=True)(batch, ids)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_grey_images(backend: str) -> None:
     pil = pytest.importorskip("PIL.Image", reason="PIL is missing")

@@ -66,23 +66,18 @@ SSLFAST_INLINE Rgb<V> saturated(const Rgb<V>& p, float f) {
   return blend<kPil>(p, grey_of<kPil>(p), f);
 }
 
-// Hue as 6·H in [0, 6) (red, yellow, green, cyan, blue, magenta), of a pixel with this maximum and this range > 0. By
-// divisions in PIL's order, since bytes are cut from it.
+// Hue as 6·H (red 0, yellow 1, green 2, cyan 3, blue 4, magenta 5; negative between magenta and red), of a pixel with this
+// maximum and this range > 0. In PIL's order of operations where bytes are cut from it.
 template <bool kPil, typename V>
 SSLFAST_INLINE V hue_of(const Rgb<V>& p, V top, V range) {
-  V of_red, of_green, of_blue;
+  const V zero = splat<V>(0.0f), two = splat<V>(2.0f), four = splat<V>(4.0f);
+  const V first = p.r == top ? p.g : (p.g == top ? p.b : p.r), second = p.r == top ? p.b : (p.g == top ? p.r : p.g);
+  const V base = p.r == top ? zero : (p.g == top ? two : four);
   if constexpr (kPil) {
-    const V r = (top - p.r) / range, g = (top - p.g) / range, b = (top - p.b) / range;
-    of_red = b - g;
-    of_green = splat<V>(2.0f) + (r - b);
-    of_blue = splat<V>(4.0f) + (g - r);
+    return base + ((top - second) / range - (top - first) / range);
   } else {
-    const V inverse = splat<V>(1.0f) / range;
-    of_red = (p.g - p.b) * inverse;
-    of_green = (p.b - p.r) * inverse + splat<V>(2.0f);
-    of_blue = (p.r - p.g) * inverse + splat<V>(4.0f);
+    return (first - second) / range + base;
   }
-  return p.r == top ? of_red : (p.g == top ? of_green : of_blue);
 }
 
 // ⌊255 x⌋ for x in [0, 1], of the exact product: 256 x and the difference from a whole number beside it are exact.
@@ -119,9 +114,9 @@ SSLFAST_INLINE Rgb<V> hue_turned(const Rgb<V>& p, float f) {
     hue = hue < zero ? hue + splat<V>(256.0f) : hue;
     hue = hue > splat<V>(255.0f) ? hue - splat<V>(256.0f) : hue;
     const V share = byte_of(range / (top > zero ? top : splat<V>(1.0f)));
-    h = hue * six / splat<V>(255.0f);
+    h = hue * splat<V>(6.0f / 255.0f);  // from here on everything is continuous, so rounding does no harm
     h = h >= six ? h - six : h;
-    const V scale = top * (share / splat<V>(255.0f)), half = splat<V>(0.5f);
+    const V scale = top * share * splat<V>(1.0f / 255.0f), half = splat<V>(0.5f);
     return {floor_of(top - scale * falloff(5.0f, h) + half), floor_of(top - scale * falloff(3.0f, h) + half),
             floor_of(top - scale * falloff(1.0f, h) + half)};
   } else {

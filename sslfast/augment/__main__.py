@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         images, names, unreadable = read_images(given.source, given.images)
         transform = MultiViewTransform(recipe(given.recipe, given.size, local_size), seed=given.seed)
         params = transform.sample_params(images, range(len(images)))
-        made = transform.apply(images, params)
+        made = list(transform.apply(images, params))
         given.out.parent.mkdir(parents=True, exist_ok=True)
         title = f"{given.recipe}, {transform.views[0].semantics} semantics, seed {given.seed}"
         draw(images, names, transform.views, params, made, title, given.out)

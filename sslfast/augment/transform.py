@@ -49,9 +49,10 @@ def _as_images(images: Any, layout: str) -> tuple[list[Tensor], bool]:
     for image in several:
         if isinstance(image, Tensor):
             channels_last = layout == "NHWC"
-        elif hasattr(image, "__array_interface__"):  # NumPy and PIL: rows of pixels of channels
-            array = np.asarray(image)
-            image = torch.from_numpy(array if array.flags.writeable else array.copy())
+        # NumPy and PIL: rows of pixels of channels. Asked of the type, since PIL makes the bytes anew for the property.
+        elif hasattr(type(image), "__array_interface__"):
+            array = image if isinstance(image, np.ndarray) and image.flags.writeable else np.array(image)
+            image = torch.from_numpy(array)
             image = image[..., None] if image.dim() == 2 else image
             channels_last = True
         else:
@@ -121,7 +122,8 @@ def apply(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
     layout: str = "NCHW",
-) -> list[Tensor]:
+    stacked: bool = False,
+) -> list[Tensor] | Tensor:
     """Make the views that ``params`` describe.
 
     Args:
@@ -134,9 +136,11 @@ def apply(
         dtype: of the views: float32 (default), bfloat16 or float16.
         channels_last: the views' memory format. Default False.
         layout: of tensors, ``"NCHW"`` (default) or ``"NHWC"``.
+        stacked: all views in one tensor; they must have one size. Default False.
 
     Returns:
-        V tensors [B, C, h, w], or [C, h, w] for one image. Neighbours of one size share memory without overlapping.
+        V tensors [B, C, h, w], or [C, h, w] for one image; stacked, one of [V, B, C, h, w] or [V, C, h, w]. Neighbours
+        of one size share memory without overlapping.
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what is allowed.
@@ -145,10 +149,13 @@ def apply(
     several = _checked_views(views)
     if len(params) != len(several):
         raise ValueError(f"params must describe {len(several)} views, got {len(params)}")
-    out: list[Tensor] = []
+    sizes = {view.height_width for view in several}
+    if stacked and len(sizes) > 1:
+        raise ValueError(f"stacked must be False for views of several sizes, got {sorted(sizes)}")
+    made = []  # [views of the group, B, C, h, w] each
     for group in _groups(several):
         spec = several[group.start]
-        made = augment_views(
+        views_of_group = augment_views(
             tensors,
             params.table[group],
             size=spec.height_width,
@@ -161,8 +168,10 @@ def apply(
             dtype=dtype,
             channels_last=channels_last,
         )
-        out += (view[0] if single else view for view in made)
-    return out
+        made.append(views_of_group[:, 0] if single else views_of_group)
+    if stacked:
+        return made[0] if len(made) == 1 else torch.cat(made)
+    return [view for group_of_views in made for view in group_of_views]
 
 
 class MultiViewTransform:
@@ -171,7 +180,7 @@ class MultiViewTransform:
 
     Args:
         views: what to make, such as ``recipe("dino")``.
-        seed, dtype, channels_last, layout: as for ``sample_params`` and ``apply``.
+        seed, dtype, channels_last, layout, stacked: as for ``sample_params`` and ``apply``.
 
     Example:
         >>> transform = MultiViewTransform(recipe("simclr", size=32))
@@ -188,12 +197,14 @@ class MultiViewTransform:
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
         layout: str = "NCHW",
+        stacked: bool = False,
     ) -> None:
         self.views = _checked_views(views)
         self.seed = seed
         self.dtype = dtype
         self.channels_last = channels_last
         self.layout = layout
+        self.stacked = stacked
 
     def sample_params(
         self, images: Any, ids: Sequence[int] | Tensor | int | None = None, *, epoch: int = 0
@@ -201,11 +212,21 @@ class MultiViewTransform:
         """What ``__call__`` would draw; see ``sslfast.augment.sample_params``."""
         return sample_params(images, self.views, ids, seed=self.seed, epoch=epoch, layout=self.layout)
 
-    def apply(self, images: Any, params: ViewParams) -> list[Tensor]:
+    def apply(self, images: Any, params: ViewParams) -> list[Tensor] | Tensor:
         """The views that ``params`` describe; see ``sslfast.augment.apply``."""
-        return apply(images, params, self.views, dtype=self.dtype, channels_last=self.channels_last, layout=self.layout)
+        return apply(
+            images,
+            params,
+            self.views,
+            dtype=self.dtype,
+            channels_last=self.channels_last,
+            layout=self.layout,
+            stacked=self.stacked,
+        )
 
-    def __call__(self, images: Any, ids: Sequence[int] | Tensor | int | None = None, *, epoch: int = 0) -> list[Tensor]:
+    def __call__(
+        self, images: Any, ids: Sequence[int] | Tensor | int | None = None, *, epoch: int = 0
+    ) -> list[Tensor] | Tensor:
         """One tensor a view: [B, C, h, w], or [C, h, w] for one image. ``ids``, ``epoch``: see ``sample_params``."""
         return self.apply(images, self.sample_params(images, ids, epoch=epoch))
 
