@@ -48,6 +48,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 
 
+# Without a kernel that is compiled once a level.
+ONE_LEVEL = ("levels", "view_params")
 # view_params: the same bits on every machine, so no product and sum may become one operation.
 SOURCE_FLAGS = {"view_params": ["-ffp-contract=off"]}
 
@@ -155,7 +157,7 @@ def plan_cpu(plan: Plan, torch_flags: list[str], link_flags: list[str], flags: l
     objects = []
     for source in sources("csrc/cpu/*.cpp"):
         for level, extra in LEVELS.items():
-            if level == "baseline" or Path(source).stem != "levels":
+            if level == "baseline" or Path(source).stem not in ONE_LEVEL:
                 level_flags = [*flags, *torch_flags, f"-DSSLFAST_CPU_LEVEL={level}", *extra]
                 level_flags += SOURCE_FLAGS.get(Path(source).stem, [])
                 objects.append(plan.compile("cxx", source, f"{level}/{Path(source).stem}", level_flags))

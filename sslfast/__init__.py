@@ -1,6 +1,7 @@
 """sslfast: the expensive parts of self-supervised learning, made cheap."""
 
 from . import _native as _native
+from . import augment as augment
 from ._backends import use_backend
 from .losses import (
     BarlowTwinsLoss,

@@ -71,8 +71,11 @@ def cores() -> int:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Tests go to whichever process is free, those that share something expensive to make to one, and these first.
 
-    Not by pytest-xdist's own ``xdist_group``: version 3.8 adds the group to ``Item._nodeid``, which pytest 9.2 ignores.
+    In place of ``--dist load``, which is what ``-n`` alone means; any other ``--dist`` is left to pytest-xdist. Not by
+    its mark ``xdist_group``: with pytest-xdist 3.8 and pytest 9.2, tests of one group were seen in several processes.
     """
+    if config.getoption("dist") != "load":
+        return None
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
@@ -115,12 +118,13 @@ def seeded() -> Iterator[None]:
 
 
 def is_full_run(config: pytest.Config) -> bool:
-    """All of tests/ was selected: no -k, -m, --lf, single file or single test."""
+    """All of tests/ was selected: no -k, -m, --lf, --deselect, --ignore, single file or single test."""
     options = config.option
     narrowed = options.keyword or options.markexpr or options.collectonly or getattr(options, "lf", False)
+    left_out = options.deselect or options.ignore or options.ignore_glob
     whole = {TESTS.resolve(), TESTS.parent.resolve()}
     paths = [(config.invocation_params.dir / argument).resolve() for argument in config.args]
-    return not narrowed and not getattr(options, "deselect", None) and all(path in whole for path in paths)
+    return not narrowed and not left_out and all(path in whole for path in paths)
 
 
 def missing_pairs() -> list[tuple[str, str]]:

@@ -113,6 +113,16 @@ def test_decoding_is_the_annealed_mean() -> None:
     torch.testing.assert_close(shifted, pretext.decode_colors(probability.log()), rtol=1e-4, atol=1e-4)
 
 
+def test_autocast_changes_nothing() -> None:
+    rgb = every_colour(51).float()
+    logits = torch.randn(2, 313, 5, 6)
+    lab, colours = pretext.rgb_to_lab(rgb), pretext.decode_colors(logits)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = pretext.rgb_to_lab(rgb), pretext.lab_to_rgb(lab), pretext.decode_colors(logits)
+    for got, expected in zip(again, (lab, pretext.lab_to_rgb(lab), colours), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
 def test_rebalancing() -> None:
     histogram = torch.randint(0, 1000, (313,), generator=torch.Generator().manual_seed(0))
     histogram[7] = 0

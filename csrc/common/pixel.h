@@ -36,6 +36,12 @@ SSLFAST_INLINE V floor_of(V x) {
 template <bool kPil>
 inline constexpr float kWhite = kPil ? 255.0f : 1.0f;
 
+// A number on the scale 0 … 1 as a byte, to the nearest; NaN, which no byte is, as 0.
+SSLFAST_INLINE float byte_of_unit(float x) {
+  x = x > 0.0f ? x : 0.0f;
+  return floor_of((x < 1.0f ? x : 1.0f) * 255.0f + 0.5f);
+}
+
 template <bool kPil, typename V>
 SSLFAST_INLINE V grey_of(const Rgb<V>& p) {
   if constexpr (kPil) {  // 16-bit fixed point; below 2^24, so exact in float
@@ -97,9 +103,11 @@ SSLFAST_INLINE V falloff(float n, V h) {
   return clamp(k < rest ? k : rest, 0.0f, 1.0f);
 }
 
-// The hue turned by `f` of a full turn, |f| ≤ 1/2.
+// The hue turned by `f` of a full turn, which is held to −1/2 … 1/2.
 template <bool kPil, typename V>
 SSLFAST_INLINE Rgb<V> hue_turned(const Rgb<V>& p, float f) {
+  f = f > -0.5f ? f : -0.5f;
+  f = f < 0.5f ? f : 0.5f;
   const V zero = splat<V>(0.0f), six = splat<V>(6.0f);
   V top = p.r > p.g ? p.r : p.g, low = p.r < p.g ? p.r : p.g;
   top = top > p.b ? top : p.b;

@@ -116,6 +116,9 @@ void augment_views(const Parallel& parallel, const AugmentCall& call) {
 namespace sslfast {
 namespace {
 
+// On a side, since boxes are float32 numbers.
+constexpr int64_t kMostPixels = int64_t{1} << 24;
+
 PixelType pixel_type(ScalarType type, const char* name) {
   switch (type) {
     case ScalarType::Byte: return PixelType::u8;
@@ -149,11 +152,13 @@ Tensor augment_views_cpu(std::vector<Tensor> tensors, const Tensor& params_any, 
     SSLFAST_CHECK(t.size(t.dim() - 3) == first.size(first.dim() - 3), "images must have the same number of channels");
     SSLFAST_CHECK(t.scalar_type() == first.scalar_type(), "images must have the same dtype");
     SSLFAST_CHECK(t.device() == params_any.device(), "images must be on the device of params");
-    SSLFAST_CHECK(t.size(t.dim() - 2) > 0 && t.size(t.dim() - 1) > 0, "images must have at least one pixel");
+    for (int64_t d = t.dim() - 2; d < t.dim(); ++d)
+      SSLFAST_CHECK(t.size(d) > 0 && t.size(d) < kMostPixels, "images must be from 1 to 2^24 − 1 pixels on a side");
   }
   const int64_t channels = first.size(first.dim() - 3);
   SSLFAST_CHECK(channels == 1 || channels == 3, "images must have 1 or 3 channels, got ", channels);
-  SSLFAST_CHECK(size.size() == 2 && size[0] > 0 && size[1] > 0, "size must be two positive numbers");
+  SSLFAST_CHECK(size.size() == 2 && size[0] > 0 && size[1] > 0 && size[0] < kMostPixels && size[1] < kMostPixels,
+                "size must be two numbers from 1 to 2^24 − 1");
   SSLFAST_CHECK(mean.size() == static_cast<size_t>(channels) && std.size() == mean.size(),
                 "mean and std must have one number a channel");
   SSLFAST_CHECK(blur_kernel >= 1 && blur_kernel / 2 <= kMaxBlurRadius, "blur_kernel must be from 1 to ",
@@ -183,18 +188,20 @@ Tensor augment_views_cpu(std::vector<Tensor> tensors, const Tensor& params_any, 
     call.scale[c] = static_cast<float>(1 / (std[c] * (pil ? 255 : 1)));
     call.shift[c] = static_cast<float>(-mean[c] / std[c]);
   }
+  int64_t pixels = views * count * size[0] * size[1];
   for (int64_t i = 0; i < views * count; ++i) {
     const Box box = box_of(call.params + i * kColumns, images[i % count]);
     call.crop_height = std::max(call.crop_height, box.height);
     call.crop_width = std::max(call.crop_width, box.width);
+    pixels += box.height * box.width;
   }
   Tensor result = channels_last ? torch::stable::new_empty(first, {views, count, size[0], size[1], channels}, dtype)
                                 : torch::stable::new_empty(first, {views, count, channels, size[0], size[1]}, dtype);
   if (views == 0) return result;
   call.result = result.mutable_data_ptr();
   const Parallel parallel = torch_parallel();
-  // Below some thousand pixels a second thread costs more than it brings.
-  call.workers = views * count * size[0] * size[1] < 8192 ? 1 : std::min(parallel.threads, views * count);
+  // Below some thousand pixels, read and made, a second thread costs more than it brings.
+  call.workers = pixels < 16384 ? 1 : std::min(parallel.threads, views * count);
   const int64_t bytes = SSLFAST_CALL(augment_scratch_bytes, call);
   Tensor memory = scratch(params, call.workers * bytes);
   call.scratch = static_cast<char*>(aligned(memory));

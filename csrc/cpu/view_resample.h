@@ -80,8 +80,7 @@ SSLFAST_INLINE float pixel_value(uint8_t x) {
 }
 template <bool kPil, typename T>
 SSLFAST_INLINE float pixel_value(T x) {
-  const float value = widen(x);
-  return kPil ? floor_of(clamp(value, 0.0f, 1.0f) * 255.0f + 0.5f) : value;
+  return kPil ? byte_of_unit(widen(x)) : widen(x);
 }
 
 template <bool kPil, typename T>

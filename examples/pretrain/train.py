@@ -59,7 +59,7 @@ def train(
     """
     generator = Generator().manual_seed(schedule.seed)
     rank, world = ranks.place()
-    transform = MultiViewTransform(views, seed=schedule.seed)
+    transform = MultiViewTransform(views, seed=schedule.seed, stacked=True)
     embed: nn.Module = nn.Sequential(model.encoder, model.projector)
     if world > 1:
         embed = DistributedDataParallel(embed)
@@ -81,8 +81,8 @@ def train(
             order = torch.randperm(len(data.train), generator=generator)
             for batch in order[: steps_per_epoch * schedule.batch_size].split(schedule.batch_size):
                 ids = batch.tensor_split(world)[rank]
-                both = torch.cat(transform(data.train[ids], ids, epoch=epoch))  # [2n, C, s, s]
-                value = loss(*embed(both).chunk(2))
+                both = transform(data.train[ids], ids, epoch=epoch)  # [2, n, C, s, s]
+                value = loss(*embed(both.flatten(0, 1)).chunk(2))
                 optimizer.zero_grad()
                 value.backward()
                 optimizer.step()

@@ -119,7 +119,7 @@ def draw(
             label = f"view {v + 1}\n{spec.height_width[0]} × {spec.height_width[1]}"
             _panel(panels[1 + v], pixels_of(made[v][b], spec), label, colour)
             panels[1 + v].set_xlabel(told(params, v, b), fontsize=8)
-    figure.savefig(out, dpi=110)
+    figure.savefig(out, dpi=110, bbox_inches="tight")  # long lists of operations may pass the last row
 
 
 def _panel(

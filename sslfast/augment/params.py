@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..ops.view_params import COLUMNS
+from ._ids import towards
 
 
-@dataclass
+@dataclass(eq=False)
 class ViewParams:
     """The random choices behind a batch of views.
 
@@ -90,12 +91,15 @@ class ViewParams:
         return self.table.shape[0]
 
     def __getitem__(self, views: int | slice) -> ViewParams:
-        """The parameters of some views, sharing memory."""
-        return ViewParams(self.table[views : views + 1 or None] if isinstance(views, int) else self.table[views])
+        """The parameters of some views, sharing memory; one view is [1, B, 16]."""
+        if isinstance(views, slice):
+            return ViewParams(self.table[views])
+        chosen = range(len(self))[views]  # IndexError where there is none
+        return ViewParams(self.table[chosen : chosen + 1])
 
     def to(self, device: torch.device | str) -> ViewParams:
         """On another device; the same object's memory where it is there already."""
-        return ViewParams(self.table.to(device, non_blocking=True))
+        return ViewParams(towards(self.table, device))
 
     def clone(self) -> ViewParams:
         """A copy to edit."""

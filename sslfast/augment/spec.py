@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from ..ops.augment_views import LARGEST_KERNEL
 SEMANTICS = ("torchvision", "pil")
 INTERPOLATIONS = ("bilinear", "bicubic")
 
+JITTER = ("brightness", "contrast", "saturation", "hue")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -31,9 +31,9 @@ def _pair(name: str, value: Sequence[float], low: float, high: float = math.inf)
 
 def _factor(name: str, value: float | Sequence[float]) -> Range | None:
     """A strength as a range of factors, as torchvision's ColorJitter reads it; ``None`` where the operation is off."""
-    centre, low, high = (0.0, -0.5, 0.5) if name == "hue" else (1.0, 0.0, math.inf)
+    centre, low, high = (0.0, -0.5, 0.5) if name == "hue" else (1.0, 0.0, 1e6)
     if isinstance(value, (int, float)):
-        most = 0.5 if name == "hue" else math.inf
+        most = 0.5 if name == "hue" else 1e6
         if not 0 <= value <= most:
             raise ValueError(f"{name} must be between 0 and {most}, or (low, high), got {value!r}")
         return None if value == 0 else (max(centre - value, low), centre + value)
@@ -100,9 +100,12 @@ class ViewSpec:
     semantics: str = "torchvision"
 
     def __post_init__(self) -> None:
-        size = tuple(self.size) if isinstance(self.size, (tuple, list)) else (self.size, self.size)
+        for name in ("size", "scale", "ratio", "sigma", "mean", "std", *JITTER):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))  # so that a spec is hashable
+        size = self.size if isinstance(self.size, tuple) else (self.size, self.size)
         if len(size) != 2 or not all(isinstance(s, int) and 1 <= s < 2**24 for s in size):
-            raise ValueError(f"size must be a positive whole number or two of them, got {self.size!r}")
+            raise ValueError(f"size must be a positive whole number below 2^24 or two of them, got {self.size!r}")
         if self.scale is not None:
             _pair("scale", self.scale, 0.0, 1.0)
             if self.scale[0] <= 0:
@@ -112,7 +115,7 @@ class ViewSpec:
         for name in ("flip_p", "jitter_p", "grey_p", "blur_p", "solarize_p"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be a probability between 0 and 1, got {getattr(self, name)!r}")
-        for name in ("brightness", "contrast", "saturation", "hue"):
+        for name in JITTER:
             _factor(name, getattr(self, name))
         _pair("sigma", self.sigma, 0.0, LARGEST_KERNEL / 6)
         if self.sigma[0] <= 0:
@@ -148,16 +151,15 @@ class ViewSpec:
             return (float(value),) * count
         values = tuple(float(v) for v in value)
         if len(values) not in (1, 3) or len(values) not in (1, count):
-            raise ValueError(f"{name} must be one number or one a channel ({count} channels), got {value!r}")
+            raise ValueError(
+                f"{name} must be one number or one a channel, got {value!r} for images of {count} channel(s): "
+                f"dataclasses.replace(view, {name}=…)"
+            )
         return values * count if len(values) == 1 else values
 
     def numbers(self) -> tuple[float, ...]:
         """What sampling needs, in the order of ``ViewNumbers`` (csrc/common/view_params.h)."""
-        return self._numbers
-
-    @functools.cached_property
-    def _numbers(self) -> tuple[float, ...]:
-        ranges = [_factor(name, getattr(self, name)) for name in ("brightness", "contrast", "saturation", "hue")]
+        ranges = [_factor(name, getattr(self, name)) for name in JITTER]
         off: tuple[Range, ...] = ((1.0, 1.0), (1.0, 1.0), (1.0, 1.0), (0.0, 0.0))
         factors = [number for r, neutral in zip(ranges, off, strict=True) for number in (r or neutral)]
         return (

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops.augment_views import augment_views
-from ..ops.view_params import view_params
+from ..ops.augment_views import VIEWS, augment_views, check_images
+from ..ops.view_params import check_seed, view_params
+from ._ids import Ids, sample_ids, towards
 from .params import ViewParams
 from .spec import ViewSpec
 
@@ -37,10 +38,24 @@ def _checked_views(views: ViewSpec | Sequence[ViewSpec]) -> tuple[ViewSpec, ...]
     return several
 
 
-def _as_images(images: Any, layout: str) -> tuple[list[Tensor], bool]:
-    """A list as the operator wants it (one batch [B, C, H, W], or images [C, H, W]), and whether it was one image."""
+def _check_layout(layout: str) -> None:
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+
+
+def _from_array(image: Any) -> Tensor:
+    """Of a NumPy array or a PIL image: rows of pixels of channels."""
+    if getattr(image, "mode", "RGB") not in ("RGB", "L"):
+        raise ValueError(f"images must be PIL images of mode RGB or L, got {image.mode!r}: image.convert('RGB')")
+    # torch takes neither read-only memory nor steps backwards.
+    plain = isinstance(image, np.ndarray) and image.flags.writeable and min(image.strides, default=0) >= 0
+    pixels = torch.from_numpy(image if plain else np.array(image, order="C"))
+    return pixels[..., None] if pixels.dim() == 2 else pixels
+
+
+def _as_images(images: Any, layout: str) -> tuple[list[Tensor], bool]:
+    """A list as the operator wants it (one batch [B, C, H, W], or images [C, H, W]), and whether it was one image."""
+    _check_layout(layout)
     single = not isinstance(images, (list, tuple)) and getattr(images, "ndim", 3) < 4
     several = list(images) if isinstance(images, (list, tuple)) else [images]
     if not several:
@@ -49,11 +64,9 @@ def _as_images(images: Any, layout: str) -> tuple[list[Tensor], bool]:
     for image in several:
         if isinstance(image, Tensor):
             channels_last = layout == "NHWC"
-        # NumPy and PIL: rows of pixels of channels. Asked of the type, since PIL makes the bytes anew for the property.
+        # Asked of the type, since PIL makes the bytes anew for the property.
         elif hasattr(type(image), "__array_interface__"):
-            array = image if isinstance(image, np.ndarray) and image.flags.writeable else np.array(image)
-            image = torch.from_numpy(array)
-            image = image[..., None] if image.dim() == 2 else image
+            image = _from_array(image)
             channels_last = True
         else:
             raise TypeError(f"images must be tensors, NumPy arrays or PIL images, got {type(image).__name__}")
@@ -67,17 +80,16 @@ def _as_images(images: Any, layout: str) -> tuple[list[Tensor], bool]:
 
 def _count_and_size(images: Sequence[Tensor]) -> tuple[int, tuple[int, int] | Tensor]:
     """How many images, and their (height, width): one for all, or [B, 2]."""
-    first = images[0]
-    height, width = first.shape[-2:]
+    count = check_images(images)
     if len(images) == 1:
-        return (first.shape[0] if first.dim() == 4 else 1), (height, width)
-    return len(images), torch.tensor([image.shape[-2:] for image in images], device=first.device)
+        return count, (images[0].shape[-2], images[0].shape[-1])
+    return count, towards(torch.tensor([image.shape[-2:] for image in images]), images[0].device)
 
 
 def sample_params(
     images: Any,
     views: ViewSpec | Sequence[ViewSpec],
-    ids: Sequence[int] | Tensor | int | None = None,
+    ids: Ids = None,
     *,
     seed: int = 0,
     epoch: int = 0,
@@ -101,22 +113,22 @@ def sample_params(
     Raises:
         TypeError, ValueError: naming the argument, what it was and what is allowed.
     """
-    tensors, _ = _as_images(images, layout)
-    count, size = _count_and_size(tensors)
-    if ids is None:
-        ids = torch.randint(2**63 - 1, (count,))
-    elif not isinstance(ids, Tensor):
-        ids = torch.from_numpy(np.array(ids, dtype=np.int64, ndmin=1))
-    ids = ids.reshape(-1).to(tensors[0].device, torch.int64, non_blocking=True)
-    if len(ids) != count:
-        raise ValueError(f"ids must be as many as the images, {count}, got {len(ids)}")
     numbers = [view.numbers() for view in _checked_views(views)]
-    return ViewParams(view_params(ids, size, numbers, seed=seed, epoch=epoch))
+    return _sample(_as_images(images, layout)[0], numbers, ids, seed, epoch)
+
+
+def _sample(
+    tensors: Sequence[Tensor], numbers: Sequence[Sequence[float]], ids: Ids, seed: int, epoch: int
+) -> ViewParams:
+    """``sample_params`` of what ``_as_images`` gives and of views' numbers."""
+    count, size = _count_and_size(tensors)
+    on_device = sample_ids(ids, count, tensors[0].device)
+    return ViewParams(view_params(on_device, size, numbers, seed=seed, epoch=epoch))
 
 
 def apply(
     images: Any,
-    params: ViewParams,
+    params: ViewParams | Tensor,
     views: ViewSpec | Sequence[ViewSpec],
     *,
     dtype: torch.dtype = torch.float32,
@@ -131,7 +143,7 @@ def apply(
             sizes: uint8, or floating point on the scale 0 … 1; 1 or 3 channels; any strides. NumPy arrays and PIL
             images too, channels last. Floating-point values beyond [0, 1] are clamped where torchvision clamps: by
             brightness, contrast, saturation and hue.
-        params: V views of B images.
+        params: V views of B images, or their table.
         views: V of them; what is not drawn (size, interpolation, kernel, normalisation, semantics) comes from here.
         dtype: of the views: float32 (default), bfloat16 or float16.
         channels_last: the views' memory format. Default False.
@@ -146,9 +158,22 @@ def apply(
         TypeError, ValueError: naming the argument, what it was and what is allowed.
     """
     tensors, single = _as_images(images, layout)
-    several = _checked_views(views)
-    if len(params) != len(several):
-        raise ValueError(f"params must describe {len(several)} views, got {len(params)}")
+    table = (ViewParams(params) if isinstance(params, Tensor) else params).table
+    return _make(tensors, single, table, _checked_views(views), dtype, channels_last, stacked)
+
+
+def _make(
+    tensors: Sequence[Tensor],
+    single: bool,
+    table: Tensor,
+    several: Sequence[ViewSpec],
+    dtype: torch.dtype,
+    channels_last: bool,
+    stacked: bool,
+) -> list[Tensor] | Tensor:
+    """``apply`` to what ``_as_images`` gives."""
+    if len(table) != len(several):
+        raise ValueError(f"params must describe {len(several)} views, got {len(table)}")
     sizes = {view.height_width for view in several}
     if stacked and len(sizes) > 1:
         raise ValueError(f"stacked must be False for views of several sizes, got {sorted(sizes)}")
@@ -157,7 +182,7 @@ def apply(
         spec = several[group.start]
         views_of_group = augment_views(
             tensors,
-            params.table[group],
+            table[group],
             size=spec.height_width,
             cubic=spec.interpolation == "bicubic",
             blur_kernel=spec.blur_kernel,
@@ -199,20 +224,23 @@ class MultiViewTransform:
         layout: str = "NCHW",
         stacked: bool = False,
     ) -> None:
+        check_seed(seed)
+        if dtype not in VIEWS:
+            raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+        _check_layout(layout)
         self.views = _checked_views(views)
+        self._numbers = [view.numbers() for view in self.views]
         self.seed = seed
         self.dtype = dtype
         self.channels_last = channels_last
         self.layout = layout
         self.stacked = stacked
 
-    def sample_params(
-        self, images: Any, ids: Sequence[int] | Tensor | int | None = None, *, epoch: int = 0
-    ) -> ViewParams:
+    def sample_params(self, images: Any, ids: Ids = None, *, epoch: int = 0) -> ViewParams:
         """What ``__call__`` would draw; see ``sslfast.augment.sample_params``."""
-        return sample_params(images, self.views, ids, seed=self.seed, epoch=epoch, layout=self.layout)
+        return _sample(_as_images(images, self.layout)[0], self._numbers, ids, self.seed, epoch)
 
-    def apply(self, images: Any, params: ViewParams) -> list[Tensor] | Tensor:
+    def apply(self, images: Any, params: ViewParams | Tensor) -> list[Tensor] | Tensor:
         """The views that ``params`` describe; see ``sslfast.augment.apply``."""
         return apply(
             images,
@@ -224,11 +252,11 @@ class MultiViewTransform:
             stacked=self.stacked,
         )
 
-    def __call__(
-        self, images: Any, ids: Sequence[int] | Tensor | int | None = None, *, epoch: int = 0
-    ) -> list[Tensor] | Tensor:
+    def __call__(self, images: Any, ids: Ids = None, *, epoch: int = 0) -> list[Tensor] | Tensor:
         """One tensor a view: [B, C, h, w], or [C, h, w] for one image. ``ids``, ``epoch``: see ``sample_params``."""
-        return self.apply(images, self.sample_params(images, ids, epoch=epoch))
+        tensors, single = _as_images(images, self.layout)
+        table = _sample(tensors, self._numbers, ids, self.seed, epoch).table
+        return _make(tensors, single, table, self.views, self.dtype, self.channels_last, self.stacked)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(map(repr, self.views))}, seed={self.seed}, dtype={self.dtype})"

@@ -16,6 +16,10 @@ from .view_params import COLUMNS
 BACKENDS = ("cpu", "cuda", "reference")
 IMAGES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)
 LARGEST_KERNEL = 255  # 2 · kMaxBlurRadius + 1 in csrc/common/blur.h
+_OPERATIONS = np.arange(4, dtype=np.float32)
+# Of brightness, contrast, saturation and hue.
+_SMALLEST = np.array([0, 0, 0, -0.5], dtype=np.float32)
+_LARGEST = np.array([1e6, 1e6, 1e6, 0.5], dtype=np.float32)
 VIEWS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -54,7 +58,7 @@ def why_not(backend: str, images: Sequence[Tensor]) -> str | None:
     return f"augment_views has no {backend} implementation"
 
 
-def _check_images(images: Sequence[Tensor]) -> int:
+def check_images(images: Sequence[Tensor]) -> int:
     """One batch [B, C, H, W] or B images [C, H, W], alike in all but their sizes; returns B."""
     if len(images) == 0:
         raise ValueError("images must hold at least one image, got an empty list")
@@ -101,7 +105,21 @@ def _check_params(images: Sequence[Tensor], params: Tensor, widest_kernel: int, 
             f"params: the crop (top, left, height, width) = {params[v, b, :4].tolist()} of view {v} of image {b} must "
             f"lie in its {height} × {width} pixels"
         )
-    if blur_kernel > widest_kernel and (table[..., COLUMNS.index("sigma")] > 0).any():
+    sigma, order, factors = table[..., 14], table[..., 9:13], table[..., 5:9]
+    if not ((sigma >= 0) & (sigma < np.inf)).all():
+        raise ValueError(f"params: sigma must be 0 or positive and finite, got {sigma.min()} to {sigma.max()}")
+    times = (order[..., None] == _OPERATIONS).sum(-2)  # [V, B, 4], how often each stands in the order
+    if (times > 1).any() or (times.sum(-1) + (order == -1).sum(-1) != 4).any():
+        raise ValueError(
+            f"params: order must hold 0, 1, 2, 3 at most once each, and −1 elsewhere, got {order.tolist()}"
+        )
+    wrong = (times > 0) & ~((factors >= _SMALLEST) & (factors <= _LARGEST))
+    if wrong.any():
+        column = int(np.argwhere(wrong)[0][-1])
+        raise ValueError(
+            f"params: {COLUMNS[5 + column]} must be from {_SMALLEST[column]} to {_LARGEST[column]} where it is in order"
+        )
+    if blur_kernel > widest_kernel and (sigma > 0).any():
         raise ValueError(f"blur_kernel must be at most {widest_kernel} at this size of view, got {blur_kernel}")
 
 
@@ -142,7 +160,7 @@ def augment_views(
     Raises:
         TypeError, ValueError: naming the argument, what it was and what is allowed.
     """
-    count = _check_images(images)
+    count = check_images(images)
     if params.dim() != 3 or params.shape[1:] != (count, len(COLUMNS)) or params.dtype != torch.float32:
         raise ValueError(
             f"params must be [views, {count}, {len(COLUMNS)}] of float32, got {tuple(params.shape)} of {params.dtype}"

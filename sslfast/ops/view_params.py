@@ -45,6 +45,17 @@ def why_not(backend: str, ids: Tensor) -> str | None:
     return f"view_params has no {backend} implementation"
 
 
+def _check_sides(smallest: int, largest: int) -> None:
+    if smallest < 1 or largest >= 2**24:  # a float32 parameter holds no larger whole number
+        raise ValueError(f"size must be from 1 to 2^24 − 1, got {smallest if smallest < 1 else largest}")
+
+
+def check_seed(seed: int) -> None:
+    """64 bits, signed or not."""
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be a 64-bit whole number, got {seed}")
+
+
 def view_params(
     ids: Tensor,
     size: tuple[int, int] | Tensor,
@@ -73,8 +84,7 @@ def view_params(
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.dim() != 1:
         got = f"{tuple(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"ids must be a vector of int64, got {got}")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed must be a 64-bit whole number, got {seed}")
+    check_seed(seed)
     if not 0 <= epoch < 2**32:
         raise ValueError(f"epoch must be between 0 and 2^32 − 1, got {epoch}")
     if not 0 <= view <= 2**16 - len(numbers):
@@ -85,10 +95,10 @@ def view_params(
                 f"size must be [{len(ids)}, 2] of int64 on {ids.device}, got {tuple(size.shape)} of {size.dtype} on "
                 f"{size.device}"
             )
-        if size.is_cpu and not torch.compiler.is_compiling() and len(ids) and not int(size.min()) > 0:
-            raise ValueError(f"size must be positive, got {int(size.min())}")
-    elif min(size) < 1:
-        raise ValueError(f"size must be positive, got {tuple(size)}")
+        if size.is_cpu and not torch.compiler.is_compiling() and len(ids):
+            _check_sides(int(size.min()), int(size.max()))
+    else:
+        _check_sides(min(size), max(size))
     seed = seed - 2**64 if seed >= 2**63 else seed  # as the schema's signed 64 bits
     flat = [number for of_view in numbers for number in of_view]
     sizes, fixed = (size, []) if isinstance(size, Tensor) else (None, list(size))

@@ -143,7 +143,7 @@ def augment_view(
     x = image[:, top : top + height, left : left + width]
     to_grey, mix, turned = (pil_grey, pil_blend, pil_hue_turned) if pil else (grey, blend, hue_turned)
     if pil:
-        x = torch.floor(255 * x.clamp(0, 1) + 0.5)
+        x = torch.floor(255 * x.nan_to_num(0).clamp(0, 1) + 0.5)
     x = pil_resized(x, size, cubic) if pil else resized(x, size, cubic)
     if flip:
         x = x.flip(2)
@@ -190,4 +190,6 @@ def augment_views(
             x = image.to(dtype) / 255 if image.dtype == torch.uint8 else image.to(dtype)
             view = augment_view(x, row, size=size, cubic=cubic, blur_kernel=blur_kernel, threshold=threshold, pil=pil)
             views.append((view - shift) / scale)
+    if not views:
+        return each[0].new_empty((*params.shape[:2], len(each[0]), *size), dtype=dtype)
     return torch.stack(views).unflatten(0, params.shape[:2])

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ..._checks import FLOATS
+from .._ids import Ids as Ids
+from .._ids import sample_ids as sample_ids
 
 # Streams take the place of the view's number in the counter. They begin at 2^15, and views are numbered from 0, so a
 # task shares no number with a view of the same sample unless there are more than 32768 views.
@@ -20,8 +22,6 @@ ROTATION, JIGSAW, PERMUTATIONS, RELATIVE_LOCATION, COLOR_NOISE, INPAINTING, REGI
 LOW = 0xFFFFFFFF
 BLOCKS = 2**16  # the counter's first word is block | stream << 16
 GREY = (0.2989, 0.587, 0.114)  # as torchvision's, and as the views'
-
-Ids = Sequence[int] | Tensor | int | None
 
 
 def _product(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
@@ -105,20 +105,6 @@ def check_whole(name: str, value: int, least: int, most: int | None = None) -> N
     if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
         allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} must be a whole number {allowed}, got {value!r}")
-
-
-def sample_ids(images: Tensor, ids: Ids) -> Tensor:
-    """[B] int64 on the images' device; drawn from torch's CPU generator where there are none."""
-    count = images.shape[0]
-    if ids is None:
-        ids = torch.randint(2**63 - 1, (count,))
-    elif not isinstance(ids, Tensor):
-        ids = torch.tensor([ids] if isinstance(ids, int) else list(ids), dtype=torch.int64)
-    elif ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-        raise TypeError(f"ids must hold integers, got {ids.dtype}")
-    if ids.numel() != count:
-        raise ValueError(f"ids must be as many as the images, {count}, got {ids.numel()}")
-    return ids.reshape(-1).to(images.device, torch.int64, non_blocking=True)
 
 
 def unit_scale(pixels: Tensor) -> Tensor:

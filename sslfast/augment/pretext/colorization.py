@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from ._draws import check_images, check_whole, unit_scale
 # Linear sRGB to XYZ (D65), and the white point, with scikit-image's digits, which the released code converts with.
 XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
 WHITE = (0.95047, 1.0, 1.08883)
+TO_XYZ = [[part / white for part in row] for row, white in zip(XYZ, WHITE, strict=True)]  # X, Y and Z over white's
+TO_RGB = np.linalg.inv(TO_XYZ).tolist()
 KNEE = 6 / 29  # where CIE's cube root goes over into a line
 
 STEP = 10  # of the grid of colours
@@ -39,16 +42,10 @@ class Colorized(NamedTuple):
     weights: Tensor  # [B, K, h, w] float32: how much each of them is the target; sums to 1 over K
 
 
-def _linear(channels: Tensor, matrix: Tensor) -> Tensor:
-    return torch.einsum("dc,bchw->bdhw", matrix, channels)
-
-
-@functools.lru_cache(maxsize=16)
-def _matrices(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Linear sRGB to XYZ over white, and back."""
-    with torch.inference_mode(False):
-        forth = torch.tensor(XYZ, dtype=torch.float64) / torch.tensor(WHITE, dtype=torch.float64)[:, None]
-        return forth.to(device, dtype), torch.linalg.inv(forth).to(device, dtype)
+def _linear(channels: Tensor, matrix: list[list[float]]) -> Tensor:
+    """[3, 3] · [B, 3, H, W], as sums: autocast and TF32 would round the factors of a matrix product."""
+    first, second, third = channels.unbind(1)
+    return torch.stack([a * first + b * second + c * third for a, b, c in matrix], dim=1)
 
 
 def rgb_to_lab(images: Tensor) -> Tensor:
@@ -66,7 +63,7 @@ def rgb_to_lab(images: Tensor) -> Tensor:
     check_images(images, (3,))
     rgb = unit_scale(images)
     linear = torch.where(rgb > 0.04045, ((rgb.clamp_min(0.0) + 0.055) / 1.055) ** 2.4, rgb / 12.92)
-    xyz = _linear(linear, _matrices(rgb.dtype, rgb.device)[0])
+    xyz = _linear(linear, TO_XYZ)
     f = torch.where(xyz > KNEE**3, xyz.clamp_min(KNEE**3) ** (1 / 3), xyz / (3 * KNEE**2) + 4 / 29)
     x, y, z = f.unbind(1)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
@@ -86,7 +83,7 @@ def lab_to_rgb(lab: Tensor) -> Tensor:
     y = (lightness + 16) / 116
     f = torch.stack([y + a / 500, y, y - b / 200], dim=1)
     xyz = torch.where(f > KNEE, f**3, 3 * KNEE**2 * (f - 4 / 29))
-    linear = _linear(xyz, _matrices(f.dtype, f.device)[1]).clamp(0, 1)
+    linear = _linear(xyz, TO_RGB).clamp(0, 1)
     return torch.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear).clamp(0, 1)
 
 
@@ -224,7 +221,9 @@ def decode_colors(logits: Tensor, temperature: float = 0.38) -> Tensor:
     if not 0 < temperature <= 1:
         raise ValueError(f"temperature must be above 0 and at most 1, got {temperature!r}")
     annealed = (logits.to(torch.float32) / temperature).softmax(1)
-    return torch.einsum("bqhw,qc->bchw", annealed, _bins(logits.device))
+    # Sums for the same reason as in _linear.
+    means = [(annealed * colour[:, None, None]).sum(1) for colour in _bins(logits.device).unbind(1)]
+    return torch.stack(means, dim=1)
 
 
 def rebalancing_weights(histogram: Tensor, *, lam: float = 0.5, sigma: float = 5.0) -> Tensor:

@@ -12,7 +12,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..spec import IMAGENET_MEAN
-from ._draws import INPAINTING, REGION, Ids, below, check_images, check_share, check_whole, sample_ids, uniforms
+from ._draws import (
+    BLOCKS,
+    INPAINTING,
+    REGION,
+    Ids,
+    below,
+    check_images,
+    check_share,
+    check_whole,
+    sample_ids,
+    uniforms,
+)
 
 HOLES = ("centre", "blocks", "region")
 FRACTION = 12  # bits behind the point of interpolation weights
@@ -40,10 +51,12 @@ def _centre(count: int, height: int, width: int, share: float, device: torch.dev
 
 def _blocks(draws: Tensor, height: int, width: int, share: float) -> Tensor:
     """[B, H, W]: rectangles that may overlap, each of at most A = share · H · W / blocks pixels, from ``draws``
-    [B, blocks, 3]. Heights lie between √(A/2) and √(2A), and widths are what the area leaves. Whole numbers all along.
+    [B, blocks, 3]. Heights lie between √(A/2) and √(2A) but are at most H, and widths are what the area leaves. Whole
+    numbers all along.
     """
     area = int(share * height * width) // draws.shape[1]
-    least, most = max(1, math.isqrt(area // 2)), min(height, math.isqrt(2 * area))
+    most = min(height, math.isqrt(2 * area))
+    least = min(most, max(1, math.isqrt(area // 2)))
     tall = least + below(draws[..., 0], most - least + 1)
     wide = (area // tall).clamp(1, width)
     inside = []
@@ -72,6 +85,11 @@ def _region(ids: Tensor, seed: int, epoch: int, height: int, width: int, share: 
     """[B, H, W]: the ``share`` of pixels where smooth noise is highest; see :class:`Inpainting`."""
     step = max(2, round(COARSE * min(height, width)))
     high, wide = ((size + step - 2) // step + 4 for size in (height, width))  # values that pixels can reach
+    if 2 + high * wide > 4 * BLOCKS:
+        raise ValueError(
+            f"images must be less elongated for hole='region', whose noise has at most {4 * BLOCKS} values, "
+            f"got {height} × {width}, which would take {2 + high * wide}: crop them"
+        )
     draws = uniforms(ids, 2 + high * wide, seed=seed, epoch=epoch, stream=REGION)
     noise = below(draws[:, 2:], 2**16).reshape(-1, high, wide) - 2**15
     row, down = _cubic(below(draws[:, 0], step), height, step)
@@ -129,7 +147,7 @@ class Inpainting:
         if self.hole not in HOLES:
             raise ValueError(f"hole must be one of {', '.join(HOLES)}, got {self.hole!r}")
         check_share("share", self.share)
-        check_whole("blocks", self.blocks, 1)
+        check_whole("blocks", self.blocks, 1, 4 * BLOCKS // 3)  # three draws each
         check_whole("overlap", self.overlap, 0)
         if not 0 <= self.overlap_weight < math.inf:
             raise ValueError(f"overlap_weight must be finite and not negative, got {self.overlap_weight!r}")
@@ -139,6 +157,7 @@ class Inpainting:
 
         Args:
             images: [B, C, H, W], uint8, or floating point on the scale 0 … 1; fewer than 2^22 pixels.
+                With ``"region"``, the longer side at most some 2000 times the shorter.
             ids: [B], which sample each image is. Default: drawn from torch's CPU generator.
             epoch: below 2³². Default 0.
 
@@ -170,7 +189,7 @@ class Inpainting:
         count, _, height, width = images.shape
         if self.hole == "centre":
             return _centre(count, height, width, self.share, images.device)
-        ids = sample_ids(images, ids)
+        ids = sample_ids(ids, count, images.device)
         if self.hole == "region":
             return _region(ids, self.seed, epoch, height, width, self.share)
         draws = uniforms(ids, 3 * self.blocks, seed=self.seed, epoch=epoch, stream=INPAINTING)

@@ -144,7 +144,11 @@ class Jigsaw:
 
     def permutation_table(self, device: torch.device | str = "cpu") -> Tensor:
         """[permutations, grid²] int64: row ``label`` says which cell each tile comes from."""
-        return _table(self.permutations, self.grid**2, self.permutation_seed, torch.device(device))
+        return self._table(torch.device(device)).clone()
+
+    def _table(self, device: torch.device) -> Tensor:
+        """The cached tensor itself, to be read only."""
+        return _table(self.permutations, self.grid**2, self.permutation_seed, device)
 
     def __call__(self, images: Tensor, ids: Ids = None, *, epoch: int = 0) -> Puzzle:
         """Puzzles of a batch.
@@ -167,7 +171,7 @@ class Jigsaw:
             raise ValueError(
                 f"images must be at least grid · cell = {side} pixels a side, got {height} × {width}: make cell smaller"
             )
-        ids = sample_ids(images, ids)
+        ids = sample_ids(ids, count, images.device)
         draws = uniforms(ids, 4 + 2 * cells * (1 + channels), seed=self.seed, epoch=epoch, stream=JIGSAW)
         label = below(draws[:, 0], self.permutations)
         grey = draws[:, 1] < self.grey_p
@@ -177,7 +181,7 @@ class Jigsaw:
         shift = below(draws[:, 4 + 2 * cells :].reshape(count, 2, cells, channels), 2 * self.colour_shift + 1)
         shift = (shift - self.colour_shift) * ~grey[:, None, None, None]
         inside = (corner[..., None] + shift).clamp(0, slack)  # [B, 2, cells, C]: a channel of a tile in its cell
-        order = self.permutation_table(images.device)[label]  # [B, cells]
+        order = self._table(images.device)[label]  # [B, cells]
         pixel = torch.arange(self.tile, device=images.device)
         places = [
             (window[i][:, None] + cell * self.cell)[:, :, None, None] + inside[:, i, ..., None] + pixel

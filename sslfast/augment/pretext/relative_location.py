@@ -126,7 +126,7 @@ class RelativeLocation:
                 f"images must be at least 2·patch + gap + 2·jitter = {least} pixels a side, got {height} × {width}: "
                 "make patch and gap smaller"
             )
-        ids = sample_ids(images, ids)
+        ids = sample_ids(ids, len(images), images.device)
         draws = uniforms(ids, DRAWS, seed=self.seed, epoch=epoch, stream=RELATIVE_LOCATION)
         label = below(draws[:, 0], 8)
         rows, columns = self._places(label, draws[:, 1:7], images.shape[2], images.shape[3])
@@ -153,12 +153,11 @@ class RelativeLocation:
         return out[0], out[1]
 
     def _shrunk(self, patches: Tensor, coins: Tensor, amounts: Tensor) -> Tensor:
-        """Some of them through fewer pixels and back."""
+        """Some of them through fewer pixels and back, in float64, which autocast and TF32 do not round."""
         pixels = self.least_pixels + amounts * ((self.patch - 1) ** 2 - self.least_pixels)
-        matrix = _there_and_back(pixels.sqrt().floor(), self.patch).to(patches.dtype)[:, :, None]
-        return torch.where(
-            (coins < self.downsample_p)[:, :, None, None, None], matrix @ patches @ matrix.transpose(-1, -2), patches
-        )
+        matrix = _there_and_back(pixels.sqrt().floor(), self.patch)[:, :, None]
+        shrunk = (matrix @ patches.to(torch.float64) @ matrix.transpose(-1, -2)).to(patches.dtype)
+        return torch.where((coins < self.downsample_p)[:, :, None, None, None], shrunk, patches)
 
     def _coloured(self, patches: Tensor, draws: Tensor, ids: Tensor, epoch: int) -> Tensor:
         """The colours taken out, and each channel's mean (by "drop", the kept channel's)."""

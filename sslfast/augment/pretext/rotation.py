@@ -54,7 +54,7 @@ class Rotation:
             )
         if self.all_four:
             return Rotated(_all_four(images), torch.arange(4, device=images.device).repeat_interleave(count))
-        ids = sample_ids(images, ids)
+        ids = sample_ids(ids, count, images.device)
         labels = below(uniforms(ids, 1, seed=self.seed, epoch=epoch, stream=ROTATION)[:, 0], 4)
         return Rotated(_turned(images, labels), labels)
 
