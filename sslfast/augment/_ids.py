@@ -23,14 +23,23 @@ def sample_ids(ids: Ids, count: int, device: torch.device) -> Tensor:
         TypeError, ValueError: ids are not whole numbers of 64 bits, or not as many as the images.
     """
     if ids is None:
-        ids = torch.randint(2**63 - 1, (count,))
-    elif not isinstance(ids, Tensor):
-        array = np.array(ids, ndmin=1)
-        if array.dtype.kind not in "iu" or array.dtype == np.uint64 and array.size and array.max() >= 2**63:
-            raise TypeError(f"ids must be whole numbers below 2^63, got {ids!r}")
-        ids = torch.from_numpy(array.astype(np.int64))
-    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-        raise TypeError(f"ids must be whole numbers, got {ids.dtype}")
-    if ids.numel() != count:
-        raise ValueError(f"ids must be as many as the images, {count}, got {ids.numel()}")
-    return towards(ids.reshape(-1).to(torch.int64), device)
+        given = torch.randint(2**63 - 1, (count,), device="cpu")
+    else:
+        given = ids if isinstance(ids, Tensor) else _from_host(ids)
+    if given.numel() != count:
+        raise ValueError(f"ids must be as many as the images, {count}, got {given.numel()}")
+    # An empty list has no type: NumPy takes it for floats.
+    if count and (given.dtype.is_floating_point or given.dtype.is_complex or given.dtype == torch.bool):
+        raise TypeError(f"ids must be whole numbers below 2^63, got {given.dtype}")
+    return towards(given.reshape(-1).to(torch.int64), device)
+
+
+def _from_host(ids: Sequence[int] | int) -> Tensor:
+    """Of the type that the numbers have, so that what is not a whole number is seen and not truncated."""
+    try:
+        numbers = torch.from_numpy(np.array(ids, ndmin=1))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"ids must be whole numbers below 2^63, got {type(ids).__name__}: {error}") from error
+    if numbers.dtype == torch.uint64 and bool((numbers.view(torch.int64) < 0).any()):
+        raise ValueError("ids must be whole numbers below 2^63, got larger ones")
+    return numbers
