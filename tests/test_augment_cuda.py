@@ -218,12 +218,12 @@ def test_cuda_graph_with_parameters_edited_between_replays(ragged: bool) -> None
 def test_nothing_waits_for_the_device(ragged: bool) -> None:
     spec = everything(32)
     batch = photographs(6, 3, 50, 60).cuda()
-    images = list(batch) if ragged else [batch]
-    numbers, ids = [spec.numbers()], torch.arange(6, device="cuda")
+    images = list(batch)
+    ids = torch.arange(6, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        params = ops.view_params(ids, (50, 60), numbers)
-        views_by("cuda", images, params, spec)
+        given = images if ragged else batch
+        apply(given, sample_params(given, spec, ids), spec)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
