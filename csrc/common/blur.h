@@ -6,7 +6,8 @@ namespace sslfast {
 
 inline constexpr int kMaxBlurRadius = 127;
 
-// What lies beyond the image's border: torchvision mirrors (without repeating the border pixel), PIL repeats the border.
+// What lies beyond the image's border: torchvision mirrors (without repeating the border pixel), PIL repeats the
+// border.
 template <bool kPil>
 SSLFAST_INLINE int inside(int i, int size) {
   if constexpr (kPil) return i < 0 ? 0 : i >= size ? size - 1 : i;
@@ -23,7 +24,8 @@ SSLFAST_INLINE float exp_of(float x) {
 #endif
 }
 
-// A Gaussian cut at `limit` pixels; what it weighs there in float32 beyond 5.5 σ (3e-7) is left out. weight[0 … radius].
+// A Gaussian cut at `limit` pixels; what it weighs there in float32 beyond 5.5 σ (3e-7) is left out. weight[0 …
+// radius].
 SSLFAST_INLINE int gaussian_weights(float sigma, int limit, float* weight) {
   const int radius = 5.5f * sigma < static_cast<float>(limit) ? static_cast<int>(5.5f * sigma) + 1 : limit;
   float sum = 0;
@@ -36,8 +38,9 @@ SSLFAST_INLINE int gaussian_weights(float sigma, int limit, float* weight) {
   return radius;
 }
 
-// PIL's GaussianBlur is three box filters along each row and then three along each column, each rounded to a byte. A box
-// is 2 · radius + 1 whole pixels and a share of one more at either end, such that the variances of three add up to σ².
+// PIL's GaussianBlur is three box filters along each row and then three along each column, each rounded to a byte. A
+// box is 2 · radius + 1 whole pixels and a share of one more at either end, such that the variances of three add up to
+// σ².
 struct Box3 {
   int radius;
   uint32_t whole, end;  // weights, in units of 2^-24

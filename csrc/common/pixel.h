@@ -1,9 +1,9 @@
-// The arithmetic of one pixel, for the host and the device. `V` is float, or a vector of floats (GCC's extension): what
-// is written here holds for both, so there is no branch on a pixel's value, only choices.
+// The arithmetic of one pixel, for the host and the device. `V` is float, or a vector of floats (GCC's extension):
+// what is written here holds for both, so there is no branch on a pixel's value, only choices.
 //
-// Two semantics. `torchvision`: values in [0, 1], as its functional operations on float tensors. `pil`: whole numbers from
-// 0 to 255, as PIL's operations on uint8 images, which round or truncate after each step.
-// Comparisons are written so that a NaN stays a NaN.
+// Two semantics. `torchvision`: values in [0, 1], as its functional operations on float tensors. `pil`: whole numbers
+// from 0 to 255, as PIL's operations on uint8 images, which round or truncate after each step. Comparisons are written
+// so that a NaN stays a NaN.
 #pragma once
 #include "half.h"
 
@@ -72,8 +72,8 @@ SSLFAST_INLINE Rgb<V> saturated(const Rgb<V>& p, float f) {
   return blend<kPil>(p, grey_of<kPil>(p), f);
 }
 
-// Hue as 6·H (red 0, yellow 1, green 2, cyan 3, blue 4, magenta 5; negative between magenta and red), of a pixel with this
-// maximum and this range > 0. In PIL's order of operations where bytes are cut from it.
+// Hue as 6·H (red 0, yellow 1, green 2, cyan 3, blue 4, magenta 5; negative between magenta and red), of a pixel with
+// this maximum and this range > 0. In PIL's order of operations where bytes are cut from it.
 template <bool kPil, typename V>
 SSLFAST_INLINE V hue_of(const Rgb<V>& p, V top, V range) {
   const V zero = splat<V>(0.0f), two = splat<V>(2.0f), four = splat<V>(4.0f);

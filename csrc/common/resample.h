@@ -1,6 +1,6 @@
 // Antialiased resampling by a separable filter, for the host and the device: where a filter lies and what it weighs.
-// As in PIL and in PyTorch's interpolate(antialias=True): the filter is stretched by the scale where the image shrinks, it
-// ends at the border of the crop, and its weights are divided by their sum.
+// As in PIL and in PyTorch's interpolate(antialias=True): the filter is stretched by the scale where the image
+// shrinks, it ends at the border of the crop, and its weights are divided by their sum.
 #pragma once
 #include "half.h"
 

@@ -1,6 +1,7 @@
 // What is drawn at random for one view of one image, for the host and the device: the same bits on both. Only IEEE
-// operations on doubles that round alike everywhere, each rounded on its own: SSLFAST_MUL and SSLFAST_ADD keep a compiler
-// from joining two of them to a fused multiply-add (the host's files are compiled with -ffp-contract=off besides).
+// operations on doubles that round alike everywhere, each rounded on its own: SSLFAST_MUL and SSLFAST_ADD keep a
+// compiler from joining two of them to a fused multiply-add (the host's files are compiled with -ffp-contract=off
+// besides).
 #pragma once
 #include "philox.h"
 

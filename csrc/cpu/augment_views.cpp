@@ -1,6 +1,6 @@
-// Views of images on the CPU. One worker makes one view at a time in its own memory: the view as planes of floats (which
-// stay in the cache for the usual sizes) and a few rows. Pass 1 resamples and does the colours up to contrast; pass 2 the
-// rest of them; pass 3 blurs, solarises, normalises and writes. What the parameters leave out is left out.
+// Views of images on the CPU. One worker makes one view at a time in its own memory: the view as planes of floats
+// (which stay in the cache for the usual sizes) and a few rows. Pass 1 resamples and does the colours up to contrast;
+// pass 2 the rest of them; pass 3 blurs, solarises, normalises and writes. What the parameters leave out is left out.
 #include "augment_views.h"
 
 #include "view_finish.h"

@@ -5,8 +5,8 @@
 namespace sslfast {
 namespace SSLFAST_CPU_LEVEL {
 
-// What is to be done with the colours of one view, in two stretches: contrast needs the mean of the whole grey image, so
-// what stands before it is done as the rows come out of the resampling, and the rest when they all have.
+// What is to be done with the colours of one view, in two stretches: contrast needs the mean of the whole grey image,
+// so what stands before it is done as the rows come out of the resampling, and the rest when they all have.
 struct Colours {
   int order[4];
   int before, after;  // order[0 … before), order[before … after)

@@ -1,6 +1,6 @@
-// A crop resampled to the size of the view, in one walk over its rows. As many rows as a vector has lanes are turned, so
-// that they stand beside each other in memory; columns are then sums of whole vectors. Turned back, each row is added to
-// the rows of the view that it has a weight in.
+// A crop resampled to the size of the view, in one walk over its rows. As many rows as a vector has lanes are turned,
+// so that they stand beside each other in memory; columns are then sums of whole vectors. Turned back, each row is
+// added to the rows of the view that it has a weight in.
 #pragma once
 #include "../common/pixel.h"
 #include "../common/resample.h"

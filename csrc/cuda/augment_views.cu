@@ -1,11 +1,13 @@
-// Views of images on the GPU. The bound is memory traffic: the crop read once, the view written once. What lies between
-// (a view whose contrast waits for the mean of its grey image, or whose blur waits for its neighbours) goes through planes
-// of floats for so few samples at a time that they stay in the L2 cache. A group of samples is three launches:
+// Views of images on the GPU. The bound is memory traffic: the crop read once, the view written once. What lies
+// between (a view whose contrast waits for the mean of its grey image, or whose blur waits for its neighbours) goes
+// through planes of floats for so few samples at a time that they stay in the L2 cache. A group of samples is three
+// launches:
 //   resample_kernel (view_resample.h): crop, antialiased resize, flip, colours up to contrast;
 //   colour_kernel (view_finish.h): contrast and the colours after it, where there is contrast;
 //   gaussian_kernel or box_kernel (view_finish.h): where there is blur.
 // The first of them that can, solarises, normalises and writes the view. Nothing is read back, and nothing waits: the
-// operator can be captured in a CUDA graph, of a ragged list too, whose table travels as a kernel's argument.
+// operator can be captured in a CUDA graph, of a ragged list too, whose table travels as a kernel's
+// argument.
 #include <algorithm>
 #include <vector>
 
@@ -100,7 +102,8 @@ void check_images(const std::vector<Tensor>& tensors, const Tensor& params) {
   }
 }
 
-// The images' table in device memory, written by kernels whose arguments hold it: no host memory has to outlive the call.
+// The images' table in device memory, written by kernels whose arguments hold it: no host memory has to outlive the
+// call.
 Tensor listed(const std::vector<Image>& images, const Tensor& like, cudaStream_t stream) {
   const auto count = static_cast<int64_t>(images.size());
   Tensor list = torch::stable::new_empty(like, {count * static_cast<int64_t>(sizeof(Image))}, ScalarType::Byte);

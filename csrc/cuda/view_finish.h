@@ -1,5 +1,5 @@
-// The passes over a view after the first: the colours from contrast on, and the blur. A block whose sample has no need of
-// the pass leaves at once.
+// The passes over a view after the first: the colours from contrast on, and the blur. A block whose sample has no need
+// of the pass leaves at once.
 #pragma once
 #include "view_resample.h"
 
@@ -48,7 +48,8 @@ __global__ void __launch_bounds__(kColourThreads)
   }
 }
 
-// How a filter of 2·radius + 1 weights runs over kRun neighbours at once: in groups of kRun taps, weights of 0 at the end.
+// How a filter of 2·radius + 1 weights runs over kRun neighbours at once: in groups of kRun taps, weights of 0 at the
+// end.
 __host__ __device__ constexpr int tap_groups(int radius) { return (2 * radius + kRun - 1) / kRun + 1; }
 // Columns of the tile with its border, odd, for a warp that reads one column of 32 rows.
 __host__ __device__ constexpr int bordered(int radius) { return (kTile - kRun + tap_groups(radius) * kRun) | 1; }
@@ -58,8 +59,8 @@ __host__ constexpr size_t blur_shared_bytes(int radius) {
 }
 static_assert(blur_shared_bytes(kMaxBlurRadius) <= kSharedBytes);
 
-// sum[j] += Σ_i weight[i − j] value[i] over one group of taps i. `window` holds the last kRun weights, weight[i] at place
-// i mod kRun: a weight and a value are loaded once for kRun products each.
+// sum[j] += Σ_i weight[i − j] value[i] over one group of taps i. `window` holds the last kRun weights, weight[i] at
+// place i mod kRun: a weight and a value are loaded once for kRun products each.
 __device__ inline void add_taps(const float* value, int step, const float* weight, float (&window)[kRun],
                                 float (&sum)[kRun]) {
 #pragma unroll
@@ -71,9 +72,9 @@ __device__ inline void add_taps(const float* value, int step, const float* weigh
   }
 }
 
-// Torchvision's blur of a tile, a channel at a time, kTile rows of its border at a time: filtered across by lanes that stand on rows,
-// then down by lanes that stand on columns. The zero weights that pad the filter meet up to kRun − 1 pixels more on either
-// side, so a NaN or an infinity spreads that much further than the filter.
+// Torchvision's blur of a tile, a channel at a time, kTile rows of its border at a time: filtered across by lanes that
+// stand on rows, then down by lanes that stand on columns. The zero weights that pad the filter meet up to kRun − 1
+// pixels more on either side, so a NaN or an infinity spreads that much further than the filter.
 template <int kChannels>
 __global__ void __launch_bounds__(kBlurThreads)
     gaussian_kernel(const Views views, const Sample* __restrict__ samples, int64_t first,
@@ -139,8 +140,9 @@ __device__ inline uint8_t box_at(const Box3& box, const uint8_t* line, int step,
 constexpr size_t kBoxBytes = 4 * kTile * (kTile + 2 * kMaxBlurRadius);
 static_assert(kBoxBytes <= kSharedBytes);
 
-// PIL's blur of a tile, a channel at a time: three boxes along each of the rows with their border, then three along the
-// columns. Every box leaves the outermost radius + 1 of its line unknown; beyond the image the border pixel is repeated.
+// PIL's blur of a tile, a channel at a time: three boxes along each of the rows with their border, then three along
+// the columns. Every box leaves the outermost radius + 1 of its line unknown; beyond the image the border pixel is
+// repeated.
 template <int kChannels>
 __global__ void __launch_bounds__(kBlurThreads, 6)
     box_kernel(const Views views, const Sample* __restrict__ samples, int64_t first, const float* __restrict__ planes) {

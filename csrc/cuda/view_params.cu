@@ -1,5 +1,5 @@
-// Sampling of augmentation parameters on the GPU, one thread a view of an image: the arithmetic, and so every bit of the
-// result, is that of common/view_params.h.
+// Sampling of augmentation parameters on the GPU, one thread a view of an image: the arithmetic, and so every bit of
+// the result, is that of common/view_params.h.
 #include "../common/view_params.h"
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// The first pass over a view: crop, antialiased resize, flip, and the colours up to contrast, which needs the mean of the
-// whole grey image. What needs neither that mean nor a blur is finished here.
+// The first pass over a view: crop, antialiased resize, flip, and the colours up to contrast, which needs the mean of
+// the whole grey image. What needs neither that mean nor a blur is finished here.
 #pragma once
 #include <type_traits>
 
