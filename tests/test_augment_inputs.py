@@ -162,3 +162,15 @@ def test_many_large_pictures_to_few_pixels() -> None:
     with sslfast.use_backend("reference"):
         expected = ops.augment_views([images], params, size=(5, 5))
     torch.testing.assert_close(ops.augment_views([images], params, size=(5, 5)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])  # on a GPU σ is not read back
+def test_a_blur_wider_than_the_view_is_an_error(backend: str) -> None:
+    """σ edited in where the spec has no blur, so that the width of its kernel was never checked."""
+    images = noise(1, 3, 16, 16)
+    with sslfast.use_backend(backend):
+        transform = MultiViewTransform([ViewSpec(8)])  # 23 taps
+        params = transform.sample_params(images, [0])
+        params.sigma[:] = 0.5
+        with pytest.raises(ValueError, match="blur_kernel"):
+            transform.apply(images, params)
