@@ -49,9 +49,10 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 # Without a kernel that is compiled once a level.
-ONE_LEVEL = ("levels", "view_params")
-# view_params: the same bits on every machine, so no product and sum may become one operation.
-SOURCE_FLAGS = {"view_params": ["-ffp-contract=off"]}
+ONE_LEVEL = ("levels", "view_params", "random_mask", "block_mask", "multiblock_mask", "partition_mask", "masked_rows")
+# The same bits on every machine, so no product and sum may become one operation.
+EXACT = ["-ffp-contract=off"]
+SOURCE_FLAGS = {"view_params": EXACT, "block_mask": EXACT, "multiblock_mask": EXACT}
 
 
 def switched_on(name: str) -> bool:
@@ -199,7 +200,7 @@ def plan_host(plan: Plan, flags: list[str], link_flags: list[str], info: dict[st
     if not path.exists() or path.read_text() != header:
         path.write_text(header)
     include = [pybind11.get_include(), sysconfig.get_paths()["include"]]
-    host_flags = [*flags, *(f"-isystem{d}" for d in include), f"-I{BUILD.as_posix()}"]
+    host_flags = [*flags, *EXACT, *(f"-isystem{d}" for d in include), f"-I{BUILD.as_posix()}"]
     objects = [
         plan.compile("cxx", source, f"host/{Path(source).stem}", host_flags) for source in sources("csrc/host/*.cpp")
     ]

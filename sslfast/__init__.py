@@ -2,6 +2,7 @@
 
 from . import _native as _native
 from . import augment as augment
+from . import masking as masking
 from ._backends import use_backend
 from .losses import (
     BarlowTwinsLoss,

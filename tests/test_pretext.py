@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sslfast.augment import pretext
 from sslfast.augment.pretext import _draws
 from sslfast.augment.pretext.relative_location import _there_and_back
-from sslfast.reference.view_params import philox4x32
+from sslfast.reference.philox import philox4x32
 
 SMALL_PAIR = dict(patch=12, gap=6, jitter=2, least_pixels=25)
 SMALL_PUZZLE = dict(tile=10, cell=14)

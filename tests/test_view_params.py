@@ -19,7 +19,7 @@ from augment_common import BACKENDS, KERNELS, device_of, torchvision
 from sslfast import ops
 from sslfast.augment import ViewSpec
 from sslfast.ops.view_params import COLUMNS
-from sslfast.reference.view_params import exponential, philox4x32
+from sslfast.reference.philox import exponential, philox4x32
 
 EVERYTHING = ViewSpec(
     32, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, jitter_p=0.8, grey_p=0.2, blur_p=0.5, solarize_p=0.3

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._ids import towards
 from ..ops.view_params import COLUMNS
-from ._ids import towards
 
 
 @dataclass(eq=False)

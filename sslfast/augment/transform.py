@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._ids import Ids, sample_ids, towards
 from ..ops.augment_views import VIEWS, augment_views, check_images
 from ..ops.view_params import check_seed, view_params
-from ._ids import Ids, sample_ids, towards
 from .params import ViewParams
 from .spec import ViewSpec
 

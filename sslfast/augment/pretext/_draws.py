@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..._checks import FLOATS
-from .._ids import Ids as Ids
-from .._ids import sample_ids as sample_ids
+from ..._ids import Ids as Ids
+from ..._ids import sample_ids as sample_ids
 
 # Streams take the place of the view's number in the counter. They begin at 2^15, and views are numbered from 0, so a
 # task shares no number with a view of the same sample unless there are more than 32768 views.
