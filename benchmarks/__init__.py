@@ -20,7 +20,7 @@ and, where the speed-up is not over the best of eager and ``torch.compile``, ``B
 operation without a gradient is measured in mode ``call``; where its calls draw random numbers, ``Work.proof`` is
 compared with the truth instead.
 
-Results go to ``results/<machine>.csv`` in one schema (``harness.COLUMNS``); tables and plots are drawn from that file
+Results go to ``results/<machine>.csv`` in one schema (``rows.COLUMNS``); tables and plots are drawn from that file
 alone.
 """
 

@@ -13,8 +13,9 @@ from rich.table import Table
 from tqdm import tqdm
 
 from . import plot
-from .harness import Report, Row, Runner, discover, merged, read_csv, write_csv
+from .harness import Report, Runner, discover
 from .machine import ROOT, describe, measure_peaks
+from .rows import Row, merged, read_csv, write_csv
 
 RESULTS = ROOT / "benchmarks" / "results"
 

@@ -1,8 +1,7 @@
-"""What every benchmark shares: cases, equality, interleaved timing, memory in a fresh process, rows of the CSV."""
+"""What every benchmark shares: cases, equality, interleaved timing, memory in a fresh process."""
 
 from __future__ import annotations
 
-import csv
 import gc
 import importlib
 import json
@@ -12,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -28,13 +27,8 @@ from . import Unavailable
 from . import machine as machine_module
 from .machine import MIB, ROOT, Clock, Machine, Peaks
 from .peers import label
+from .rows import Row
 
-Row = dict[str, Any]
-COLUMNS = (
-    *("op", "provider", "mode", "dtype", "shape", "metric", "p20", "p50", "p80", "rounds", "share_of_bound"),
-    *("speedup_over_best_of_eager_compile", "device", "threads", "driver", "torch", "triton", "sslfast", "commit"),
-    "command",
-)
 MODES = ("forward", "backward", "both")
 CALL = "call"  # the mode of an operation without a gradient
 WHOLE = ("both", CALL)  # what memory is measured of, and what tables show
@@ -401,31 +395,3 @@ class Runner:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.5g}"
-
-
-# ------------------------------------------------------------------------------------------------------------- the CSV
-
-
-def read_csv(path: Path) -> list[Row]:
-    """The rows of one results file; none if there is no such file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write_csv(path: Path, rows: Iterable[Row]) -> None:
-    """Write ``rows`` in the schema ``COLUMNS``, through a neighbour file so that a stopped run leaves no half file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(path)
-
-
-def merged(old: Iterable[Row], new: Sequence[Row]) -> list[Row]:
-    """``new`` rows instead of all ``old`` ones of the same operations and of the machine; the other old ones stay."""
-    again = {row["op"] for row in new}
-    return [row for row in old if row["op"] not in again] + list(new)

@@ -22,8 +22,9 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from .harness import CALL, WHOLE, Row, read_csv
+from .harness import CALL, WHOLE
 from .machine import ROOT
+from .rows import Row, read_csv
 
 RESULTS = ROOT / "benchmarks" / "results"
 MIN_POINTS = 4  # sizes that make a sweep

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sslfast
-from benchmarks import Unavailable, augmentation, harness, machine, peers, plot
+from benchmarks import Unavailable, augmentation, harness, machine, peers, plot, rows
 from benchmarks import bench_augment_views as bench
 from sslfast.augment import IMAGENET_MEAN, IMAGENET_STD, ViewSpec
 
@@ -220,7 +220,7 @@ def test_a_run_that_draws_is_judged_by_its_proof(monkeypatch: pytest.MonkeyPatch
     assert not report.errors
     metrics = [(row["provider"].partition("-")[0], row["metric"]) for row in report.rows if row["op"] != "machine"]
     assert sorted(metrics) == [(p, m) for p in ("kornia", "pillow", "sslfast") for m in ("peak_mib", "time_ms")]
-    assert all(set(row) == set(harness.COLUMNS) for row in report.rows)
+    assert all(set(row) == set(rows.COLUMNS) for row in report.rows)
     timed = {row["provider"].partition("-")[0]: row for row in report.rows if row["metric"] == "time_ms"}
     ratios = {name: float(row["speedup_over_best_of_eager_compile"]) for name, row in timed.items()}
     assert 1.0 in (ratios["pillow"], ratios["kornia"]) and ratios["sslfast"] > 0  # over the better of BASELINES

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import types
@@ -13,7 +12,7 @@ import torch
 
 import benchmarks.__main__ as program
 import sslfast
-from benchmarks import Unavailable, bench_l2_normalize, bench_nt_xent, harness, machine, peers, plot
+from benchmarks import Unavailable, bench_l2_normalize, bench_nt_xent, harness, machine, peers, plot, rows
 from helpers import within_budget
 from sslfast import reference
 
@@ -285,7 +284,7 @@ def test_a_run_reports_rows_skips_and_errors() -> None:
     )
     timed = {row["provider"]: row for row in report.rows if row["metric"] == "time_ms"}
     assert set(timed) == {"compile", "sslfast"}
-    assert all(set(row) == set(harness.COLUMNS) for row in report.rows)
+    assert all(set(row) == set(rows.COLUMNS) for row in report.rows)
     row = timed["sslfast"]
     assert json.loads(row["shape"]) == {"N": 24, "D": 16} and row["rounds"] == harness.MIN_ROUNDS
     assert float(row["p20"]) <= float(row["p50"]) <= float(row["p80"])
@@ -314,21 +313,6 @@ def test_a_failing_measuring_process_is_an_error_of_sslfast(monkeypatch: pytest.
     assert [(provider, metric) for _, provider, metric, _ in report.skips] == [("compile", "peak_mib")]
 
 
-def test_results_of_other_operations_survive_a_run(tmp_path: Path) -> None:
-    path = tmp_path / "results" / "machine.csv"
-    rows = run_fake({"sslfast": square}).rows
-    other = [{**row, "op": "other"} for row in rows if row["op"] != "machine"]
-    harness.write_csv(path, rows + other)
-    again = harness.merged(harness.read_csv(path), [{**row, "commit": "new"} for row in rows])
-    harness.write_csv(path, again)
-    read = harness.read_csv(path)
-    assert len(read) == len(rows) + len(other)
-    assert {row["op"]: row["commit"] for row in read} == {"machine": "new", "nt_xent": "new", "other": "abc"}
-    with path.open(newline="") as file:
-        assert next(csv.reader(file)) == list(harness.COLUMNS)
-    assert harness.read_csv(tmp_path / "absent.csv") == []
-
-
 def test_a_machine_has_a_plain_file_name() -> None:
     assert MACHINE.slug == "cpu-amd-epyc-2-threads"
     gpu = machine.Machine("NVIDIA H100 80GB HBM3", 16, "580.1", "", "", "", "", "")
@@ -353,16 +337,16 @@ def test_a_whole_run_writes_the_csv_without_paths(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(harness, "SECONDS_PER_CASE", {False: 0.0, True: 0.0})
     assert program.main(["nt_xent", "--quick", "--device", "cpu", "--output", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*.csv")
-    rows = harness.read_csv(path)
-    assert {"time_ms", "gflops", "gb_per_s"} <= {row["metric"] for row in rows}
-    assert {row["command"] for row in rows} == {"python -m benchmarks nt_xent --quick --device cpu"}
+    read = rows.read_csv(path)
+    assert {"time_ms", "gflops", "gb_per_s"} <= {row["metric"] for row in read}
+    assert {row["command"] for row in read} == {"python -m benchmarks nt_xent --quick --device cpu"}
     assert str(tmp_path) not in path.read_text()
 
 
 # -------------------------------------------------------------------------------------------------- pictures and tables
 
 
-def sweep_rows() -> list[harness.Row]:
+def sweep_rows() -> list[rows.Row]:
     """A sweep of two providers over five sizes and one further shape, as they come back from a file."""
     runner = harness.Runner(MACHINE, PEAKS, quick=True)
     for n, d in ((256, 128), (512, 128), (1024, 128), (2048, 128), (4096, 128), (512, 512)):
@@ -375,11 +359,11 @@ def sweep_rows() -> list[harness.Row]:
 
 
 def test_the_longest_sweep_is_found() -> None:
-    rows = [row for row in sweep_rows() if row["op"] == "nt_xent"]
-    key, fixed, chosen = plot.sweep(rows)
+    of_op = [row for row in sweep_rows() if row["op"] == "nt_xent"]
+    key, fixed, chosen = plot.sweep(of_op)
     assert (key, fixed) == ("N", {"D": 128})
     assert {json.loads(row["shape"])["N"] for row in chosen} == {256, 512, 1024, 2048, 4096}
-    assert plot.sweep([row for row in rows if json.loads(row["shape"])["N"] > 1024]) is None
+    assert plot.sweep([row for row in of_op if json.loads(row["shape"])["N"] > 1024]) is None
 
 
 def test_names_at_the_line_ends_do_not_overlap() -> None:
@@ -389,7 +373,7 @@ def test_names_at_the_line_ends_do_not_overlap() -> None:
 
 def test_a_sweep_is_drawn_small_and_from_the_file_alone(tmp_path: Path) -> None:
     path = tmp_path / "cpu.csv"
-    harness.write_csv(path, sweep_rows())
+    rows.write_csv(path, sweep_rows())
     (picture,) = plot.draw(path)
     data = picture.read_bytes()
     assert picture.name == "cpu-nt_xent-float32.png"
@@ -397,7 +381,7 @@ def test_a_sweep_is_drawn_small_and_from_the_file_alone(tmp_path: Path) -> None:
 
 
 def test_the_readme_block_is_rewritten_from_the_csv(tmp_path: Path) -> None:
-    harness.write_csv(tmp_path / "cpu.csv", sweep_rows())
+    rows.write_csv(tmp_path / "cpu.csv", sweep_rows())
     readme = tmp_path / "README.md"
     readme.write_text("above\n<!-- benchmark:nt_xent -->\nold numbers\n<!-- /benchmark -->\nbelow\n")
     command = ["--results", str(tmp_path), "--readme", str(readme)]
