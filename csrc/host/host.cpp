@@ -1,4 +1,5 @@
-// sslfast._host: the torch-free module. It tells how the compiled parts were built.
+// sslfast._host: the torch-free module. It tells how the compiled parts were built, and draws masks in NumPy arrays, as
+// the workers of a data loader need them.
 #include <pybind11/pybind11.h>
 
 #include <sstream>
@@ -7,6 +8,12 @@
 #include "build_info.h"
 
 namespace py = pybind11;
+
+namespace sslfast {
+void add_masks(py::module_& m);            // masks.cpp
+void add_mask_tokens(py::module_& m);      // mask_tokens.cpp
+void add_multiblock_mask(py::module_& m);  // multiblock_mask.cpp
+}  // namespace sslfast
 
 namespace {
 
@@ -48,9 +55,12 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Facts about the build of sslfast; needs no torch.";
+  m.doc() = "Facts about the build of sslfast, and masks as NumPy arrays; needs no torch.";
   m.def("build_info", &build_info,
         "How the compiled parts were built: version (of sslfast), torch (compiled against), compiler, cpu_levels "
         "(list),\n"
         "cuda_archs (list, or None without CUDA), nvcc (version or None), options (text or None).");
+  sslfast::add_masks(m);
+  sslfast::add_mask_tokens(m);
+  sslfast::add_multiblock_mask(m);
 }

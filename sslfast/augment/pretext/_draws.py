@@ -73,7 +73,7 @@ def uniforms(ids: Tensor, count: int, *, seed: int = 0, epoch: int = 0, stream: 
     block = torch.arange(blocks, device=ids.device)[None] | stream << 16  # [1, blocks]
     sample = ids[:, None]  # [B, 1]
     words = philox((block, torch.full_like(block, epoch), sample & LOW, sample >> 32 & LOW), seed)
-    return torch.stack(words, dim=2).reshape(len(ids), -1)[:, :count].to(torch.float64) * 2.0**-32
+    return torch.stack(words, dim=2).reshape(len(ids), 4 * blocks)[:, :count].to(torch.float64) * 2.0**-32
 
 
 def below(uniform: Tensor, count: Tensor | int) -> Tensor:

@@ -1,0 +1,44 @@
+// Masks of blocks on the CPU: the arithmetic is in common/masks.h. One level serves all, and the build switches the
+// joining of products and sums off for this file, so that the bits are the same everywhere.
+#ifdef SSLFAST_CPU_DISPATCH
+#include <algorithm>
+#include <vector>
+
+#include "../common/masks_host.h"
+#include "../torch_api.h"
+
+namespace sslfast {
+namespace {
+
+Tensor block_mask_cpu(const Tensor& samples_any, const Tensor& counts_any, std::vector<int64_t> grid,
+                      std::vector<double> area, std::vector<double> log_aspect, int64_t tries, bool complete,
+                      int64_t seed, int64_t epoch, int64_t view) {
+  BlockRule rule{};
+  const std::string wrong = make_block_rule(grid, area, log_aspect, tries, complete, &rule);
+  SSLFAST_CHECK(wrong.empty(), wrong);
+  const int64_t count = samples_any.numel(), patches = grid[0] * grid[1];
+  check_tensor(samples_any, "samples", {count}, ScalarType::Long, samples_any);
+  check_tensor(counts_any, "counts", {count}, ScalarType::Double, samples_any);
+  const Tensor samples = contiguous(samples_any), counts = contiguous(counts_any);
+  Tensor mask = torch::stable::new_empty(samples, {count, patches}, ScalarType::Bool);
+  const auto* sample = const_data<int64_t>(samples);
+  const auto* wanted = const_data<double>(counts);
+  auto* row = static_cast<uint8_t*>(mask.mutable_data_ptr());
+  const int64_t images_per_task = std::max<int64_t>(1, (1 << 12) / patches);
+  auto task = [&](int64_t t) {
+    MaskScratch scratch;
+    for (int64_t b = t * images_per_task; b < std::min(count, (t + 1) * images_per_task); ++b) {
+      const Stream stream{static_cast<uint64_t>(seed), static_cast<uint64_t>(sample[b]), static_cast<uint32_t>(epoch),
+                          mask_view(kBlockMaskGroup, view)};
+      block_mask_image(stream, rule, wanted[b], scratch, row + b * patches);
+    }
+  };
+  parallel_each(torch_parallel(), (count + images_per_task - 1) / images_per_task, task);
+  return mask;
+}
+
+}  // namespace
+}  // namespace sslfast
+
+STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) { m.impl("block_mask", TORCH_BOX(&sslfast::block_mask_cpu)); }
+#endif  // SSLFAST_CPU_DISPATCH

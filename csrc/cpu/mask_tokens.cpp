@@ -1,0 +1,140 @@
+// BERT's masking of words on the CPU: one pass from the ids to inputs and labels, a few rows to a task.
+#include "mask_tokens.h"
+
+#include "levels.h"
+
+namespace sslfast {
+
+// All row-major without gaps; pointers that may be null are marked so in TokenRow.
+struct TokenBatch {
+  int64_t rows, length;  // B, S
+  int64_t rows_per_task;
+  const int64_t* samples;
+  const uint8_t* special;
+  const int64_t* word_ids;
+  uint64_t* ranked;  // [B, 2, S], or null: no exact number
+  uint32_t* list;    // [B, S], the same
+};
+
+}  // namespace sslfast
+
+#define SSLFAST_MASK_TOKENS_SIGNATURE(T)                                                                   \
+  void mask_tokens(const ::sslfast::Parallel&, const ::sslfast::TokenBatch&, const ::sslfast::TokenRules&, \
+                   const T* ids, T* inputs, T* labels)
+SSLFAST_DECLARE(SSLFAST_MASK_TOKENS_SIGNATURE(int32_t))
+SSLFAST_DECLARE(SSLFAST_MASK_TOKENS_SIGNATURE(int64_t))
+
+namespace sslfast::SSLFAST_CPU_LEVEL {
+namespace {
+
+template <typename T>
+void mask_batch(const Parallel& parallel, const TokenBatch& batch, const TokenRules& rules, const T* ids, T* inputs,
+                T* labels) {
+  auto task = [&](int64_t t) {
+    const int64_t begin = t * batch.rows_per_task;
+    const int64_t end = begin + batch.rows_per_task < batch.rows ? begin + batch.rows_per_task : batch.rows;
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t at = b * batch.length;
+      const TokenRow<T> row{batch.length,
+                            static_cast<uint64_t>(batch.samples[b]),
+                            ids + at,
+                            batch.special ? batch.special + at : nullptr,
+                            batch.word_ids ? batch.word_ids + at : nullptr,
+                            inputs + at,
+                            labels + at};
+      if (batch.ranked)
+        mask_row_exactly(row, rules, batch.ranked + 2 * at, batch.list + at);
+      else
+        mask_row(row, rules);
+    }
+  };
+  parallel_each(parallel, (batch.rows + batch.rows_per_task - 1) / batch.rows_per_task, task);
+}
+
+}  // namespace
+
+void mask_tokens(const Parallel& parallel, const TokenBatch& batch, const TokenRules& rules, const int32_t* ids,
+                 int32_t* inputs, int32_t* labels) {
+  mask_batch(parallel, batch, rules, ids, inputs, labels);
+}
+void mask_tokens(const Parallel& parallel, const TokenBatch& batch, const TokenRules& rules, const int64_t* ids,
+                 int64_t* inputs, int64_t* labels) {
+  mask_batch(parallel, batch, rules, ids, inputs, labels);
+}
+
+}  // namespace sslfast::SSLFAST_CPU_LEVEL
+
+#ifdef SSLFAST_CPU_DISPATCH
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../torch_api.h"
+
+namespace sslfast {
+namespace {
+
+std::tuple<Tensor, Tensor> mask_tokens_cpu(const Tensor& ids_any, const Tensor& samples_any,
+                                           std::optional<Tensor> special_any, std::optional<Tensor> words_any,
+                                           std::vector<int64_t> limits, int64_t mask_id, int64_t vocab_size,
+                                           int64_t ignore_index, bool exact, int64_t seed, int64_t epoch,
+                                           int64_t view) {
+  SSLFAST_CHECK(ids_any.dim() == 2, "input_ids must be two-dimensional, got ", ids_any.dim(), " dimensions");
+  const int64_t rows = ids_any.size(0), length = ids_any.size(1);
+  SSLFAST_CHECK(length <= kLongestRow, "input_ids must have at most ", kLongestRow, " tokens a row, got ", length);
+  SSLFAST_CHECK(limits.size() == 3, "limits must be three numbers, got ", limits.size());
+  check_tensor(samples_any, "samples", {rows}, ScalarType::Long, ids_any);
+  const Tensor ids = contiguous(ids_any), samples = contiguous(samples_any);
+  std::optional<Tensor> special, words;
+  if (special_any.has_value()) {
+    check_tensor(*special_any, "special", {rows, length}, ScalarType::Bool, ids);
+    special = contiguous(*special_any);
+  }
+  if (words_any.has_value()) {
+    check_tensor(*words_any, "word_ids", {rows, length}, ScalarType::Long, ids);
+    words = contiguous(*words_any);
+  }
+  Tensor inputs = torch::stable::new_empty(ids, {rows, length}), labels = torch::stable::new_empty(ids, {rows, length});
+  std::optional<Tensor> ranked, list;
+  if (exact) {
+    ranked = torch::stable::new_empty(ids, {rows, 2, length}, ScalarType::Long);
+    list = torch::stable::new_empty(ids, {rows, length}, ScalarType::Int);
+  }
+  const TokenRules rules{static_cast<uint64_t>(seed),
+                         static_cast<uint32_t>(epoch),
+                         static_cast<uint32_t>(view),
+                         static_cast<uint64_t>(limits[0]),
+                         static_cast<uint64_t>(limits[1]),
+                         static_cast<uint64_t>(limits[2]),
+                         mask_id,
+                         vocab_size,
+                         ignore_index};
+  constexpr int64_t kTokensPerTask = 8192;
+  const TokenBatch batch{rows,
+                         length,
+                         std::max<int64_t>(1, kTokensPerTask / std::max<int64_t>(1, length)),
+                         const_data<int64_t>(samples),
+                         special ? const_data<uint8_t>(*special) : nullptr,
+                         words ? const_data<int64_t>(*words) : nullptr,
+                         ranked ? mutable_data<uint64_t>(*ranked) : nullptr,
+                         list ? mutable_data<uint32_t>(*list) : nullptr};
+  auto run = [&](auto element) {
+    using T = decltype(element);
+    SSLFAST_CALL(mask_tokens, torch_parallel(), batch, rules, const_data<T>(ids), mutable_data<T>(inputs),
+                 mutable_data<T>(labels));
+  };
+  if (ids.scalar_type() == ScalarType::Long)
+    run(int64_t{});
+  else if (ids.scalar_type() == ScalarType::Int)
+    run(int32_t{});
+  else
+    SSLFAST_CHECK(false, "input_ids must be int64 or int32, got ", torch::headeronly::toString(ids.scalar_type()));
+  return {inputs, labels};
+}
+
+}  // namespace
+}  // namespace sslfast
+
+STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) { m.impl("mask_tokens", TORCH_BOX(&sslfast::mask_tokens_cpu)); }
+#endif  // SSLFAST_CPU_DISPATCH

@@ -1,0 +1,127 @@
+// Random masks on the GPU: one thread a unit, whose rank is the number of units of a smaller (key, number). The keys
+// are those of common/masks.h. Ranks by counting are units² comparisons an image, from shared memory: for the up to a
+// few thousand units that models have that is less than the passes of a sort.
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../common/masks_host.h"
+#include "../torch_api.h"
+#include "partition.h"
+
+namespace sslfast {
+namespace {
+
+constexpr int kRankThreads = 256;
+constexpr int kTile = 4 * kRankThreads;  // keys in shared memory: four of each thread, one block of random words
+
+struct RankTask {
+  UnitGrid shape;
+  int32_t units, kept, inside;  // cells of a unit
+  int64_t cells;
+  Stream stream;  // but for the sample
+  const int64_t* samples;
+  const float* noise;  // [images, units], or null
+  uint8_t* gone;       // [images, cells], or null: ids in the order of the ranks are wanted
+  int64_t *keep, *masked, *restore;
+};
+
+__device__ void load_tile(const RankTask& task, const Stream& stream, const float* noise, int32_t start,
+                          uint32_t* keys) {
+  if (noise) {
+    for (int32_t i = threadIdx.x; i < kTile && start + i < task.units; i += kRankThreads) {
+      keys[i] = noise_key(noise[start + i]);
+    }
+  } else if (start + 4 * static_cast<int32_t>(threadIdx.x) < task.units) {
+    const Philox4 block = draw(stream, static_cast<uint32_t>(start / 4) + threadIdx.x);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) keys[4 * threadIdx.x + i] = block.word[i];
+  }
+}
+
+// Blocks: (image, kRankThreads of its units).
+__global__ void __launch_bounds__(kRankThreads) rank_kernel(const __grid_constant__ RankTask task) {
+  __shared__ uint32_t keys[kTile];
+  const int64_t b = blockIdx.x;
+  const auto unit = static_cast<int32_t>(blockIdx.y * kRankThreads + threadIdx.x);
+  const bool exists = unit < task.units;
+  Stream stream = task.stream;
+  stream.sample = static_cast<uint64_t>(task.samples[b]);
+  const float* noise = task.noise ? task.noise + b * task.units : nullptr;
+  uint32_t key = 0;
+  if (exists) key = noise ? noise_key(noise[unit]) : item_key(stream, 0, unit);
+  int32_t rank = 0;
+  for (int32_t start = 0; start < task.units; start += kTile) {
+    __syncthreads();
+    load_tile(task, stream, noise, start, keys);
+    __syncthreads();
+    const int32_t end = task.units - start < kTile ? task.units - start : kTile;
+    for (int32_t i = 0; i < end; ++i) rank += keys[i] < key || (keys[i] == key && start + i < unit);
+  }
+  if (!exists) return;
+  for (int32_t i = 0; i < task.inside; ++i) {
+    const int32_t cell = cell_of_unit(task.shape, unit, i);
+    if (task.gone) {
+      task.gone[b * task.cells + cell] = rank >= task.kept;
+      continue;
+    }
+    const int64_t place = int64_t{rank} * task.inside + i, keep_size = int64_t{task.kept} * task.inside;
+    if (place < keep_size) {
+      task.keep[b * keep_size + place] = cell;
+    } else {
+      task.masked[b * (task.cells - keep_size) + place - keep_size] = cell;
+    }
+    task.restore[b * task.cells + cell] = place;
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> random_mask_cuda(const Tensor& samples_any, std::optional<Tensor> noise_any,
+                                                    std::vector<int64_t> grid, std::vector<int64_t> unit, int64_t kept,
+                                                    bool ascending, int64_t seed, int64_t epoch, int64_t view) {
+  RandomMask mask{};
+  const std::string wrong = make_random_mask(grid, unit, kept, ascending, seed, epoch, view, &mask);
+  SSLFAST_CHECK(wrong.empty(), wrong);
+  const int64_t count = samples_any.numel(), cells = cells_of(mask.shape), inside = cells / mask.units;
+  check_tensor(samples_any, "samples", {count}, ScalarType::Long, samples_any);
+  SSLFAST_CHECK(count < (int64_t{1} << 31), "samples must be fewer than 2^31, got ", count);
+  const torch::stable::accelerator::DeviceGuard guard(samples_any.get_device_index());
+  const Tensor samples = contiguous(samples_any);
+  std::optional<Tensor> noise;
+  if (noise_any.has_value()) {
+    check_tensor(*noise_any, "noise", {count, mask.units}, ScalarType::Float, samples);
+    noise = contiguous(*noise_any);
+  }
+  Tensor keep = torch::stable::new_empty(samples, {count, kept * inside});
+  Tensor masked = torch::stable::new_empty(samples, {count, cells - kept * inside});
+  Tensor restore = torch::stable::new_empty(samples, {count, cells});
+  if (count == 0) return {keep, masked, restore};
+  Tensor gone = torch::stable::new_empty(samples, {ascending ? count : 0, cells}, ScalarType::Byte);
+  const cudaStream_t stream = current_stream(samples);
+  const RankTask task{mask.shape,
+                      static_cast<int32_t>(mask.units),
+                      static_cast<int32_t>(kept),
+                      static_cast<int32_t>(inside),
+                      cells,
+                      mask.stream,
+                      const_data<int64_t>(samples),
+                      noise.has_value() ? const_data<float>(*noise) : nullptr,
+                      ascending ? mutable_data<uint8_t>(gone) : nullptr,
+                      mutable_data<int64_t>(keep),
+                      mutable_data<int64_t>(masked),
+                      mutable_data<int64_t>(restore)};
+  const dim3 blocks(static_cast<unsigned>(count),
+                    static_cast<unsigned>((mask.units + kRankThreads - 1) / kRankThreads));
+  rank_kernel<<<blocks, kRankThreads, 0, stream>>>(task);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  if (ascending) {
+    partition_kernel<<<static_cast<unsigned>(count), kPartitionThreads, 0, stream>>>(
+        cells, kept * inside, task.gone, task.keep, task.masked, task.restore);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  return {keep, masked, restore};
+}
+
+}  // namespace
+}  // namespace sslfast
+
+STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) { m.impl("random_mask", TORCH_BOX(&sslfast::random_mask_cuda)); }

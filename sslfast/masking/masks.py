@@ -1,0 +1,70 @@
+"""What a mask of patches is: which are kept, which are masked, and the way back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import ops, reference
+from ..ops.partition_mask import check_mask
+from ._samples import Array
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Masks of B images of L patches, each with K kept and M masked ones: torch tensors, or NumPy arrays.
+
+    Attributes:
+        ids_keep: [B, K] int64.
+        ids_mask: [B, M] int64.
+        ids_restore: [B, L] int64, where patch l lies in ``cat([ids_keep, ids_mask], 1)``.
+    """
+
+    ids_keep: Any
+    ids_mask: Any
+    ids_restore: Any
+
+    @property
+    def mask(self) -> Any:
+        """[B, L] bool, True where masked."""
+        return self.ids_restore >= self.ids_keep.shape[1]
+
+    def to(self, device: torch.device | str) -> Masks:
+        """The same as tensors on ``device``; copies of pinned memory do not wait."""
+        arrays = (self.ids_keep, self.ids_mask, self.ids_restore)
+        return Masks(*(torch.as_tensor(a).to(device, non_blocking=True) for a in arrays))
+
+    @classmethod
+    def from_mask(cls, mask: Tensor | Array, kept: int | None = None) -> Masks:
+        """From a mask, ids in raster order.
+
+        Args:
+            mask: [B, L] bool, True where masked; every row masks the same number.
+            kept: how many patches each row keeps. Default: counted in the first row, on the CPU alone, since on CUDA
+                that would wait for the device.
+
+        Raises:
+            TypeError, ValueError: the mask is no matrix of bool, or ``kept`` is missing or out of range.
+            RuntimeError: a row keeps another number (CPU; on CUDA see ``sslfast.ops.partition_mask``).
+        """
+        if isinstance(mask, np.ndarray):
+            if mask.ndim != 2 or mask.dtype != np.bool_:
+                raise TypeError(f"mask must be [images, patches] of bool, got {mask.shape} of {mask.dtype}")
+            kept = _first_row(mask) if kept is None else kept
+            if not 0 <= kept <= mask.shape[1]:
+                raise ValueError(f"kept must be between 0 and the {mask.shape[1]} patches, got {kept}")
+            return cls(*reference.partition_mask(mask, kept))
+        check_mask(mask)
+        if kept is None and not mask.is_cpu:
+            raise ValueError(f"kept must be given for a mask on {mask.device}: counting it would wait for the device")
+        return cls(*ops.partition_mask(mask, _first_row(mask) if kept is None else kept))
+
+
+def _first_row(mask: Any) -> int:
+    if len(mask) == 0:
+        raise ValueError("kept must be given for a mask of no images")
+    return int((~mask[0]).sum())

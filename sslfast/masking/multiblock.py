@@ -1,0 +1,180 @@
+"""I-JEPA's masks (Assran et al., CVPR 2023): a few target blocks, and one context block without what they cover."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import _native, ops
+from ..ops.multiblock_mask import MOST_PATCHES, MOST_TARGETS
+from ..ops.random_mask import check_key
+from ..reference.multiblock_mask import multiblock_arrays
+from ._samples import as_samples
+
+_SIZES = 2**15 + (6 << 10)  # the stream of choices for a whole batch
+_SIZES_BLOCK = 2**15 + 2**14
+_LOW = 0xFFFFFFFF
+
+Pair = tuple[float, float]
+
+
+class MultiBlockMasks(NamedTuple):
+    """Patch numbers y·W + x, ascending in every row; tensors, or NumPy arrays from NumPy samples."""
+
+    context: Any  # [B, Kc] int64
+    targets: Any  # [T, B, Kt] int64
+
+
+def _philox(counter: list[int], seed: int) -> list[int]:
+    """Four words, as ``csrc/common/philox.h``: block sizes are shapes, so their numbers are drawn here, on the host."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _LOW, seed >> 32 & _LOW
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = p1 >> 32 ^ c1 ^ k0, p1 & _LOW, p0 >> 32 ^ c3 ^ k1, p0 & _LOW
+        k0, k1 = k0 + 0x9E3779B9 & _LOW, k1 + 0xBB67AE85 & _LOW
+    return [c0, c1, c2, c3]
+
+
+def _block(grid: tuple[int, int], scale: float, aspect: float, upstream: bool) -> tuple[int, int]:
+    """Height and width of a block of ``scale`` of the grid's patches, height/width = ``aspect``, within the grid."""
+    area = int(grid[0] * grid[1] * scale)
+    height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+    if upstream:  # never as high or wide as the grid
+        return min(height, grid[0] - 1), min(width, grid[1] - 1)
+    return min(max(height, 1), grid[0]), min(max(width, 1), grid[1])
+
+
+def _largest_target(grid: tuple[int, int], scale: Pair, aspect: Pair) -> int:
+    """The most patches that a target block can have, whatever is drawn."""
+    area, most = max(1, int(grid[0] * grid[1] * scale[1])), 1
+    for height in range(1, grid[0] + 1):
+        ratio = max(aspect[0], (height - 0.5) ** 2 / area)  # the lowest at which a block is so high, so the widest one
+        if ratio <= aspect[1]:
+            most = max(most, height * min(grid[1], max(1, math.floor(math.sqrt(area / ratio) + 0.5))))
+    return most
+
+
+def _check(grid: Any, targets: int, ranges: dict[str, Pair], min_keep: int, step: int) -> tuple[int, int]:
+    if len(grid) != 2 or not all(isinstance(side, int) and side >= 1 for side in grid):
+        raise ValueError(f"grid must be two whole numbers (rows, columns) of at least 1, got {grid!r}")
+    for name, (low, high) in ranges.items():
+        if not (0 < low <= high and (high <= 1 or name == "target_aspect")):  # false for NaN too
+            raise ValueError(f"{name} must be 0 < low <= high{' <= 1' * (name != 'target_aspect')}, got {low}, {high}")
+    patches = grid[0] * grid[1]
+    for name, value, least, most in (
+        ("grid's patches", patches, 1, MOST_PATCHES),
+        ("targets", targets, 1, MOST_TARGETS),
+        ("min_keep", min_keep, 0, patches),
+        ("step", step, 0, 2**64 - 1),
+    ):
+        if not least <= value <= most:
+            raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value}")
+    return grid[0], grid[1]
+
+
+def multiblock_masks(
+    samples: Any,
+    grid: tuple[int, int],
+    *,
+    targets: int = 4,
+    target_scale: Pair = (0.15, 0.2),
+    target_aspect: Pair = (0.75, 1.5),
+    context_scale: Pair = (0.85, 1.0),
+    context_size: int | None = None,
+    min_keep: int = 10,
+    allow_overlap: bool = False,
+    upstream: bool = False,
+    step: int = 0,
+    seed: int = 0,
+    epoch: int = 0,
+    view: int = 0,
+    device: torch.device | str | None = None,
+) -> MultiBlockMasks:
+    """Masks of a batch: T target blocks of one size an image, and one context without the patches that they cover.
+
+    The sizes of the blocks are drawn once for the batch, on the host, from (seed, epoch, view, step), so that shapes
+    are known without waiting for a device; places are drawn per sample. A context below ``min_keep`` patches is drawn
+    anew, 20 times at most, and the best one taken. All contexts get one length: of a longer one a random choice stays,
+    a shorter one is completed by a random choice of patches outside its block, never of a target's.
+
+    Facebook's ``multiblock.py`` differs in ways that its users report as bugs, and ``upstream=True`` repeats them: one
+    random number drives a block's scale and its aspect; no block reaches the grid's last row or column; masks are cut
+    to the shortest of the batch in the order of patch numbers, so from the bottom of the image; a context of just
+    ``min_keep`` patches is too small, and after every 20 attempts it may cover one more target, from the last one on.
+
+    Args:
+        samples: B images without identity as an int; or their ids, [B] int64 tensor or sequence; or a NumPy array of
+            them: then the result is NumPy arrays, made without torch's operators, as for a data loader's worker.
+        grid: patches (H, W), at most 2^17 of them.
+        targets: T, 1 to 256. Default 4.
+        target_scale: share of the grid's patches in a target block, range of a uniform number. Default (0.15, 0.2).
+        target_aspect: its height/width, range of a uniform number. Default (0.75, 1.5).
+        context_scale: the same share of the (square) context block. Default (0.85, 1).
+        context_size: the length of every context, at most H·W − T · the largest target block. Default: the shortest in
+            the batch (but min_keep where the targets leave so many for certain); on a GPU reading it waits for the
+            device once. With ``allow_overlap`` it is the context block itself.
+        min_keep: see above. Default 10.
+        allow_overlap: the context keeps what targets cover. Default ``False``.
+        upstream: see above; ``context_size`` must then be ``None``. Default ``False``.
+        step: number of the batch, 0 to 2⁶⁴ − 1, the same on every rank. Without it all batches of an epoch have blocks
+            of the same sizes. Default 0.
+        seed: any 64-bit whole number. Default 0.
+        epoch: 0 to 2³² − 1. Default 0.
+        view: 0 to 1023. Default 0.
+        device: of the result; default: the samples', else the CPU.
+
+    Returns:
+        ``MultiBlockMasks``: context [B, Kc] int64 and targets [T, B, Kt] int64, ascending in every row.
+
+    Raises:
+        TypeError, ValueError: which argument is wrong, what it was, what is allowed; also where no patch is left for
+            the context of some sample.
+    """
+    ranges = {"target_scale": target_scale, "target_aspect": target_aspect, "context_scale": context_scale}
+    grid = _check(grid, targets, ranges, min_keep, step)
+    seed = check_key(seed, epoch, view)
+    words = _philox([_SIZES_BLOCK | _SIZES + view << 16, epoch, step & _LOW, step >> 32], seed)
+    u = [word * 2.0**-32 for word in words]
+    scale, aspect, of_context = (low + (high - low) * u[i] for i, (low, high) in enumerate(ranges.values()))
+    if upstream:
+        aspect = target_aspect[0] + (target_aspect[1] - target_aspect[0]) * u[0]
+    blocks = (_block(grid, scale, aspect, upstream), _block(grid, of_context, 1.0, upstream))
+    if upstream and min(h * w for h, w in blocks) <= min_keep:
+        (a, b), (c, d) = blocks
+        raise ValueError(
+            f"upstream=True draws until a block has more than min_keep = {min_keep} patches, and blocks of {a} × {b} "
+            f"(targets) and {c} × {d} (context) never have"
+        )
+    if context_size is not None:
+        most = grid[0] * grid[1] - (
+            0 if allow_overlap else targets * _largest_target(grid, target_scale, target_aspect)
+        )
+        if upstream or not 1 <= context_size <= most:
+            allowed = "None with upstream=True" if upstream else f"from 1 to {most}, which targets always leave"
+            raise ValueError(f"context_size must be {allowed}, got {context_size}")
+
+    who = as_samples(samples, device)
+
+    def place(kept: int) -> tuple[Any, Any, Any]:
+        if isinstance(who, torch.Tensor):
+            options: dict[str, Any] = {"min_keep": min_keep, "allow_overlap": allow_overlap, "upstream": upstream}
+            return ops.multiblock_mask(who, grid, targets, *blocks, kept, **options, seed=seed, epoch=epoch, view=view)
+        function = multiblock_arrays if _native.host is None else _native.host.multiblock_mask
+        return function(who, grid, targets, *blocks, kept, min_keep, allow_overlap, upstream, seed, epoch, view)
+
+    own = blocks[1][0] * blocks[1][1] if allow_overlap else 0  # 0: known only once they are counted
+    kept = own if context_size is None else context_size
+    context, target, counts = place(kept)
+    if kept == 0 and len(who):
+        free = 0 if upstream else grid[0] * grid[1] - targets * target.shape[2]
+        kept = max(int(counts.min()), min(min_keep, free))
+        if kept < 1:
+            raise ValueError(
+                f"no patch of {grid[0]} × {grid[1]} is left for the context of some sample: targets = {targets} blocks "
+                f"of {blocks[0][0]} × {blocks[0][1]} are too many or too large"
+            )
+        context, target, _ = place(kept)
+    return MultiBlockMasks(context, target)

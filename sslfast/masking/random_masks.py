@@ -1,0 +1,173 @@
+"""Masks drawn patch by patch, tube by tube or unit by unit: MAE, VideoMAE, SimMIM."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import _native, ops, reference
+from ..ops.random_mask import check_key, check_units
+from ._samples import Array, Samples, as_samples
+from .masks import Masks
+
+Grid = int | Sequence[int]
+
+
+def _sides(grid: Grid, allowed: Sequence[int]) -> tuple[int, int, int]:
+    """(time, height, width) of a grid given by one, two or three numbers, of which ``allowed`` says how many may be."""
+    sides = (grid,) if isinstance(grid, (int, np.integer)) else tuple(grid)
+    if len(sides) not in allowed or any(isinstance(s, bool) or not isinstance(s, (int, np.integer)) for s in sides):
+        names = {1: "a length", 2: "(height, width)", 3: "(time, height, width)"}
+        raise ValueError(f"grid must be {' or '.join(names[n] for n in allowed)}, got {grid!r}")
+    t, h, w = (1, 1, 1, *map(int, sides))[-3:]
+    return t, h, w
+
+
+def _check_ratio(ratio: float) -> None:
+    if not 0 <= ratio <= 1:  # false for NaN too
+        raise ValueError(f"ratio must be between 0 and 1, got {ratio}")
+
+
+def _masks(
+    samples: Samples,
+    grid: tuple[int, int, int],
+    kept: int,
+    *,
+    unit: tuple[int, int, int],
+    order: str,
+    noise: Tensor | Array | None,
+    device: torch.device | str | None,
+    **key: int,
+) -> Masks:
+    if order not in ("raster", "noise"):
+        raise ValueError(f"order must be 'raster' or 'noise', got {order!r}")
+    ids, ascending = as_samples(samples, device), order == "raster"
+    if isinstance(ids, Tensor):
+        if noise is not None and not isinstance(noise, Tensor):
+            raise TypeError(f"noise must be a torch.Tensor like the samples, got {type(noise).__name__}")
+        return Masks(*ops.random_mask(ids, grid, kept, unit=unit, noise=noise, ascending=ascending, **key))
+    check_units(grid, unit, kept)
+    key = {**key, "seed": check_key(**key)}
+    if noise is not None:
+        units = math.prod(grid) // math.prod(unit)
+        if not isinstance(noise, np.ndarray) or noise.dtype not in (np.float32, np.float16):
+            got = noise.dtype if isinstance(noise, (np.ndarray, Tensor)) else type(noise).__name__
+            raise TypeError(f"noise must be a NumPy array like the samples, of float32 or float16, got {got}")
+        if noise.shape != (len(ids), units):
+            raise ValueError(f"noise must be [{len(ids)}, {units}], got {noise.shape}")
+        noise = noise.astype(np.float32)
+    function = reference.random_mask if _native.host is None else _native.host.random_mask
+    return Masks(*function(ids, grid, kept, unit=unit, noise=noise, ascending=ascending, **key))
+
+
+def random_masks(
+    samples: Samples,
+    grid: Grid,
+    ratio: float = 0.75,
+    *,
+    order: str = "raster",
+    noise: Tensor | Array | None = None,
+    seed: int = 0,
+    epoch: int = 0,
+    view: int = 0,
+    device: torch.device | str | None = None,
+) -> Masks:
+    """Mask a share of the patches of each image, every patch equally likely (MAE, He et al., CVPR 2022).
+
+    Args:
+        samples: which samples the images are: [B] whole numbers below 2⁶³ as a tensor, sequence or NumPy array, with
+            which each image has a mask of its own in any batch, worker or rank; or a number of images B, whose ids are
+            then drawn from torch's CPU generator. A NumPy array gives NumPy arrays, all else tensors.
+        grid: number of patches L, (height, width) or (time, height, width); at most 2¹⁸ patches.
+        ratio: share that is masked. K = int(L · (1 − ratio)) patches are kept. Default 0.75.
+        order: ``"raster"``: ids in ascending order; ``"noise"``: in the order of the random numbers, as MAE's.
+        noise: [B, L] float32, on the samples' device: patches of the least noise are kept, as by
+            ``torch.argsort(noise, stable=True)``. Default: random keys of (seed, sample, epoch, view).
+        seed: any 64-bit whole number. Default 0.
+        epoch: 0 to 2³² − 1. Default 0.
+        view: 0 to 1023: another mask of the same sample. Default 0.
+        device: where the masks are made. Default: the samples' device, else the CPU.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or range.
+    """
+    _check_ratio(ratio)
+    sides = _sides(grid, (1, 2, 3))
+    key = {"seed": seed, "epoch": epoch, "view": view}
+    kept = int(math.prod(sides) * (1 - ratio))
+    return _masks(samples, sides, kept, unit=(1, 1, 1), order=order, noise=noise, device=device, **key)
+
+
+def tube_masks(
+    samples: Samples,
+    grid: Sequence[int],
+    ratio: float = 0.9,
+    *,
+    order: str = "raster",
+    noise: Tensor | Array | None = None,
+    seed: int = 0,
+    epoch: int = 0,
+    view: int = 0,
+    device: torch.device | str | None = None,
+) -> Masks:
+    """One mask of places for all frames of a video (VideoMAE, Tong et al., NeurIPS 2022).
+
+    Args:
+        grid: (time, height, width) in patches; at most 2¹⁸ places.
+        ratio: int(ratio · height · width) places of each frame are masked. Default 0.9.
+        noise: [B, height · width] float32.
+        samples, order, seed, epoch, view, device: as in :func:`random_masks`.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or range.
+    """
+    _check_ratio(ratio)
+    sides = _sides(grid, (3,))
+    places = sides[1] * sides[2]
+    key = {"seed": seed, "epoch": epoch, "view": view}
+    kept = places - int(ratio * places)
+    return _masks(samples, sides, kept, unit=(sides[0], 1, 1), order=order, noise=noise, device=device, **key)
+
+
+def grid_masks(
+    samples: Samples,
+    grid: Sequence[int],
+    ratio: float = 0.6,
+    unit: int | Sequence[int] = 2,
+    *,
+    order: str = "raster",
+    noise: Tensor | Array | None = None,
+    seed: int = 0,
+    epoch: int = 0,
+    view: int = 0,
+    device: torch.device | str | None = None,
+) -> Masks:
+    """Mask square units of patches (SimMIM, Xie et al., CVPR 2022).
+
+    Args:
+        grid: (height, width) in patches.
+        ratio: ⌈ratio · units⌉ units are masked. Default 0.6.
+        unit: side of a unit in patches, or (height, width); divides the grid into at most 2¹⁸ units. SimMIM's
+            ``MaskGenerator(192, 32, 4, 0.6)`` is ``grid=(48, 48), unit=8``. Default 2.
+        noise: [B, units] float32.
+        samples, order, seed, epoch, view, device: as in :func:`random_masks`.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or range.
+    """
+    _check_ratio(ratio)
+    sides = _sides(grid, (2,))
+    of_unit: tuple[Any, ...] = (unit, unit) if isinstance(unit, (int, np.integer)) else tuple(unit)
+    if len(of_unit) != 2:
+        raise ValueError(f"unit must be a side or (height, width), got {unit!r}")
+    shape = (1, int(of_unit[0]), int(of_unit[1]))
+    check_units(sides, shape, 0)
+    units = math.prod(sides) // math.prod(shape)
+    key = {"seed": seed, "epoch": epoch, "view": view}
+    kept = units - math.ceil(units * ratio)
+    return _masks(samples, sides, kept, unit=shape, order=order, noise=noise, device=device, **key)

@@ -1,0 +1,122 @@
+"""Masks made of rectangular blocks (BEiT, iBOT, DINOv2), keyed by seed and sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _backends, _library, reference
+from .random_mask import check_key, check_samples, why_not
+
+BACKENDS = ("cpu", "cuda", "reference")
+MAX_SIDE = 1024  # kMaxSide and kMaxPatches in csrc/common/masks.h
+MAX_PATCHES = 2**17
+
+
+def _fake(
+    samples: Tensor,
+    counts: Tensor,
+    grid: Sequence[int],
+    area: Sequence[float],
+    log_aspect: Sequence[float],
+    tries: int,
+    complete: bool,
+    seed: int,
+    epoch: int,
+    view: int,
+) -> Tensor:
+    return samples.new_empty((samples.shape[0], math.prod(grid)), dtype=torch.bool)
+
+
+_library.define(
+    "block_mask(Tensor samples, Tensor counts, int[] grid, float[] area, float[] log_aspect, int tries, bool complete, "
+    "int seed, int epoch, int view) -> Tensor",
+    _fake,
+)
+
+
+def check_blocks(
+    grid: Sequence[int], area: tuple[float, float], aspect: tuple[float, float], tries: int
+) -> tuple[float, float]:
+    """The logarithms of ``aspect``, once all are in range."""
+    if len(grid) != 2 or not 1 <= min(grid) <= max(grid) <= MAX_SIDE or math.prod(grid) > MAX_PATCHES:
+        raise ValueError(
+            f"grid must be (height, width), each from 1 to {MAX_SIDE}, of at most {MAX_PATCHES} patches, "
+            f"got {tuple(grid)}"
+        )
+    if not all(0 <= a <= 2**40 for a in area):  # false for NaN too
+        raise ValueError(f"least and most must be between 0 and 2^40 patches, got {area}")
+    if not all(1e-100 <= a <= 1e100 for a in aspect):
+        raise ValueError(f"aspect must be two numbers between 1e-100 and 1e100, got {aspect}")
+    if not 0 <= tries < 2**31:
+        raise ValueError(f"tries must not be negative, got {tries}")
+    return math.log(aspect[0]), math.log(aspect[1])
+
+
+def block_mask(
+    samples: Tensor,
+    counts: Tensor,
+    grid: Sequence[int],
+    *,
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+    tries: int = 10,
+    complete: bool = False,
+    seed: int = 0,
+    epoch: int = 0,
+    view: int = 0,
+) -> Tensor:
+    """Mask rectangles until each image has its count, or until ``tries`` attempts in a row have failed.
+
+    A rectangle's area is uniform between area[0] and the smaller of area[1] and what is missing, its height / width
+    log-uniform in ``aspect``. It counts if it is smaller than the grid in both directions and adds at least one patch,
+    but no more than that upper bound. After 2¹⁵ attempts in all the mask is left as it is.
+
+    Args:
+        samples: [B] int64: which sample each image is.
+        counts: [B] float64 on ``samples``' device: patches to mask, not above height · width. A fraction raises the
+            upper bounds, as in iBOT, and is cut off in the end.
+        grid: (height, width) in patches, each at most 1024, at most 2¹⁷ patches.
+        complete: patches drawn one by one make up for what is missing, so that each count is met.
+        seed, epoch, view: as in ``sslfast.ops.random_mask``.
+
+    Returns:
+        [B, height · width] bool, True where masked.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or range.
+    """
+    check_samples(samples)
+    log_aspect = check_blocks(grid, area, aspect, tries)
+    seed = check_key(seed, epoch, view)
+    if counts.shape != samples.shape or counts.dtype != torch.float64 or counts.device != samples.device:
+        raise ValueError(
+            f"counts must be [{len(samples)}] of float64 on {samples.device}, got {tuple(counts.shape)} of "
+            f"{counts.dtype} on {counts.device}"
+        )
+    if counts.is_cpu and len(counts) and not torch.compiler.is_compiling():
+        wrong = counts[~((counts >= 0) & (counts <= math.prod(grid)))]
+        if len(wrong):
+            raise ValueError(f"counts must be between 0 and the {math.prod(grid)} patches, got {float(wrong[0])}")
+    preferred = "cuda" if samples.device.type == "cuda" else "cpu"
+    if _backends.select("block_mask", preferred, why_not("block_mask", "samples", samples)) == "reference":
+        mask = reference.block_mask(
+            samples.cpu().numpy(),
+            counts.cpu().numpy(),
+            grid,
+            area=area,
+            log_aspect=log_aspect,
+            tries=tries,
+            complete=complete,
+            seed=seed,
+            epoch=epoch,
+            view=view,
+        )
+        return torch.from_numpy(mask).to(samples.device)
+    mask = torch.ops.sslfast.block_mask.default(
+        samples, counts, list(grid), list(area), list(log_aspect), tries, complete, seed, epoch, view
+    )
+    return mask

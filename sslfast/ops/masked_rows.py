@@ -1,0 +1,49 @@
+"""The masked tokens of a batch as one list of a fixed size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _backends, _library, reference
+from .partition_mask import check_mask
+from .random_mask import why_not
+
+BACKENDS = ("cpu", "cuda", "reference")
+
+
+def _fake(mask: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    rows, count = mask.new_empty((size,), dtype=torch.int64), mask.new_empty((1,), dtype=torch.int64)
+    return rows, mask.new_empty((size,), dtype=torch.float32), count
+
+
+_library.define("masked_rows(Tensor mask, int size) -> (Tensor, Tensor, Tensor)", _fake)
+
+
+def masked_rows(mask: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which rows of a [B · L, features] matrix are masked, in order, for a gather whose shape depends on no data.
+
+    Args:
+        mask: [B, L] bool, True where masked.
+        size: length of the list: at least the number of masked tokens.
+
+    Returns:
+        rows: [size] int64, b · L + l of the masked tokens, then −1.
+        weights: [size] float32, 1 / (masked tokens of image b), then 0: with these every image counts the same.
+        count: [1] int64, the number of masked tokens.
+
+    Raises:
+        TypeError: the mask is no matrix of bool. ValueError: ``size`` is negative.
+        RuntimeError: ``size`` is too small. On CUDA, where nothing waits for the device, all weights are NaN instead,
+        so that a part of the sum is never taken for the whole.
+    """
+    check_mask(mask)
+    if size < 0:
+        raise ValueError(f"size must not be negative, got {size}")
+    preferred = "cuda" if mask.device.type == "cuda" else "cpu"
+    if _backends.select("masked_rows", preferred, why_not("masked_rows", "mask", mask)) == "reference":
+        arrays = reference.masked_rows(mask.cpu().numpy(), size)
+        rows, weights, count = (torch.from_numpy(a).to(mask.device) for a in arrays)
+    else:
+        rows, weights, count = torch.ops.sslfast.masked_rows.default(mask, size)
+    return rows, weights, count

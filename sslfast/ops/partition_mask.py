@@ -1,0 +1,56 @@
+"""A mask as lists of the kept and of the masked patches, in raster order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _backends, _library, reference
+from .random_mask import why_not
+
+BACKENDS = ("cpu", "cuda", "reference")
+
+
+def _fake(mask: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
+    count, patches = mask.shape
+    sizes = (kept, patches - kept, patches)
+    keep, masked, restore = (mask.new_empty((count, size), dtype=torch.int64) for size in sizes)
+    return keep, masked, restore
+
+
+_library.define("partition_mask(Tensor mask, int kept) -> (Tensor, Tensor, Tensor)", _fake)
+
+
+def check_mask(mask: Tensor) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
+    if mask.dim() != 2 or mask.dtype != torch.bool:
+        raise TypeError(f"mask must be [images, patches] of bool, got {tuple(mask.shape)} of {mask.dtype}")
+
+
+def partition_mask(mask: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the patches of a mask lie.
+
+    Args:
+        mask: [B, L] bool, True where masked.
+        kept: K, how many patches every row keeps.
+
+    Returns:
+        ids of the kept patches [B, K], of the masked ones [B, L − K], and [B, L], where each patch went in the two of
+        them one after the other; all int64.
+
+    Raises:
+        TypeError: the mask is no matrix of bool. ValueError: ``kept`` is out of range.
+        RuntimeError: a row keeps another number. On CUDA nothing is checked, since that would wait for the device:
+        ids that are missing are −1, and what is too much is left out.
+    """
+    check_mask(mask)
+    if not 0 <= kept <= mask.shape[1]:
+        raise ValueError(f"kept must be between 0 and the {mask.shape[1]} patches, got {kept}")
+    preferred = "cuda" if mask.device.type == "cuda" else "cpu"
+    if _backends.select("partition_mask", preferred, why_not("partition_mask", "mask", mask)) == "reference":
+        arrays = reference.partition_mask(mask.cpu().numpy(), kept)
+        keep, masked, restore = (torch.from_numpy(a).to(mask.device) for a in arrays)
+    else:
+        keep, masked, restore = torch.ops.sslfast.partition_mask.default(mask, kept)
+    return keep, masked, restore
