@@ -1,0 +1,52 @@
+// One call of scatter_tokens, and of its backward.
+#pragma once
+#include "token_rows.h"
+
+namespace sslfast {
+
+struct ScatterTokens {
+  int64_t batch, tokens;         // B, L
+  int64_t kept, passed, prefix;  // rows of x and P; under `mask`, kept is L
+  int64_t width;                 // D
+  const int64_t* restore;        // [B, L], or null
+  const bool* mask;              // [B, L], or null
+  bool everywhere;               // position has a row for each row of the output, else for each token
+};
+
+struct ScatterInputs {
+  TokenRows x;           // [B, passed + K, D]
+  const void* token;     // [D]
+  const void* position;  // or null
+  const void* prefix;    // [P, D], or null
+};
+
+// Null where it is not needed.
+template <typename T>
+struct ScatterGradients {
+  T* x;
+  T* token;
+  T* position;
+  T* prefix;
+  Accumulator<T>* partial;  // [pieces of the output's rows, D], with `token`
+};
+
+// Rows of the output that one task of the backward takes in every image: a function of the sizes alone, so that a sum
+// never depends on the threads. A task's sums fit the first two levels of cache.
+inline constexpr int64_t kRowSums = 4096;
+static inline int64_t rows_per_piece(int64_t rows, int64_t width) {
+  const int64_t fit = kRowSums / (width < kSumBlock ? width : kSumBlock), share = (rows + 15) / 16;
+  const int64_t each = fit < share ? fit : share;
+  return each < 1 ? 1 : each;
+}
+
+}  // namespace sslfast
+
+#define SSLFAST_SCATTER_TOKENS_SIGNATURES(T)                                                \
+  void scatter_tokens_forward(const ::sslfast::Parallel&, const ::sslfast::ScatterTokens&,  \
+                              const ::sslfast::ScatterInputs&, T* out);                     \
+  void scatter_tokens_backward(const ::sslfast::Parallel&, const ::sslfast::ScatterTokens&, \
+                               const ::sslfast::TokenRows& grad, const ::sslfast::ScatterGradients<T>&)
+SSLFAST_DECLARE(SSLFAST_SCATTER_TOKENS_SIGNATURES(float))
+SSLFAST_DECLARE(SSLFAST_SCATTER_TOKENS_SIGNATURES(double))
+SSLFAST_DECLARE(SSLFAST_SCATTER_TOKENS_SIGNATURES(bf16))
+SSLFAST_DECLARE(SSLFAST_SCATTER_TOKENS_SIGNATURES(fp16))
