@@ -1,0 +1,221 @@
+// The gradients of embed_patches: dweight[o, f] = Σ_r g[r, o]·patch[r, f] over the kept rows r of all images, which are
+// read from the pixels once more.
+//
+// Rows are taken a few hundred at a time: packed by all threads, then multiplied, a task adding to its own tile of
+// dweight. So every sum has one order, whatever the number of threads, and no partial matrix is kept beside dweight's.
+#include "embed_patches.h"
+
+#include "patch_panels.h"
+
+namespace sslfast::SSLFAST_CPU_LEVEL {
+namespace {
+
+constexpr int64_t kPanelBytes = 5 << 20;  // of the rows packed at a time
+constexpr int64_t kTileRows = kTile / 2;  // of dweight in one task
+constexpr int64_t kPackedRows = 16;       // in one task
+constexpr int64_t kSumImages = 64;        // summed in T before they join the total: errors grow as its root
+
+template <typename T>
+struct Backward {
+  static constexpr int C = kColumns<T>;
+  const EmbedPatchesBackward& of;
+  const int64_t rows, features, padded, width, step, stride, tile_rows, tile_columns;
+  const PatchPacker<T> packer;
+  int64_t* next;
+  T *grads, *patches, *tiles, *row, *sums;
+  double* bias;
+
+  Backward(const EmbedPatchesBackward& embed, const PixelScale<T>& scale, int64_t threads, Arena& arena)
+      : of(embed),
+        rows(of.batch * of.kept),
+        features(patch_features(of.source.layout)),
+        padded(round_up(features, C)),
+        width(round_up(of.width, C)),
+        step(rows_at_a_time()),
+        stride(panel_stride<T>(step)),
+        tile_rows((of.width + kTileRows - 1) / kTileRows),
+        tile_columns((features + kTile - 1) / kTile),
+        packer{of.source, scale, of.ids, of.kept, features, padded} {
+    next = arena.take<int64_t>(1);
+    const bool packs = of.weight != nullptr || of.bias != nullptr, multiplies = of.weight != nullptr;
+    grads = arena.take<T>(packs ? width / C * stride : 0);
+    patches = arena.take<T>(multiplies ? padded / C * stride : 0);
+    tiles = arena.take<T>(multiplies ? tile_rows * tile_columns * kTileRows * kTile : 0);
+    row = arena.take<T>(threads * (padded > width ? padded : width));
+    sums = arena.take<T>(threads * 2 * of.width);
+    bias = arena.take<double>(of.bias != nullptr ? width : 0);
+  }
+
+  int64_t rows_at_a_time() const {
+    const int64_t fit = kPanelBytes / ((padded + width) * static_cast<int64_t>(sizeof(T))) / kDepth * kDepth;
+    const int64_t least = fit < kDepth ? kDepth : fit;
+    return rows < least ? (rows < 1 ? 1 : rows) : least;
+  }
+
+  // Number of the first entry of row r in the tokens.
+  int64_t token(int64_t b, int64_t k) const { return (b * (of.prefix_rows + of.kept) + of.prefix_rows + k) * of.width; }
+
+  void pack(int64_t worker, int64_t first, int64_t begin, int64_t end) const {
+    T* buffer = row + worker * (padded > width ? padded : width);
+    for (int64_t r = begin; of.weight != nullptr && r < begin + PatchPacker<T>::kAhead && r < end; ++r)
+      packer.prefetch(first + r);
+    for (int64_t r = begin; r < end; ++r) {
+      const bool kept = of.ids[first + r] >= 0;
+      for (int64_t k = kept ? of.width : 0; k < width; ++k) buffer[k] = 0;
+      if (kept) read_part(of.grad, of.type, token((first + r) / of.kept, (first + r) % of.kept), of.width, buffer);
+      into_panels(buffer, width, stride, grads + r * C);
+      if (of.weight != nullptr) packer.row(first + r, first + end, stride, buffer, patches + r * C);
+    }
+  }
+
+  // Adds `count` packed rows to one tile of dweight, and writes it after the last of them.
+  void multiply(int64_t task, int64_t count, bool begins, bool ends) const {
+    const int64_t o = task / tile_columns * kTileRows, f = task % tile_columns * kTile;
+    const int64_t height = of.width - o < kTileRows ? of.width - o : kTileRows;
+    const int64_t columns = features - f < kTile ? features - f : kTile;
+    T* tile = tiles + task * kTileRows * kTile;
+    for (int64_t k = 0; begins && k < kTileRows * kTile; ++k) tile[k] = 0;
+    tile_gram(grads + o / C * stride, patches + f / C * stride, stride, height, columns, 0, count, false, tile);
+    for (int64_t r = 0; ends && r < height; ++r)
+      write_part(tile + r * kTile, of.weight, of.type, (o + r) * features + f, columns);
+  }
+
+  void add_bias(int64_t panel, int64_t count, bool begins) const {
+    ColumnSums<T, 1> found;
+    const T* from = grads + panel * stride;
+    sum_columns<T, 1>(count, found, [&](int64_t r, int v, vec<T>* part) { part[0] += at(from, r, v); });
+    for (int c = 0; c < C; ++c) bias[panel * C + c] = (begins ? 0 : bias[panel * C + c]) + found[0][c];
+  }
+
+  // Σ of one row of each image, `row_of(b)` or −1 for none, in the order of the images.
+  template <typename Row>
+  void sum_images(int64_t worker, Row&& row_of, void* out, int64_t index) const {
+    T *part = sums + worker * 2 * of.width, *total = part + of.width;
+    for (int64_t d = 0; d < 2 * of.width; ++d) part[d] = 0;
+    for (int64_t b = 0; b < of.batch; ++b) {
+      const int64_t k = row_of(b);
+      if (k >= -of.prefix_rows) add_row(of.grad, of.type, token(b, k), of.width, part);
+      if ((b + 1) % kSumImages != 0 && b + 1 < of.batch) continue;
+      for (int64_t d = 0; d < of.width; ++d) {
+        total[d] += part[d];
+        part[d] = 0;
+      }
+    }
+    write_part(total, out, of.type, index * of.width, of.width);
+  }
+
+  void run(const Parallel& parallel) const {
+    const int64_t products = of.weight != nullptr ? tile_rows * tile_columns : 0;
+    const int64_t panels = of.bias != nullptr ? width / C : 0;
+    for (int64_t first = 0; products + panels > 0 && first < rows; first += step) {
+      const int64_t count = rows - first < step ? rows - first : step;
+      each_task(parallel, (count + kPackedRows - 1) / kPackedRows, next, [&](int64_t worker, int64_t task) {
+        const int64_t begin = task * kPackedRows;
+        pack(worker, first, begin, count - begin < kPackedRows ? count : begin + kPackedRows);
+      });
+      each_task(parallel, products + panels, next, [&](int64_t, int64_t task) {
+        if (task < products)
+          multiply(task, count, first == 0, first + count == rows);
+        else
+          add_bias(task - products, count, first == 0);
+      });
+    }
+    if (panels > 0) {
+      for (int64_t d = 0; d < of.width; ++d) sums[d] = rows > 0 ? static_cast<T>(bias[d]) : T(0);
+      write_part(sums, of.bias, of.type, 0, of.width);
+    }
+    const int64_t none = -of.prefix_rows - 1, length = patch_count(of.source.layout);
+    const int64_t positions = of.position != nullptr ? length : 0, prefixes = of.prefix != nullptr ? of.prefix_rows : 0;
+    each_task(parallel, positions + prefixes, next, [&](int64_t worker, int64_t task) {
+      if (task < positions)
+        sum_images(
+            worker,
+            [&](int64_t b) {
+              const int64_t k = of.row_of_patch[b * length + task];
+              return k < 0 ? none : k;
+            },
+            of.position, task);
+      else
+        sum_images(worker, [&](int64_t) { return task - positions - of.prefix_rows; }, of.prefix, task - positions);
+    });
+  }
+};
+
+}  // namespace
+
+#define SSLFAST_EMBED_PATCHES_BACKWARD_DEFINE(T)                                           \
+  int64_t embed_patches_backward(const Parallel& parallel, const EmbedPatchesBackward& of, \
+                                 const PixelScale<T>& affine, void* memory) {              \
+    Arena arena{static_cast<char*>(memory)};                                               \
+    const Backward<T> backward(of, affine, parallel.threads, arena);                       \
+    if (memory != nullptr) backward.run(parallel);                                         \
+    return arena.bytes;                                                                    \
+  }
+SSLFAST_EMBED_PATCHES_BACKWARD_DEFINE(float)
+SSLFAST_EMBED_PATCHES_BACKWARD_DEFINE(double)
+
+}  // namespace sslfast::SSLFAST_CPU_LEVEL
+
+#ifdef SSLFAST_CPU_DISPATCH
+#include <tuple>
+
+#include "operator.h"
+#include "patch_ids.h"
+
+namespace sslfast {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> embed_patches_backward_cpu(
+    const Tensor& grad_any, const Tensor& images, const Tensor& ids_any, const std::vector<int64_t>& patch,
+    const std::vector<double>& mean, const std::vector<double>& std, const std::vector<int64_t>& needs) {
+  SSLFAST_CHECK(needs.size() == 4, "needs must have four numbers: weight, bias, position and prefix");
+  const PatchImages from = patch_images(images, patch, false);
+  const PatchLayout& layout = from.layout;
+  const int64_t kept = kept_patches(ids_any, from.batch, layout, images), length = patch_count(layout);
+  SSLFAST_CHECK(grad_any.dim() == 3 && grad_any.size(1) >= kept, "grad must be [B, P + K, D]");
+  const int64_t d = grad_any.size(2), prefix_rows = grad_any.size(1) - kept;
+  const ScalarType dtype = grad_any.scalar_type();
+  check_tensor(grad_any, "grad", {from.batch, prefix_rows + kept, d}, dtype, images);
+  const Tensor grad = contiguous(grad_any), ids = contiguous(ids_any);
+  const std::vector<int32_t> rows = rows_of_patches(const_data<int64_t>(ids), from.batch, kept, length);
+
+  auto wanted = [&](int i, int64_t first, int64_t second) {
+    if (needs[static_cast<size_t>(i)] == 0) return torch::stable::new_empty(grad, {0});
+    return second < 0 ? torch::stable::new_empty(grad, {first}) : torch::stable::new_empty(grad, {first, second});
+  };
+  Tensor weight = wanted(0, d, patch_features(layout)), bias = wanted(1, d, -1);
+  Tensor position = wanted(2, length, d), prefix = wanted(3, prefix_rows, d);
+  if (from.batch * kept == 0 && weight.numel() > 0) torch::stable::zero_(weight);
+  const EmbedPatchesBackward of{patch_source(images, from),
+                                from.batch,
+                                kept,
+                                prefix_rows,
+                                d,
+                                const_data<int64_t>(ids),
+                                rows.data(),
+                                element_type(grad, "grad"),
+                                grad.const_data_ptr(),
+                                data_or_null(weight),
+                                data_or_null(bias),
+                                data_or_null(position),
+                                data_or_null(prefix)};
+  const Parallel parallel = torch_parallel();
+  auto run = [&](auto accumulator) {
+    const auto affine = pixel_scale_of<decltype(accumulator)>(mean, std, layout, images.scalar_type());
+    with_scratch(grad,
+                 [&](void* memory) { return SSLFAST_CALL(embed_patches_backward, parallel, of, affine, memory); });
+  };
+  if (dtype == ScalarType::Double)
+    run(double{});
+  else
+    run(float{});
+  return {weight, bias, position, prefix};
+}
+
+}  // namespace
+}  // namespace sslfast
+
+STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) {
+  m.impl("embed_patches_backward", TORCH_BOX(&sslfast::embed_patches_backward_cpu));
+}
+#endif  // SSLFAST_CPU_DISPATCH
