@@ -13,6 +13,9 @@ from .losses import (
     FroSSLLoss,
     HypersphereLoss,
     InfoNCELoss,
+    MaskedFeatureLoss,
+    MaskedPatchLoss,
+    MaskedTokenLoss,
     MemoryQueue,
     MMCRLoss,
     MoCoLoss,
@@ -35,6 +38,7 @@ from .losses.dcl import dcl, dclw
 from .losses.frossl import frossl
 from .losses.hypersphere import alignment, hypersphere, uniformity
 from .losses.info_nce import info_nce
+from .losses.masked_token import masked_token_cross_entropy
 from .losses.mmcr import mmcr
 from .losses.moco import moco, moco_v3
 from .losses.nt_xent import nt_xent
@@ -47,7 +51,14 @@ from .losses.vibcreg import vibcreg
 from .losses.vicreg import covariance_loss, invariance_loss, variance_loss, vicreg
 from .losses.vicregl import vicregl
 from .losses.w_mse import norm_mse_loss
-from .ops import l2_normalize, second_moment, similarity_logsigmoid, similarity_lse
+from .ops import (
+    l2_normalize,
+    masked_feature_loss,
+    masked_patch_loss,
+    second_moment,
+    similarity_logsigmoid,
+    similarity_lse,
+)
 from .ops.similarity_lse import SimilarityTerms, similarity_terms
 from .reference.second_moment import SecondMoment
 
@@ -63,6 +74,9 @@ __all__ = [
     "HypersphereLoss",
     "InfoNCELoss",
     "MMCRLoss",
+    "MaskedFeatureLoss",
+    "MaskedPatchLoss",
+    "MaskedTokenLoss",
     "MemoryQueue",
     "MoCoLoss",
     "MoCoV3Loss",
@@ -91,6 +105,9 @@ __all__ = [
     "info_nce",
     "invariance_loss",
     "l2_normalize",
+    "masked_feature_loss",
+    "masked_patch_loss",
+    "masked_token_cross_entropy",
     "mmcr",
     "moco",
     "moco_v3",

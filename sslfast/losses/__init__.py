@@ -10,6 +10,9 @@ from .diagnostics import Diagnostics
 from .frossl import FroSSLLoss
 from .hypersphere import HypersphereLoss
 from .info_nce import InfoNCELoss
+from .masked_feature import MaskedFeatureLoss
+from .masked_patch import MaskedPatchLoss
+from .masked_token import MaskedTokenLoss
 from .memory_queue import MemoryQueue
 from .mmcr import MMCRLoss
 from .moco import MoCoLoss, MoCoV3Loss
@@ -34,6 +37,9 @@ __all__ = [
     "HypersphereLoss",
     "InfoNCELoss",
     "MMCRLoss",
+    "MaskedFeatureLoss",
+    "MaskedPatchLoss",
+    "MaskedTokenLoss",
     "MemoryQueue",
     "MoCoLoss",
     "MoCoV3Loss",

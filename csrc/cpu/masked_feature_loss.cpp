@@ -1,0 +1,145 @@
+// The loss of predicted features on the CPU: a teacher's row is read into the cache, normalised there, and compared.
+#include "masked_feature_loss.h"
+
+namespace sslfast::SSLFAST_CPU_LEVEL {
+namespace {
+
+template <typename P, typename A>
+void widen_row(const FeatureLoss& x, int64_t offset, A* __restrict__ out) {
+  const P* __restrict__ row = static_cast<const P*>(x.teacher.data) + offset;
+  for (int64_t d = 0; d < x.pred.width; ++d) out[d] = A(widen(row[d]));
+}
+
+// The target of row r, in the scratch memory of piece p.
+template <typename A>
+const A* target_of(const FeatureLoss& x, int64_t r, int64_t p) {
+  A* out = reinterpret_cast<A*>(x.scratch) + p * x.pred.width;
+  const int64_t image = r / x.pred.per_image % (x.teacher.rows / x.teacher.per_image);
+  const int64_t offset = image * x.teacher.image_stride + x.ids[r] * x.teacher.row_stride;
+  switch (x.teacher_type) {
+    case 0: widen_row<float>(x, offset, out); break;
+    case 1: widen_row<double>(x, offset, out); break;
+    case 2: widen_row<bf16>(x, offset, out); break;
+    default: widen_row<fp16>(x, offset, out);
+  }
+  if (x.layer_norm) standardise(out, x.pred.width, A(x.eps), kLayerNorm);
+  return out;
+}
+
+template <typename T>
+void forward(const Parallel& parallel, const FeatureLoss& x, Accumulator<T>* of_row) {
+  each_row(parallel, x.pred.rows, x.pieces, [&x, of_row](int64_t r, int64_t p) {
+    of_row[r] = row_loss(row_of<T>(x.pred, r), target_of<Accumulator<T>>(x, r, p), x.pred.width, x.loss);
+  });
+}
+
+template <typename T>
+void backward(const Parallel& parallel, const FeatureLoss& x, Accumulator<T> scale, T* dpred) {
+  each_row(parallel, x.pred.rows, x.pieces, [&x, scale, dpred](int64_t r, int64_t p) {
+    const int64_t width = x.pred.width;
+    row_gradient(row_of<T>(x.pred, r), target_of<Accumulator<T>>(x, r, p), width, x.loss, scale, dpred + r * width);
+  });
+}
+
+}  // namespace
+
+#define SSLFAST_MASKED_FEATURE_LOSS_DEFINE(T)                                                                          \
+  void masked_feature_loss_forward(const Parallel& parallel, const FeatureLoss& x, Accumulator<T>* of_row, const T*) { \
+    forward<T>(parallel, x, of_row);                                                                                   \
+  }                                                                                                                    \
+  void masked_feature_loss_backward(const Parallel& parallel, const FeatureLoss& x, Accumulator<T> scale, T* dpred) {  \
+    backward<T>(parallel, x, scale, dpred);                                                                            \
+  }
+SSLFAST_MASKED_FEATURE_LOSS_DEFINE(float)
+SSLFAST_MASKED_FEATURE_LOSS_DEFINE(double)
+SSLFAST_MASKED_FEATURE_LOSS_DEFINE(bf16)
+SSLFAST_MASKED_FEATURE_LOSS_DEFINE(fp16)
+
+}  // namespace sslfast::SSLFAST_CPU_LEVEL
+
+#ifdef SSLFAST_CPU_DISPATCH
+#include "huge_pages.h"
+#include "loss_rows.h"
+
+namespace sslfast {
+namespace {
+
+template <typename T>
+constexpr int kTypeNumber = 0;
+template <>
+constexpr int kTypeNumber<double> = 1;
+template <>
+constexpr int kTypeNumber<bf16> = 2;
+template <>
+constexpr int kTypeNumber<fp16> = 3;
+
+// Checked arguments, and what they point into.
+struct Arguments {
+  Tensor pred, teacher, ids, scratch;
+  FeatureLoss x;
+
+  Arguments(const Tensor& pred_any, const Tensor& teacher_any, const Tensor& ids_any, int64_t kind, double beta,
+            bool layer_norm, double eps)
+      : pred(with_rows(pred_any, "pred")),
+        teacher(with_rows(teacher_any, "teacher")),
+        ids(contiguous(ids_any)),
+        scratch(pred) {
+    const int64_t images = teacher.size(0);
+    check_tensor(teacher, "teacher", {images, teacher.size(1), pred.size(2)}, teacher.scalar_type(), pred);
+    check_tensor(ids, "ids", {pred.size(0), pred.size(1)}, ScalarType::Long, pred);
+    SSLFAST_CHECK(images > 0 ? pred.size(0) % images == 0 : pred.size(0) == 0,
+                  "pred must have a whole number of masks of each image");
+    x.pred = rows_of(pred);
+    x.teacher = rows_of(teacher);
+    x.ids = const_data<int64_t>(ids);
+    check_ids(x.ids, ids.numel(), teacher.size(1));
+    x.teacher_type = dispatch_float(teacher, "teacher", [](auto element) { return kTypeNumber<decltype(element)>; });
+    SSLFAST_CHECK(kind >= kSquared && kind <= kSmooth, "kind must be 0, 1 or 2, got ", kind);
+    SSLFAST_CHECK(kind != kSmooth || beta > 0, "beta must be positive, got ", beta);
+    x.loss = {static_cast<int>(kind), beta};
+    x.layer_norm = layer_norm;
+    x.eps = eps;
+    x.pieces = pieces_of(x.pred.rows);
+    scratch = torch::stable::new_empty(pred, {x.pieces * x.pred.width}, accumulator_type(pred));
+    x.scratch = static_cast<char*>(scratch.mutable_data_ptr());
+  }
+};
+
+Tensor masked_feature_loss_cpu(Tensor pred, Tensor teacher, Tensor ids, int64_t kind, double beta, bool layer_norm,
+                               double eps) {
+  const Arguments given(pred, teacher, ids, kind, beta, layer_norm, eps);
+  const FeatureLoss& x = given.x;
+  Tensor loss = torch::stable::new_empty(pred, {}, accumulator_type(pred));
+  dispatch_float(pred, "pred", [&](auto element) {
+    using T = decltype(element);
+    using A = Accumulator<T>;
+    std::vector<A> of_row(x.pred.rows);
+    SSLFAST_CALL(masked_feature_loss_forward, torch_parallel(), x, of_row.data(), static_cast<const T*>(nullptr));
+    *mutable_data<A>(loss) = mean_of(of_row, x.pred.rows * x.pred.width);
+  });
+  return loss;
+}
+
+Tensor masked_feature_loss_backward_cpu(Tensor grad_loss, Tensor pred, Tensor teacher, Tensor ids, int64_t kind,
+                                        double beta, bool layer_norm, double eps) {
+  const Arguments given(pred, teacher, ids, kind, beta, layer_norm, eps);
+  check_tensor(grad_loss, "grad_loss", {}, accumulator_type(pred), pred);
+  Tensor dpred = torch::stable::new_empty(pred, {pred.size(0), pred.size(1), pred.size(2)});
+  advise_huge_pages(dpred.mutable_data_ptr(), dpred.numel() * static_cast<int64_t>(dpred.element_size()));
+  dispatch_float(pred, "pred", [&](auto element) {
+    using T = decltype(element);
+    using A = Accumulator<T>;
+    const A scale = *const_data<A>(grad_loss) / static_cast<A>(pred.numel());
+    SSLFAST_CALL(masked_feature_loss_backward, torch_parallel(), given.x, scale, mutable_data<T>(dpred));
+  });
+  return dpred;
+}
+
+}  // namespace
+}  // namespace sslfast
+
+STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) {
+  m.impl("masked_feature_loss", TORCH_BOX(&sslfast::masked_feature_loss_cpu));
+  m.impl("masked_feature_loss_backward", TORCH_BOX(&sslfast::masked_feature_loss_backward_cpu));
+}
+#endif  // SSLFAST_CPU_DISPATCH

@@ -1,0 +1,30 @@
+// What the kernel of masked_feature_loss is told.
+#pragma once
+#include "target_rows.h"
+
+namespace sslfast {
+
+// The teacher's features [B, L, D]: row ids[r] of the image r / K mod B; the elements of a row lie side by side.
+struct FeatureLoss {
+  PredictedRows pred;  // [S·B, K, D]
+  PredictedRows teacher;
+  const int64_t* ids;  // [rows]
+  int teacher_type;    // float, double, bf16, fp16: 0 to 3
+  PointLoss loss;
+  bool layer_norm;
+  double eps;
+  int64_t pieces;
+  char* scratch;  // for each piece a row of the accumulator
+};
+
+}  // namespace sslfast
+
+#define SSLFAST_MASKED_FEATURE_LOSS_SIGNATURES(T)                                              \
+  void masked_feature_loss_forward(const ::sslfast::Parallel&, const ::sslfast::FeatureLoss&,  \
+                                   ::sslfast::Accumulator<T>* of_row, const T*);               \
+  void masked_feature_loss_backward(const ::sslfast::Parallel&, const ::sslfast::FeatureLoss&, \
+                                    ::sslfast::Accumulator<T> scale, T* dpred)
+SSLFAST_DECLARE(SSLFAST_MASKED_FEATURE_LOSS_SIGNATURES(float))
+SSLFAST_DECLARE(SSLFAST_MASKED_FEATURE_LOSS_SIGNATURES(double))
+SSLFAST_DECLARE(SSLFAST_MASKED_FEATURE_LOSS_SIGNATURES(::sslfast::bf16))
+SSLFAST_DECLARE(SSLFAST_MASKED_FEATURE_LOSS_SIGNATURES(::sslfast::fp16))

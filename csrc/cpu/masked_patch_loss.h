@@ -1,0 +1,45 @@
+// What the kernel of masked_patch_loss is told: the images with their patches, which rows, and the loss.
+#pragma once
+#include "target_rows.h"
+
+namespace sslfast {
+
+enum PixelType : int { kByte, kFloat, kDouble, kBrain, kHalf };
+constexpr int64_t kPixelBytes[] = {1, 4, 8, 2, 2};
+
+// Images [B, C, T, H, W] of any strides (in elements), cut into patches; value = (pixel − mean[c]) · inv_std[c].
+struct PatchImages {
+  const void* data;
+  PixelType type;
+  int64_t channels;
+  int64_t grid[3], patch[3], stride[5];
+  const double *mean, *inv_std;
+};
+
+// Of one channel of a patch.
+SSLFAST_INLINE int64_t values_of(const PatchImages& x) { return x.patch[0] * x.patch[1] * x.patch[2]; }
+
+struct PatchLoss {
+  PatchImages images;
+  PredictedRows pred;
+  const uint8_t* mask;  // [rows], or
+  const int64_t* ids;   // [rows], the patch of each row
+  PointLoss loss;
+  int target;
+  double eps;
+  bool channels_inner;
+  int64_t pieces;
+  char* scratch;  // for each piece two patches of the accumulator
+};
+
+}  // namespace sslfast
+
+#define SSLFAST_MASKED_PATCH_LOSS_SIGNATURES(T)                                            \
+  void masked_patch_loss_forward(const ::sslfast::Parallel&, const ::sslfast::PatchLoss&,  \
+                                 ::sslfast::Accumulator<T>* of_row, const T*);             \
+  void masked_patch_loss_backward(const ::sslfast::Parallel&, const ::sslfast::PatchLoss&, \
+                                  ::sslfast::Accumulator<T> scale, T* dpred)
+SSLFAST_DECLARE(SSLFAST_MASKED_PATCH_LOSS_SIGNATURES(float))
+SSLFAST_DECLARE(SSLFAST_MASKED_PATCH_LOSS_SIGNATURES(double))
+SSLFAST_DECLARE(SSLFAST_MASKED_PATCH_LOSS_SIGNATURES(::sslfast::bf16))
+SSLFAST_DECLARE(SSLFAST_MASKED_PATCH_LOSS_SIGNATURES(::sslfast::fp16))
