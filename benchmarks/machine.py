@@ -123,12 +123,15 @@ class Peaks:
     all: tuple[Peak, ...]
 
     def bound_ms(self, flops: float, bytes_moved: float, dtype: str) -> float | None:
-        """``max(flops / peak, bytes / bandwidth)`` in milliseconds; ``None`` without a peak for ``dtype``."""
+        """``max(flops / peak, bytes / bandwidth)`` in milliseconds; ``None`` without a peak for ``dtype``.
+
+        What does not count operations needs no peak of them.
+        """
         rates = [p.value for p in self.all if p.kind == "gflops" and p.dtype == dtype]
         bandwidths = [p.value for p in self.all if p.kind == "gb_per_s"]
-        if not rates or not bandwidths:
+        if not bandwidths or (flops and not rates):
             return None
-        return max(flops / rates[0], bytes_moved / bandwidths[0]) / 1e6
+        return max(flops / rates[0] if flops else 0.0, bytes_moved / bandwidths[0]) / 1e6
 
 
 def measure_peaks(device: str) -> Peaks:

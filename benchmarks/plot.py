@@ -31,8 +31,13 @@ MIN_POINTS = 4  # sizes that make a sweep
 PANELS = (("time_ms", "time [ms]"), ("peak_mib", "extra peak memory [MiB]"))
 COLOURS = {"sslfast": "#c1121f", "compile": "#2a6f97", "eager": "#6c757d", "lightly": "#588157", "chunked": "#bc6c25"}
 COLOURS |= {"primal": "#7b2cbf", "dual": "#f48c06"}  # forms of one of our own operations
+COLOURS |= {"mae": "#6c757d"}
 NAMES = {"compile": "torch.compile", "eager": "eager PyTorch", "chunked": "chunked torch.mm"}
 NAMES |= {"primal": "always primal", "dual": "always dual"}
+# Published code that is written out in this directory: tables say beside the speed-up how much faster than it we are.
+PUBLISHED = {"mae": "MAE as published", "ijepa": "I-JEPA as published"}
+PUBLISHED |= {"beit": "BEiT as published", "dinov2": "DINOv2 as published", "transformers": "transformers"}
+NAMES |= PUBLISHED
 
 
 def shape_text(shape: str) -> str:
@@ -140,7 +145,7 @@ def spread(heights: Sequence[float], ratio: float) -> list[float]:
 def markdown(op: str, rows: Sequence[Row]) -> str:
     """One machine's results of one operation as a Markdown table, forward and backward together; empty without any.
 
-    An operation without a gradient has rates instead of times: how many views a second.
+    What makes views has rates instead of times: how many a second.
     """
     rows = [row for row in rows if row["op"] == op and row["mode"] in WHOLE]
     timed = [row for row in rows if row["metric"] == "time_ms"]
@@ -150,9 +155,12 @@ def markdown(op: str, rows: Sequence[Row]) -> str:
     cases = list(dict.fromkeys((row["dtype"], row["shape"]) for row in rows))
     sizes = list(json.loads(cases[0][1]))
     several_dtypes = len({dtype for dtype, _ in cases}) > 1
-    unit = "views/s" if rows[0]["mode"] == CALL else "ms"
+    unit = "views/s" if _has_rates(rows[0]) else "ms"
+    # Of several baselines the speed-up names the best; a published one has a column of its own then.
+    published = [p for p in providers if p in PUBLISHED and len(providers) > 2]
     header = [*sizes, *(["dtype"] if several_dtypes else []), *(f"{provider_text(p)} [{unit}]" for p in providers)]
-    header += ["speed-up", "share of bound", "memory, best other [MiB]", "memory, sslfast [MiB]"]
+    header += ["speed-up", *(f"over {provider_text(p)}" for p in published)]
+    header += ["share of bound", "memory, best other [MiB]", "memory, sslfast [MiB]"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---:|" * len(header)]
     for dtype, shape in cases:
         cell = {(row["provider"], row["metric"]): row for row in rows if (row["dtype"], row["shape"]) == (dtype, shape)}
@@ -164,7 +172,8 @@ def markdown(op: str, rows: Sequence[Row]) -> str:
         memory = {provider: float(row["p50"]) for (provider, metric), row in cell.items() if metric == "peak_mib"}
         others = [value for provider, value in memory.items() if provider != "sslfast"]
         line = [str(size) for size in json.loads(shape).values()] + ([dtype] if several_dtypes else []) + times
-        line += [f"{float(speedup):.1f}×" if speedup else "", f"{float(share):.0%}" if share else ""]
+        line += [_ratio_text(speedup), *(_ratio_text(_over(cell, p)) for p in published)]
+        line += [f"{float(share):.0%}" if share else ""]
         line += [_short(min(others)) if others else "", _short(memory["sslfast"]) if "sslfast" in memory else ""]
         lines.append("| " + " | ".join(line) + " |")
     return "\n".join([_caption(rows, timed, several_dtypes), "", *lines])
@@ -177,6 +186,21 @@ def _short(value: float | str) -> str:
 
 def _time_text(row: Row | None) -> str:
     return f"{_short(row['p50'])} ({_short(row['p20'])}–{_short(row['p80'])})" if row else ""
+
+
+def _ratio_text(ratio: float | str | None) -> str:
+    return f"{float(ratio):.1f}×" if ratio else ""
+
+
+def _over(cell: dict[tuple[str, str], Row], provider: str) -> float | None:
+    """How much faster sslfast is than ``provider``: of both the ratio to the best baseline was taken round by round."""
+    rows = (cell.get((name, "time_ms"), {}) for name in ("sslfast", provider))
+    ours, theirs = (row.get("speedup_over_best_of_eager_compile") for row in rows)
+    return float(ours) / float(theirs) if ours and theirs else None
+
+
+def _has_rates(row: Row) -> bool:
+    return row["mode"] == CALL and "views" in json.loads(row["shape"])
 
 
 def _rate_text(row: Row | None) -> str:
@@ -194,11 +218,12 @@ def _caption(rows: Sequence[Row], timed: Sequence[Row], several_dtypes: bool) ->
     rounds = min(int(row["rounds"]) for row in timed)
     versions = f"torch {first['torch']}, sslfast {first['sslfast']} ({first['commit']})"
     call = first["mode"] == CALL
+    what = ("views a second" if _has_rates(first) else "one call") if call else "forward and backward"
+    others = "the others" if call or "eager" not in {row["provider"] for row in timed} else "eager and torch.compile"
     return (
-        f"**{where}**: {versions}, {dtype}{'views a second' if call else 'forward and backward'}. "
+        f"**{where}**: {versions}, {dtype}{what}. "
         f"Median of at least {rounds} interleaved rounds (20th–80th percentile); speed-up over the best of "
-        f"{'the others' if call else 'eager and torch.compile'}; memory is the extra peak, "
-        f"{'results' if call else 'gradients'} included."
+        f"{others}; memory is the extra peak, {'results' if call else 'gradients'} included."
     )
 
 

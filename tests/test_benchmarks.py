@@ -226,6 +226,7 @@ def test_the_bound_is_the_larger_of_arithmetic_and_traffic() -> None:
     assert PEAKS.bound_ms(1e9, 1e6, "float32") == pytest.approx(2.0)
     assert PEAKS.bound_ms(1e6, 1e9, "float32") == pytest.approx(20.0)
     assert PEAKS.bound_ms(1e9, 1e6, "bfloat16") is None
+    assert PEAKS.bound_ms(0, 1e9, "bfloat16") == pytest.approx(20.0)
 
 
 def test_measured_peaks_are_labelled(monkeypatch: pytest.MonkeyPatch) -> None:
