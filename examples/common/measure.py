@@ -1,4 +1,4 @@
-"""Time and memory of a loss alone: forward and backward, from embeddings that lie in memory.
+"""Time and memory of a loss alone, forward and backward, from embeddings that lie in memory; peak memory of any work.
 
 ``python -m examples.common.measure FILE`` is the worker that one measurement of memory runs in.
 """
@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,16 @@ def serving_backend(loss: Loss, operators: Mapping[str, str], z0: Tensor, z1: Te
     Returns:
         One of the names, or ``"reference"`` if none of the operators was called.
     """
-    with _Operators() as seen, torch.no_grad():
-        loss(z0, z1)
-    return next((name for operator, name in operators.items() if operator in seen.names), "reference")
+    with torch.no_grad():
+        seen = operators_of(partial(loss, z0, z1))
+    return next((name for operator, name in operators.items() if operator in seen), "reference")
+
+
+def operators_of(work: Callable[[], object]) -> set[str]:
+    """The names of the operators that ``work()`` calls, such as ``aten::mm``."""
+    with _Operators() as seen:
+        work()
+    return seen.names
 
 
 def step(loss: Loss, z0: Tensor, z1: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,19 +138,30 @@ def _gradient_difference(losses: Mapping[str, Loss], z0: Tensor, z1: Tensor) -> 
 
 
 def peak_memory(loss: Loss, z0: Tensor, z1: Tensor) -> int | None:
-    """Extra peak memory of one step, in bytes, measured in a fresh process; ``None`` where the system does not tell.
+    """Extra peak memory of one step, as ``peak_memory_of`` measures it."""
+    small = (z[:WARM_UP, :WARM_UP].clone() for z in (z0, z1))
+    return peak_memory_of(partial(step, loss, z0, z1), partial(step, loss, *small))
+
+
+def peak_memory_of(work: Callable[[], object], small: Callable[[], object]) -> int | None:
+    """Extra peak memory of ``work()``, in bytes, measured in a fresh process; ``None`` where the system does not tell.
+
+    Args:
+        work: what is measured; it can be pickled.
+        small: the same, much smaller: called first, for threads, libraries and their tables are the process's cost and
+            not the work's. A matrix that it frees can stay with the process, and would not be counted again.
 
     Raises:
         RuntimeError: the process failed (killed for want of memory, for one).
     """
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "step.pickle"
-        file.write_bytes(pickle.dumps((loss, z0, z1)))
-        # The worker imports what the loss is made of by name, hence the repository's root as its folder.
+        file = Path(folder) / "work.pickle"
+        file.write_bytes(pickle.dumps((work, small)))
+        # The worker imports what the work is made of by name, hence the repository's root as its folder.
         command = [sys.executable, "-m", "examples.common.measure", str(file)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"measuring the memory of {loss} failed, status {done.returncode}: {done.stderr[-800:]}")
+        raise RuntimeError(f"measuring the memory failed, status {done.returncode}: {done.stderr[-800:]}")
     told = done.stdout.split()[-1]
     return None if told == "unknown" else int(told)
 
@@ -156,17 +175,15 @@ def _resident(field: str) -> int:
 
 
 def _worker(file: str) -> None:
-    loss, z0, z1 = pickle.loads(Path(file).read_bytes())
-    # A small step first: threads, libraries and their tables are the process's cost, not the loss's. It has few rows
-    # and few columns: a matrix that it frees can stay with the process, and would not be counted again.
-    step(loss, z0[:WARM_UP, :WARM_UP], z1[:WARM_UP, :WARM_UP])
+    work, small = pickle.loads(Path(file).read_bytes())
+    small()
     try:
         before = _resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now, proc(5)
     except OSError:
         print("unknown")
         return
-    step(loss, z0, z1)
+    work()
     print(max(0, _resident("VmHWM") - before))
 
 

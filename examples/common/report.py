@@ -104,8 +104,8 @@ def print_table(result: Result, console: Console) -> None:
     row("training, whole", result.training_seconds, lambda x: f"{x:.0f} s")
     row("loss at the last step", {name: curve[-1] for name, curve in result.curves.items()}, lambda x: f"{x:.4f}", True)
     for cost in result.costs:
-        row(f"loss, {_size(cost)}: time", cost.seconds, _milliseconds)
-        row("    peak extra memory", cost.peak_bytes, _mebibytes)
+        row(f"loss, {_size(cost)}: time", cost.seconds, milliseconds)
+        row("    peak extra memory", cost.peak_bytes, mebibytes)
     console.print(table)
     gap = result.curve_differences()
     console.print(
@@ -133,9 +133,9 @@ def draw(result: Result, points: np.ndarray, labels: np.ndarray | None, names: t
     cost = result.compared()
     time_bars, memory_bars = bottom.subplots(1, 2)
     time_bars.set_title(f"Time a step of the loss, {_size(cost)}", fontsize=14)
-    _draw_bars(time_bars, cost.seconds, "milliseconds", 1e-3, _milliseconds)
+    _draw_bars(time_bars, cost.seconds, "milliseconds", 1e-3, milliseconds)
     memory_bars.set_title(f"Extra peak memory of the loss, {_size(cost)}", fontsize=14)
-    _draw_bars(memory_bars, cost.peak_bytes, "MiB", MIB, _mebibytes)
+    _draw_bars(memory_bars, cost.peak_bytes, "MiB", MIB, mebibytes)
     figure.savefig(path, dpi=110)
 
 
@@ -199,9 +199,9 @@ def _size(cost: Cost) -> str:
     return f"N = {cost.pairs}, D = {cost.width}"
 
 
-def _milliseconds(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.1f} ms" if seconds < 0.1 else f"{1e3 * seconds:.0f} ms"
 
 
-def _mebibytes(size: float) -> str:
+def mebibytes(size: float) -> str:
     return f"{size / MIB:.1f} MiB" if size < 100 * MIB else f"{size / MIB:.0f} MiB"

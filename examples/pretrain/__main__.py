@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 
 import sslfast
@@ -20,6 +21,7 @@ from examples.common import evaluate, ranks, report
 from examples.common.augment import views_for
 from examples.common.data import Dataset, load
 from examples.common.measure import Cost, cost, serving_backend
+from examples.mae import run as mae
 from sslfast.augment import ViewSpec
 
 from .methods import METHODS, Method
@@ -159,18 +161,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     steps = ", ".join(f"{method.steps} ({name})" for name, method in METHODS.items())
     batches = ", ".join(f"{method.batch_size} ({name})" for name, method in METHODS.items())
     parser = argparse.ArgumentParser(prog="python -m examples.pretrain", description=__doc__.split(":")[0] + ".")
-    parser.add_argument("--method", choices=METHODS, default="simclr", help="default: simclr")
+    parser.add_argument("--method", choices=(*METHODS, "mae"), default="simclr", help="default: simclr")
     parser.add_argument("--data", default="digits", help="digits (default), fashion-mnist, or a folder of images")
-    parser.add_argument("--epochs", type=_at_least(1), help=f"default: as many as make {steps} steps")
-    parser.add_argument("--batch-size", type=_at_least(2), help=f"images a step (default: {batches})")
-    parser.add_argument("--seed", type=_at_least(0), default=0, help="of weights, batches and views (default 0)")
+    parser.add_argument("--epochs", type=_at_least(1), help=f"default: as many as make {steps} steps (mae: by data)")
+    parser.add_argument("--batch-size", type=_at_least(2), help=f"images a step (default: {batches}; mae: by data)")
+    parser.add_argument("--seed", type=_at_least(0), default=0, help="of weights, batches, views and masks (default 0)")
     parser.add_argument("--output", type=Path, default=Path("out/demo"), help="folder for the results (out/demo)")
     given = parser.parse_args(arguments)
-    method = METHODS[given.method]
     try:
         data = load(given.data)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    if given.method == "mae":
+        if dist.is_torchelastic_launched():
+            parser.error("--method mae runs on one process, without torchrun")
+        mae.run(mae.Settings(given.output, given.epochs, given.batch_size, given.seed), data, Console())
+        return
+    method = METHODS[given.method]
     with ranks.group():
         world, batch_size = ranks.place()[1], given.batch_size or method.batch_size
         if batch_size < 2 * world:
