@@ -16,9 +16,9 @@ CPP   := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 .PHONY: help demo test lint sanitize bench readme gpu clean
 
 help:
-	@echo "make demo   train on real images, fused loss beside plain; table, picture and JSON in out/demo"
-	@echo "            (METHOD=simclr, barlow or vicreg; DATA=digits, DATA=fashion-mnist or DATA=<folder of images>;"
-	@echo "            RANKS=2 on two processes)"
+	@echo "make demo   train on real images, fused beside plain; table, picture and JSON in out/demo"
+	@echo "            (METHOD=simclr, barlow, vicreg or mae; DATA=digits, DATA=fashion-mnist or DATA=<folder of images>;"
+	@echo "            RANKS=2 on two processes, all but mae)"
 	@echo "make test   build in place and run every test (JOBS=0 in one process)"
 	@echo "make lint   ruff, clang-format, line lengths, mypy"
 	@echo "make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -56,6 +56,9 @@ sanitize: $(READY)
 	  $(CURDIR)/$(BIN)/python -m pytest -q tests/test_l2_normalize.py tests/test_nt_xent.py \
 	  tests/test_similarity_lse.py tests/test_similarity_logsigmoid.py tests/test_second_moment.py \
 	  tests/test_view_params.py tests/test_augment_views.py \
+	  tests/test_random_mask.py tests/test_block_mask.py tests/test_masked_rows.py tests/test_multiblock_mask.py \
+	  tests/test_mask_tokens.py tests/test_gather_tokens.py tests/test_scatter_tokens.py tests/test_gather_patches.py \
+	  tests/test_embed_patches.py tests/test_masked_patch_loss.py tests/test_masked_feature_loss.py \
 	  -m "not slow" -k "not compile and not memory and not every_cpu_level"
 
 lint: $(READY)
