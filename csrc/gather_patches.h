@@ -16,7 +16,8 @@ inline PatchLayout patch_layout(const int64_t (&sides)[4], const std::vector<int
   for (int i = 0; i < 3; ++i) {
     SSLFAST_CHECK(patch[i] > 0 && sides[i + 1] % patch[i] == 0,
                   "sides of the images must be multiples of the patch's, got ", sides[i + 1], " and ", patch[i]);
-    SSLFAST_CHECK(sides[i + 1] < kMost && sides[0] < kMost, "sides of the images must be below 2^31");
+    SSLFAST_CHECK(sides[i + 1] < kMost && sides[0] < kMost && patch[i] < kMost,
+                  "sides of the images and of the patches must be below 2^31");
     features = features < kMost ? features * patch[i] : kMost;
     count = count < kMost ? count * (sides[i + 1] / patch[i]) : kMost;
   }

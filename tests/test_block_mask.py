@@ -227,7 +227,7 @@ def test_defaults_of_the_named_generators() -> None:
         (lambda m: m.block_masks(2, (1025, 4), 5), ValueError, "each from 1 to 1024.*1025, 4"),
         (lambda m: m.block_masks(2, (1024, 129), 5), ValueError, "at most 131072 patches"),
         (lambda m: m.block_masks(2, (0, 4), 5), ValueError, "grid must be"),
-        (lambda m: m.block_masks(2, (4, 4), 17), ValueError, "counts must be between 0 and the 16 patches, got 17.0"),
+        (lambda m: m.block_masks(2, (4, 4), 17), ValueError, "counts must be between 0 and the 16 patches, got 17"),
         (lambda m: m.block_masks(np.arange(2), (4, 4), 17), ValueError, "counts must be between 0 and the 16.*17"),
         (lambda m: m.block_masks(2, (4, 4), math.nan), ValueError, "counts must be .*nan"),
         (lambda m: m.block_masks(2, (4, 4), [1, 2, 3]), ValueError, r"one of each of the 2 images, got \(3,\)"),

@@ -272,3 +272,13 @@ def test_operators_check_what_they_are_given() -> None:
         backward(grad[:1], ids, 5, False, [1, 0, 0, 0])
     with pytest.raises(RuntimeError, match="ids must be int64"):
         op(x, ids.int(), None, None, None, False)
+
+
+def test_the_gradient_of_one_image_under_several_masks_in_any_strides() -> None:
+    """A dimension of one entry has any stride: the step between masks must not be read off it."""
+    x = torch.randn(1, 7, 5, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([[[1, 4, 2]], [[0, 4, 6]]])
+    weight = torch.randn(1, 2, 3, 5, dtype=torch.float64)
+    (found,) = torch.autograd.grad((gather_tokens(x, ids).transpose(0, 1) * weight).sum(), x)
+    (expected,) = torch.autograd.grad((reference.gather_tokens(x, ids).transpose(0, 1) * weight).sum(), x)
+    torch.testing.assert_close(found, expected)

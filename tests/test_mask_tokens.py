@@ -209,6 +209,10 @@ def test_without_samples_numbers_come_from_torchs_generator() -> None:
     torch.manual_seed(3)
     host = masking.mask_tokens(ids.numpy(), **RULES)
     assert np.array_equal(host[0], first[0].numpy())
+    state = torch.get_rng_state()
+    for given in (ids, ids.numpy()):
+        masking.mask_tokens(given, np.arange(8) if given is not ids else range(8), **RULES)
+    assert torch.equal(torch.get_rng_state(), state)  # with samples nothing is drawn from it
     # An integer mask, as tokenizers give it.
     integer = masking.mask_tokens(ids, range(8), special=special.to(torch.int64), **RULES)
     assert same(integer, masking.mask_tokens(ids, range(8), special=special, **RULES))

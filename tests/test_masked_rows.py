@@ -63,3 +63,13 @@ def test_torch_citizen(backend: str) -> None:
     compiled = torch.compile(lambda m: ops.masked_rows(m, 35), backend="aot_eager", fullgraph=True)
     with sslfast.use_backend(backend):
         assert all(torch.equal(a, b) for a, b in zip(compiled(mask), ops.masked_rows(mask, 35), strict=True))
+
+
+def test_a_mask_of_other_bytes_than_0_and_1() -> None:
+    """As a view of bytes gives it: true is whatever is not 0."""
+    mask = torch.tensor([[2, 0, 255], [0, 1, 3]], dtype=torch.uint8).view(torch.bool)
+    rows, weights, count = ops.masked_rows(mask, 5)
+    assert rows.tolist() == [0, 2, 4, 5, -1] and weights.tolist() == [0.5] * 4 + [0] and count.item() == 4
+    keep, masked, restore = ops.partition_mask(mask, 1)
+    assert keep.tolist() == [[1], [0]] and masked.tolist() == [[0, 2], [1, 2]]
+    assert restore.tolist() == [[1, 0, 2], [0, 1, 2]]

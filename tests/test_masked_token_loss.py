@@ -167,7 +167,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"hidden": torch.zeros(2, 0, 8)}, ValueError, r"hidden must be .* not empty, got shape \(2, 0, 8\)"),
     ({"weight": torch.zeros(9, 7)}, ValueError, "weight and hidden must have the same width, got 7 and 8 features"),
     ({"weight": torch.zeros(9, 8).double()}, TypeError, "weight and hidden must have the same dtype"),
-    ({"labels": torch.zeros(2, 5)}, TypeError, "labels must be int64, got torch.float32"),
+    ({"labels": torch.zeros(2, 5)}, TypeError, "labels must be int64 or int32, got torch.float32"),
     ({"labels": torch.zeros(2, 4).long()}, ValueError, r"labels must have shape \(2, 5\)"),
     ({"labels": torch.full((2, 5), 9)}, ValueError, "labels must be 0 to 8 or -100, got 9 to 9"),
     ({"labels": torch.full((2, 5), -1)}, ValueError, "labels must be 0 to 8 or -100, got -1 to -1"),
@@ -186,3 +186,17 @@ def test_bad_input_names_the_argument(change: dict[str, Any], error: type[Except
     }
     with pytest.raises(error, match=message):
         public(**given)
+
+
+def test_32_bit_labels_as_mask_tokens_gives_them() -> None:
+    hidden, weight, bias, labels = inputs()
+    assert torch.equal(public(hidden, weight, labels.int(), bias=bias), public(hidden, weight, labels, bias=bias))
+
+
+@pytest.mark.parametrize("wrong", [-1, 10**6])
+def test_labels_that_are_not_read_on_the_host_never_give_a_number_silently(wrong: int) -> None:
+    hidden, weight, bias, labels = inputs()
+    compiled = torch.compile(lambda *given: public(*given[:3], bias=given[3]), backend="eager", fullgraph=True)
+    assert compiled(hidden, weight, labels, bias).isfinite()
+    labels[labels == -100] = torch.tensor(wrong)
+    assert compiled(hidden, weight, labels, bias).isnan()

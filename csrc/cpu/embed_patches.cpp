@@ -183,6 +183,7 @@ Tensor embed_patches_cpu(const Tensor& images, const Tensor& ids_any, const Tens
   rows_of_patches(const_data<int64_t>(ids), from.batch, kept, length);
   Tensor out = torch::stable::new_empty(weight, {from.batch, prefix_rows + kept, d});
   if (out.numel() == 0) return out;
+  advise_huge_pages(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
   const EmbedPatches of{patch_source(images, from),
                         from.batch,
                         kept,

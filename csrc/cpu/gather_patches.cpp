@@ -114,6 +114,7 @@ Tensor gather_patches_cpu(const Tensor& images, const MaybeTensor& ids_any, cons
   }
   Tensor rows = torch::stable::new_empty(images, {from.batch, kept, features}, dtype);
   if (rows.numel() == 0) return rows;
+  advise_huge_pages(rows.mutable_data_ptr(), rows.numel() * static_cast<int64_t>(rows.element_size()));
   const Parallel parallel = torch_parallel();
   dispatch_rows(images, rows, [&](auto accumulator, auto element) {
     using A = decltype(accumulator);
@@ -143,6 +144,7 @@ Tensor scatter_patches_cpu(const Tensor& patches_any, const MaybeTensor& ids_any
   }
   Tensor images = torch::stable::new_empty(patches, {batch, size[0], size[1], size[2], size[3]});
   if (images.numel() == 0) return images;
+  advise_huge_pages(images.mutable_data_ptr(), images.numel() * static_cast<int64_t>(images.element_size()));
   const Parallel parallel = torch_parallel();
   dispatch_float(patches, "patches", [&](auto element) {
     using T = decltype(element);

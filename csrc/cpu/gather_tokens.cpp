@@ -223,7 +223,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_tokens_backward_cpu(const Tens
                 "grad must have one dimension more than ids, needs four numbers, and length be at least 0");
   const Tensor ids = contiguous(ids_any);
   // Image b of mask s is number s·B + b.
-  const bool steady = dims == 3 || grad_any.stride(0) == grad_any.size(1) * grad_any.stride(1);
+  const bool steady = dims == 3 || grad_any.size(0) == 1 || grad_any.size(1) == 1 ||
+                      grad_any.stride(0) == grad_any.size(1) * grad_any.stride(1);
   const Tensor grad = steady ? dense_features(grad_any) : contiguous(grad_any);
   const bool tables = needs[1] != 0 || needs[3] != 0, tokens = needs[0] != 0 && !packed;
   GatherTokens call = gather_call(ids, length, tables || tokens, grad.size(dims - 1), packed);

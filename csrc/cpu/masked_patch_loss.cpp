@@ -7,7 +7,7 @@ namespace {
 
 // One channel of a patch, row by row of its pixels.
 template <typename P, typename A>
-void read_plane(const PatchImages& x, const P* __restrict__ from, A mean, A inv_std, A* __restrict__ out) {
+void read_plane(const TargetImages& x, const P* __restrict__ from, A mean, A inv_std, A* __restrict__ out) {
   const int64_t width = x.patch[2], step = x.stride[4];
   for (int64_t t = 0; t < x.patch[0]; ++t) {
     for (int64_t y = 0; y < x.patch[1]; ++y, out += width) {
@@ -22,14 +22,14 @@ void read_plane(const PatchImages& x, const P* __restrict__ from, A mean, A inv_
 }
 
 // Where the patch starts, in elements.
-int64_t start_of(const PatchImages& x, int64_t image, int64_t patch) {
+int64_t start_of(const TargetImages& x, int64_t image, int64_t patch) {
   const int64_t row = patch / x.grid[2];
   return image * x.stride[0] + row / x.grid[1] * x.patch[0] * x.stride[2] + row % x.grid[1] * x.patch[1] * x.stride[3] +
          patch % x.grid[2] * x.patch[2] * x.stride[4];
 }
 
 template <typename P, typename A>
-void read_planes(const PatchImages& x, int64_t image, int64_t patch, A* out) {
+void read_planes(const TargetImages& x, int64_t image, int64_t patch, A* out) {
   const P* from = static_cast<const P*>(x.data) + start_of(x, image, patch);
   for (int64_t c = 0; c < x.channels; ++c) {
     read_plane(x, from + c * x.stride[1], A(x.mean[c]), A(x.inv_std[c]), out + c * values_of(x));
@@ -50,16 +50,18 @@ static inline __attribute__((always_inline)) void prefetch_after(const PatchLoss
   do {
     if (++r >= x.pred.rows) return;
   } while (x.mask && !x.mask[r]);
-  const PatchImages& of = x.images;
+  const TargetImages& of = x.images;
   const int64_t image = r / x.pred.per_image, size = kPixelBytes[of.type];
   const char* from =
       static_cast<const char*>(of.data) + size * start_of(of, image, x.ids ? x.ids[r] : r % x.pred.per_image);
+  const int64_t step = size * of.stride[4];
+  if (step > kLine) return;              // every pixel has a line of its own: more of them than are worth asking for
   const bool apart = of.stride[1] != 1;  // else the channels of a pixel lie side by side
   for (int64_t c = 0; c < (apart ? of.channels : 1); ++c) {
     for (int64_t t = 0; t < of.patch[0]; ++t) {
       for (int64_t y = 0; y < of.patch[1]; ++y) {
         const char* strip = from + size * (c * of.stride[1] + t * of.stride[2] + y * of.stride[3]);
-        prefetch_line_by_line(strip, size * (of.patch[2] - 1) * of.stride[4] + 1);
+        prefetch_line_by_line(strip, (of.patch[2] - 1) * step + 1);
       }
     }
   }
@@ -67,7 +69,7 @@ static inline __attribute__((always_inline)) void prefetch_after(const PatchLoss
 }
 
 template <typename A>
-void read_patch(const PatchImages& x, int64_t image, int64_t patch, A* out) {
+void read_patch(const TargetImages& x, int64_t image, int64_t patch, A* out) {
   switch (x.type) {
     case kByte: return read_planes<uint8_t>(x, image, patch, out);
     case kFloat: return read_planes<float>(x, image, patch, out);
@@ -120,7 +122,7 @@ void interleave(const A* __restrict__ planes, int64_t values, int64_t channels, 
 // The target of row r, in the prediction's order; in the scratch memory of piece p.
 template <typename T, typename A = Accumulator<T>>
 const A* target_of(const PatchLoss& x, int64_t r, int64_t p) {
-  const PatchImages& images = x.images;
+  const TargetImages& images = x.images;
   const int64_t width = x.pred.width, values = values_of(images);
   A* planes = reinterpret_cast<A*>(x.scratch) + 2 * p * width;
   read_patch(images, r / x.pred.per_image, x.ids ? x.ids[r] : r % x.pred.per_image, planes);
@@ -182,7 +184,7 @@ SSLFAST_MASKED_PATCH_LOSS_DEFINE(fp16)
 namespace sslfast {
 namespace {
 
-PixelType pixel_type(const Tensor& images) {
+TargetPixel pixel_type(const Tensor& images) {
   switch (images.scalar_type()) {
     case ScalarType::Byte: return kByte;
     case ScalarType::Float: return kFloat;
@@ -208,7 +210,7 @@ struct Arguments {
     SSLFAST_CHECK(images.dim() == 5, "images must be [B, C, T, H, W], got ", images.dim(), " dimensions");
     SSLFAST_CHECK(pred.dim() == 3, "pred must be [B, rows, values], got ", pred.dim(), " dimensions");
     SSLFAST_CHECK(patch.size() == 3, "patch must have three numbers, got ", patch.size());
-    PatchImages& of = x.images;
+    TargetImages& of = x.images;
     of.data = images.const_data_ptr();
     of.type = pixel_type(images);
     of.channels = images.size(1);

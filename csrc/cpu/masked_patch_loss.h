@@ -4,23 +4,23 @@
 
 namespace sslfast {
 
-enum PixelType : int { kByte, kFloat, kDouble, kBrain, kHalf };
+enum TargetPixel : int { kByte, kFloat, kDouble, kBrain, kHalf };
 constexpr int64_t kPixelBytes[] = {1, 4, 8, 2, 2};
 
 // Images [B, C, T, H, W] of any strides (in elements), cut into patches; value = (pixel − mean[c]) · inv_std[c].
-struct PatchImages {
+struct TargetImages {
   const void* data;
-  PixelType type;
+  TargetPixel type;
   int64_t channels;
   int64_t grid[3], patch[3], stride[5];
   const double *mean, *inv_std;
 };
 
 // Of one channel of a patch.
-SSLFAST_INLINE int64_t values_of(const PatchImages& x) { return x.patch[0] * x.patch[1] * x.patch[2]; }
+SSLFAST_INLINE int64_t values_of(const TargetImages& x) { return x.patch[0] * x.patch[1] * x.patch[2]; }
 
 struct PatchLoss {
-  PatchImages images;
+  TargetImages images;
   PredictedRows pred;
   const uint8_t* mask;  // [rows], or
   const int64_t* ids;   // [rows], the patch of each row

@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_rows_cpu(const Tensor& mask_any, int64
   auto sums = [&](int64_t t) {
     for (int64_t b = t * rows_per_task; b < std::min(count, (t + 1) * rows_per_task); ++b) {
       int64_t sum = 0;
-      for (int64_t l = 0; l < tokens; ++l) sum += masked[b * tokens + l];
+      for (int64_t l = 0; l < tokens; ++l) sum += masked[b * tokens + l] != 0;
       first[b + 1] = sum;
     }
   };
@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_rows_cpu(const Tensor& mask_any, int64
       std::fill(weight + at, weight + end, 1.0f / static_cast<float>(end - at));
       for (int64_t l = 0; at < end; ++l) {  // what is not masked is written over by the next that is
         row[at] = b * tokens + l;
-        at += masked[b * tokens + l];
+        at += masked[b * tokens + l] != 0;
       }
     }
   };

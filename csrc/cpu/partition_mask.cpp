@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor, Tensor> partition_mask_cpu(const Tensor& mask_any, in
     for (int64_t b = t * rows_per_task; b < std::min(count, (t + 1) * rows_per_task); ++b) {
       const uint8_t* gone = row + b * patches;
       int64_t sum = 0;
-      for (int64_t l = 0; l < patches; ++l) sum += gone[l];
+      for (int64_t l = 0; l < patches; ++l) sum += gone[l] != 0;
       kept_of[b] = patches - sum;
       if (kept_of[b] != kept) continue;  // there is no room for another number
       partition_items(

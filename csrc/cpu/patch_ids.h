@@ -8,13 +8,13 @@
 
 namespace sslfast {
 
-inline PixelType pixel_type(const Tensor& images) {
+inline PatchPixelType pixel_type(const Tensor& images) {
   switch (images.scalar_type()) {
-    case ScalarType::Byte: return PixelType::u8;
-    case ScalarType::Float: return PixelType::f32;
-    case ScalarType::Double: return PixelType::f64;
-    case ScalarType::BFloat16: return PixelType::bf16;
-    case ScalarType::Half: return PixelType::f16;
+    case ScalarType::Byte: return PatchPixelType::u8;
+    case ScalarType::Float: return PatchPixelType::f32;
+    case ScalarType::Double: return PatchPixelType::f64;
+    case ScalarType::BFloat16: return PatchPixelType::bf16;
+    case ScalarType::Half: return PatchPixelType::f16;
     default:
       SSLFAST_CHECK(false, "images must be uint8, float32, float64, bfloat16 or float16, got ",
                     torch::headeronly::toString(images.scalar_type()));

@@ -6,11 +6,11 @@
 
 namespace sslfast {
 
-enum class PixelType { u8, f32, f64, bf16, f16 };
+enum class PatchPixelType { u8, f32, f64, bf16, f16 };
 
 struct PatchSource {
   const void* data;
-  PixelType type;
+  PatchPixelType type;
   int64_t stride[5];  // of b, c, t, y, x, in pixels
   PatchLayout layout;
 };
@@ -56,7 +56,7 @@ inline void read_pixels(const PatchSource& source, const PixelScale<A>& affine, 
 
 // Asks for a patch that is read soon: its lines lie too far apart for the processor to see what comes next.
 inline void prefetch_patch(const PatchSource& source, int64_t b, int l) {
-  constexpr int kBytes[] = {1, 4, 8, 2, 2};  // of a pixel of each PixelType
+  constexpr int kBytes[] = {1, 4, 8, 2, 2};  // of a pixel of each PatchPixelType
   const int64_t bytes = kBytes[static_cast<int>(source.type)];
   const PatchPixel corner = patch_corner(source.layout, l);
   const int64_t* stride = source.stride;
@@ -75,11 +75,11 @@ inline void prefetch_patch(const PatchSource& source, int64_t b, int l) {
 template <typename A>
 void read_patch(const PatchSource& source, const PixelScale<A>& affine, int64_t b, int l, A* row) {
   switch (source.type) {
-    case PixelType::u8: return read_pixels<uint8_t>(source, affine, b, l, row);
-    case PixelType::f32: return read_pixels<float>(source, affine, b, l, row);
-    case PixelType::bf16: return read_pixels<bf16>(source, affine, b, l, row);
-    case PixelType::f16: return read_pixels<fp16>(source, affine, b, l, row);
-    case PixelType::f64: return read_pixels<double>(source, affine, b, l, row);
+    case PatchPixelType::u8: return read_pixels<uint8_t>(source, affine, b, l, row);
+    case PatchPixelType::f32: return read_pixels<float>(source, affine, b, l, row);
+    case PatchPixelType::bf16: return read_pixels<bf16>(source, affine, b, l, row);
+    case PatchPixelType::f16: return read_pixels<fp16>(source, affine, b, l, row);
+    case PatchPixelType::f64: return read_pixels<double>(source, affine, b, l, row);
   }
 }
 

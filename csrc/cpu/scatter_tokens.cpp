@@ -138,7 +138,7 @@ void set_index(ScatterTokens& call, const Tensor& index) {
   call.tokens = index.size(1);
   if (index.scalar_type() == ScalarType::Bool) {
     SSLFAST_CHECK(call.kept == call.tokens && call.passed == 0, "mask must have a column for each row of x");
-    call.mask = const_data<bool>(index);
+    call.mask = static_cast<const uint8_t*>(index.const_data_ptr());
     return;
   }
   SSLFAST_CHECK(index.scalar_type() == ScalarType::Long, "index must be int64 or bool");

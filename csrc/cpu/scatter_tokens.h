@@ -9,7 +9,7 @@ struct ScatterTokens {
   int64_t kept, passed, prefix;  // rows of x and P; under `mask`, kept is L
   int64_t width;                 // D
   const int64_t* restore;        // [B, L], or null
-  const bool* mask;              // [B, L], or null
+  const uint8_t* mask;           // [B, L], not 0 where masked; or null
   bool everywhere;               // position has a row for each row of the output, else for each token
 };
 

@@ -114,10 +114,11 @@ void sum_pieces(const Accumulator<T>* partial, int64_t pieces, int64_t width, T*
 
 namespace sslfast {
 
-// `x` [.., rows, features] as it lies in memory.
+// `x` [.., rows, features] as it lies in memory. Of [S, 1, rows, features] the step from one to the next is that of the
+// masks: a dimension of one entry has any stride.
 inline TokenRows token_rows(const Tensor& x) {
-  const int64_t d = x.dim();
-  return {x.const_data_ptr(), d > 2 ? x.stride(d - 3) : 0, x.stride(d - 2), x.stride(d - 1)};
+  const int64_t d = x.dim(), outer = d > 3 && x.size(d - 3) == 1 ? d - 4 : d - 3;
+  return {x.const_data_ptr(), d > 2 ? x.stride(outer) : 0, x.stride(d - 2), x.stride(d - 1)};
 }
 
 // `grad` itself where its features are neighbours, else a copy.

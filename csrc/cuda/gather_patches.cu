@@ -297,10 +297,7 @@ Tensor scatter_patches_cuda(const Tensor& patches_any, std::optional<Tensor> ids
   dispatch_float(patches, "patches", [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
-    const std::vector<double> divisors;
-    PixelScale<A> affine = pixel_scale_of<A>(scale, divisors, layout, patches.scalar_type());  // checks the number
-    affine.count = scale.empty() ? 1 : layout.channels;
-    for (int c = 0; c < affine.count; ++c) affine.scale[c] = scale.empty() ? A(1) : static_cast<A>(scale[c]);
+    const PixelScale<A> affine = patch_factors<A>(scale, layout);
     const T* from = const_data<T>(patches);
     const int32_t* places = data_or_null<int32_t>(inverse);
     T* to = mutable_data<T>(out);

@@ -160,7 +160,7 @@ void gradients(GatherGradients& g, bool packed) {
   const bool on = on_packs(g.features, sizeof(T), {grad.data, dx}, {grad.image, grad.row});
   const PackedMap as_they_stand{g.kept, g.prefixes, g.features, grad.image, grad.row, const_data<int64_t>(g.ids)};
   const int64_t P = g.prefixes, first = has_prefix ? 0 : P;
-  Walk walk{g.masks, g.batch, 0, 0, 0, 0, g.features, {}, {}};
+  Walk walk{g.masks, g.batch, 0, 0, 0, 0, g.features, P + g.length, {}, {}};
   auto keep_sum = [&](const Tensor& partial, int64_t begin, Tensor& sum) {
     add_pieces<T>(partial.size(0), partial.size(1) * g.features, const_data<A>(partial) + begin * g.features, sum,
                   g.stream);

@@ -163,6 +163,7 @@ struct Scratch {
 template <typename T>
 void launch(const TokenBatch<T>& batch, const TokenRules& rules, const Scratch& scratch, cudaStream_t stream) {
   if (batch.rows * batch.length == 0) return;
+  SSLFAST_CHECK(batch.rows < (int64_t{1} << 31), "input_ids must have fewer than 2^31 rows, got ", batch.rows);
   if (scratch.room > 0) {
     const size_t shared = scratch.room <= kSharedTokens ? scratch.room * sizeof(uint64_t) : 0;
     mask_exactly_kernel<T><<<static_cast<unsigned>(batch.rows), kThreads, shared, stream>>>(

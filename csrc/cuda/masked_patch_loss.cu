@@ -10,7 +10,7 @@ namespace sslfast {
 namespace {
 
 enum PixelType : int { kByte, kFloat, kDouble, kBrain, kHalf };
-constexpr int kMostNumbers = 32;  // channels that mean and std can be given for
+constexpr int kMostNumbers = 64;  // channels that mean and std can be given for
 
 // Images [B, C, T, H, W] of any strides (in elements), cut into patches; value = (pixel − mean[c]) · inv_std[c].
 struct PatchSource {

@@ -121,6 +121,7 @@ std::tuple<Tensor, Tensor, Tensor> multiblock_mask_cuda(const Tensor& samples_an
   const int64_t count = samples_any.numel();
   check_tensor(samples_any, "samples", {count}, ScalarType::Long, samples_any);
   SSLFAST_CHECK(fits(grid, targets, target_block, context_block, kept, upstream), kMultiBlockLimits);
+  SSLFAST_CHECK(count < (int64_t{1} << 31), "samples must be fewer than 2^31, got ", count);
   const torch::stable::accelerator::DeviceGuard guard(samples_any.get_device_index());
   const Tensor samples = contiguous(samples_any);
   const MultiBlockRules rules =

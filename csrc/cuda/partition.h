@@ -35,10 +35,16 @@ __device__ inline int place_in_block(bool flag, int* total) {
 }
 
 // Both groups in raster order, and where each item went. A row that keeps another number than `kept` gets −1 where ids
-// are missing and loses what is too much: nothing is written out of bounds, and `restore` stays in 0 … count − 1.
+// are missing and loses what is too much: nothing is written out of bounds, and `restore` is a permutation all the same.
 template <typename Masked>
 __device__ void partition_row(int64_t count, int64_t kept, Masked masked, int64_t* keep, int64_t* mask,
                               int64_t* restore) {
+  int64_t left = count;  // how many the row itself keeps
+  for (int64_t start = 0; start < count; start += kPartitionThreads) {
+    int total;
+    place_in_block(start + threadIdx.x < count && masked(start + threadIdx.x), &total);
+    left -= total;
+  }
   int64_t before = 0;  // masked items before this step's
   for (int64_t start = 0; start < count; start += kPartitionThreads) {
     const int64_t i = start + threadIdx.x;
@@ -49,10 +55,10 @@ __device__ void partition_row(int64_t count, int64_t kept, Masked masked, int64_
     if (i >= count) continue;
     if (gone) {
       if (m < count - kept) mask[m] = i;
-      restore[i] = kept + m < count ? kept + m : count - 1;
+      restore[i] = left + m;
     } else {
       if (k < kept) keep[k] = i;
-      restore[i] = k < kept ? k : kept > 0 ? kept - 1 : 0;
+      restore[i] = k;
     }
   }
   for (int64_t m = before + threadIdx.x; m < count - kept; m += kPartitionThreads) mask[m] = -1;

@@ -169,7 +169,7 @@ void gradients(ScatterGradients& g, const Index& index) {
     // whose sums nobody takes.
     const int64_t begin = has_prefix ? 0 : (has_x ? g.prefixes : unplaced),
                   end = has_x || has_position ? rows : g.prefixes;
-    Walk walk{1, g.batch, 0, 0, 0, 0, g.features, {}, {}};
+    Walk walk{1, g.batch, 0, 0, 0, 0, g.features, rows, {}, {}};
     walk.first = has_position ? std::min(begin, unplaced) : begin;
     walk.rows = end - walk.first;
     walk.sum_begin = has_prefix ? 0 : (has_position ? unplaced : end);
@@ -194,7 +194,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scatter_tokens_backward_cuda(const Te
   const int64_t batch = grad_any.size(0), features = grad_any.size(2);
   const Tensor index = checked_index(index_any, batch, passed, grad_any), grad = rows_tensor(grad_any);
   const int64_t length = index.size(1), prefixes = grad.size(1) - passed - length;
-  SSLFAST_CHECK(prefixes >= 0 && kept >= 0 && kept <= length, "grad has an unexpected number of rows, ", grad.size(1));
+  SSLFAST_CHECK(
+      prefixes >= 0 && kept >= 0 && kept <= length && (index.scalar_type() == ScalarType::Long || kept == length),
+      "grad has an unexpected number of rows, ", grad.size(1));
   SSLFAST_CHECK(batch * grad.size(1) < (int64_t{1} << 31), "grad must have fewer than 2^31 rows");
   SSLFAST_CHECK(positions == 0 || positions == length || positions == grad.size(1), "positions must be 0, ", length,
                 " or ", grad.size(1), ", got ", positions);

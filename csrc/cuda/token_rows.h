@@ -166,6 +166,7 @@ struct Walk {
   int64_t first, rows;         // rows of the walk: first … first + rows − 1
   int64_t sum_begin, sum_end;  // of these, rows whose sums over the batch are wanted
   int64_t features;            // D
+  int64_t all_rows;            // of the gradient and of what it belongs to, wanted or not
   Pieces pieces;               // of the images
   Lanes lanes;
 };
@@ -298,8 +299,9 @@ constexpr int64_t kTokenRows = 128;  // rows of a piece, at least
 // rows, D], which are returned. `packed`: 16-byte loads serve the gradient and dx.
 template <typename T, typename Map>
 Tensor walk_rows(Walk walk, const Map& map, bool packed, const Tensor& grad, Tensor* dx, cudaStream_t stream) {
-  // Of elements, not of packs: the sums' order must not depend on where a tensor lies.
-  const int64_t threads = walk.rows * walk.features / (kPackBytes / static_cast<int64_t>(sizeof(T))) + 1;
+  // Of elements, not of packs, and of all rows: the sums' order must depend neither on where a tensor lies nor on which
+  // other gradients are wanted.
+  const int64_t threads = walk.all_rows * walk.features / (kPackBytes / static_cast<int64_t>(sizeof(T))) + 1;
   walk.pieces = pieces_of(walk.images, (kWalkThreads + threads - 1) / threads);
   const int64_t summed = walk.sum_end - walk.sum_begin;
   Tensor partial = torch::stable::new_empty(grad, {walk.pieces.count, summed, walk.features}, accumulator_type(grad));

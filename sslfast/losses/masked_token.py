@@ -30,7 +30,7 @@ def masked_token_cross_entropy(
         hidden: [B, S, D] (or [S, D]); float32, float64, bfloat16 or float16; any strides.
         weight: [V, D], the output embedding, of the same dtype. Inside an autocast region both take its dtype, as
             ``F.linear`` would.
-        labels: [B, S] (or [S]) int64, 0 to V − 1, or ``ignore_index`` where a token is not to be predicted.
+        labels: [B, S] (or [S]) int64 or int32, 0 to V − 1, or ``ignore_index`` where a token is not to be predicted.
         bias: [V], or ``None`` (default).
         ignore_index: default −100.
         capacity: rows for masked tokens, a number that does not depend on the data, as CUDA graphs and compiled steps
@@ -43,11 +43,13 @@ def masked_token_cross_entropy(
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or values do not fit, or more tokens have a label than
-            ``capacity``; labels are only read on the CPU: on a GPU the loss and its gradients are then NaN.
+            ``capacity``; labels are only read on the CPU: on a GPU, and where a graph is traced, the loss and its
+            gradients are then NaN. RuntimeError: too small a ``capacity`` in a traced graph on the CPU.
 
     Source: Devlin et al. 2019, "BERT: Pre-training of Deep Bidirectional Transformers", section 3.1.
     """
     hidden, weight = _checked(hidden, weight, labels, bias)
+    labels = labels.to(torch.int64)
     size, count = _capacity(labels, weight.shape[0], ignore_index, capacity)
     rows, targets = _masked_tokens(hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), ignore_index, size)
     terms = similarity_terms(rows, weight, 1.0, bias=bias, positives=targets)
@@ -55,8 +57,9 @@ def masked_token_cross_entropy(
     held = targets >= 0
     loss = (terms.row_lse - terms.positive).masked_fill(~held, 0.0).sum() / count.clamp(min=1)
     nan = torch.full_like(loss, float("nan"))
-    # Too many for the rows: NaN also in the gradients. None: NaN as the mean of nothing, gradients 0.
-    loss = loss * torch.where(count > size, nan, torch.ones_like(loss))
+    wrong = ((labels < 0) | (labels >= weight.shape[0])) & (labels != ignore_index)
+    # Too many for the rows, or no labels: NaN also in the gradients. None: NaN as the mean of nothing, gradients 0.
+    loss = loss * torch.where((count > size) | wrong.any(), nan, torch.ones_like(loss))
     return torch.where(count > 0, loss, nan)
 
 
@@ -75,8 +78,8 @@ def _checked(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None
         narrow = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(narrow), weight.to(narrow)
     check_fits("weight", weight, "hidden", hidden)
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
     if labels.shape != hidden.shape[:-1] or labels.device != hidden.device:
         raise ValueError(
             f"labels must have shape {tuple(hidden.shape[:-1])} on {hidden.device}, "

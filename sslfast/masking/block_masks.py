@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -37,7 +39,13 @@ class PatchMasks(NamedTuple):
     n_masked_patches: Any
 
 
-def _counts(count: float | Sequence[float] | Tensor | Array, ids: Tensor | Array) -> Any:
+def _check_counts(counts: Array, patches: int) -> None:
+    wrong = counts[~((counts >= 0) & (counts <= patches))]
+    if wrong.size and patches > 0:  # a wrong grid is named as such
+        raise ValueError(f"counts must be between 0 and the {patches} patches, got {wrong.flat[0]}")
+
+
+def _counts(count: float | Sequence[float] | Tensor | Array, ids: Tensor | Array, patches: int) -> Any:
     """[B] float64, of the samples' kind and on their device."""
     if isinstance(ids, np.ndarray):
         given = np.asarray(count, dtype=np.float64)
@@ -45,8 +53,10 @@ def _counts(count: float | Sequence[float] | Tensor | Array, ids: Tensor | Array
     elif isinstance(count, Tensor):
         counts = count.to(torch.float64)
     elif isinstance(count, (int, float, np.number)):
+        _check_counts(np.asarray(count), patches)
         return torch.full((len(ids),), float(count), dtype=torch.float64, device=ids.device)
     else:
+        _check_counts(np.asarray(count), patches)
         counts = torch.tensor(np.asarray(count), dtype=torch.float64).to(ids.device)
     if tuple(counts.shape) != (len(ids),):
         raise ValueError(f"count must be a number or one of each of the {len(ids)} images, got {tuple(counts.shape)}")
@@ -95,8 +105,8 @@ def block_masks(
         TypeError, ValueError: an argument has the wrong type, shape or range.
     """
     ids = as_samples(samples, device)
-    counts = _counts(count, ids)
     sides = [int(side) for side in grid]
+    counts = _counts(count, ids, math.prod(sides))
     if len(aspect) != 2:
         raise ValueError(f"aspect must be two numbers, got {aspect!r}")
     area = (float(least), 2.0**40 if most is None else float(most))
@@ -114,9 +124,7 @@ def block_masks(
         )
     log_aspect = check_blocks(sides, area, bounds, tries)
     key = {"seed": check_key(seed, epoch, view), "epoch": epoch, "view": view}
-    wrong = counts[~((counts >= 0) & (counts <= sides[0] * sides[1]))]
-    if len(wrong):
-        raise ValueError(f"counts must be between 0 and the {sides[0] * sides[1]} patches, got {wrong[0]}")
+    _check_counts(counts, sides[0] * sides[1])
     function = reference.block_mask if _native.host is None else _native.host.block_mask
     return function(ids, counts, sides, area=area, log_aspect=log_aspect, tries=tries, complete=complete, **key)
 
@@ -144,6 +152,18 @@ def _batch_numbers(ids: Tensor, seed: int, epoch: int, view: int) -> Tensor:
     check_key(seed, epoch, view)
     counter = (torch.full_like(ids, BATCH_STREAM + view << 16), torch.full_like(ids, epoch), ids & LOW, ids >> 32 & LOW)
     return torch.stack(philox(counter, seed), 1).to(torch.float64) * 2.0**-32
+
+
+def _filled(numbers: Sequence[float], device: torch.device) -> Tensor:
+    """[n] float64 of numbers that the host knows. A copy to a GPU would wait for it, so they are kept per device."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(numbers, dtype=torch.float64, device=device)
+    return _constants(tuple(map(float, numbers)), device)
+
+
+@functools.lru_cache(maxsize=64)
+def _constants(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
 def _like(ids: Tensor | Array, x: Tensor) -> Any:
@@ -188,10 +208,9 @@ def ibot_masks(
         raise ValueError(f"shape must be 'block' or 'random', got {shape!r}")
     ids = as_samples(samples, device)
     numbers = _batch_numbers(torch.from_numpy(ids) if isinstance(ids, np.ndarray) else ids, seed, epoch, view)
-    low = torch.tensor([r - v for r, v in zip(ratios, spread, strict=True)], dtype=torch.float64)
-    high = torch.tensor([r + v for r, v in zip(ratios, spread, strict=True)], dtype=torch.float64)
+    bounds = [(r - v, r + v) for r, v in zip(ratios, spread, strict=True)]
     choice = (numbers[:, 2] * len(ratios)).to(torch.int64)
-    low, high = low.to(numbers.device)[choice], high.to(numbers.device)[choice]
+    low, high = (_filled([bound[end] for bound in bounds], numbers.device)[choice] for end in (0, 1))
     share = torch.minimum(low + (high - low) * numbers[:, 1], high)
     return block_masks(
         ids,
@@ -242,8 +261,7 @@ def _dino_masks(
     upperbound = sum(whole[1:])
     # Which image gets which bin: the images in the order of their first number, so that all orders are equally likely.
     order = torch.argsort(numbers[:, 0], stable=True)
-    bound = torch.tensor(bounds, dtype=torch.float64).to(tensor.device)
-    most_of = torch.tensor(whole[1:], dtype=torch.float64).to(tensor.device)
+    bound, most_of = _filled(bounds, tensor.device), _filled(whole[1:], tensor.device)
     of_bin = most_of
     if not exact:
         share = bound[:-1] + (bound[1:] - bound[:-1]) * numbers[order[:bins], 1]
@@ -285,7 +303,8 @@ def dinov2_masks(
         grid: (height, width) in patches, as in :func:`block_masks`.
         probability: share of the images that are masked. Default 0.5.
         ratios: smallest and largest share of an image's patches. Default (0.1, 0.5).
-        least, most: area of a block in patches. Defaults 4 and half the patches.
+        least, most: area of a block in patches. Defaults 4 and half the patches (upstream truncates half the
+            side first, which is less where that is no whole number).
         aspect, seed, epoch, view, device: as in :func:`block_masks`.
 
     Raises:

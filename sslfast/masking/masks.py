@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops, reference
+from .._ids import towards
 from ..ops.partition_mask import check_mask
 from ._samples import Array
 
@@ -34,9 +35,9 @@ class Masks:
         return self.ids_restore >= self.ids_keep.shape[1]
 
     def to(self, device: torch.device | str) -> Masks:
-        """The same as tensors on ``device``; copies of pinned memory do not wait."""
+        """The same as tensors on ``device``; copies of pinned memory to a GPU do not wait."""
         arrays = (self.ids_keep, self.ids_mask, self.ids_restore)
-        return Masks(*(torch.as_tensor(a).to(device, non_blocking=True) for a in arrays))
+        return Masks(*(towards(torch.as_tensor(a), device) for a in arrays))
 
     @classmethod
     def from_mask(cls, mask: Tensor | Array, kept: int | None = None) -> Masks:

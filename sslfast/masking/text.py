@@ -149,8 +149,10 @@ def _checked_arrays(
     rows, length = input_ids.shape
     if length > LONGEST:
         raise ValueError(f"input_ids must have at most {LONGEST} tokens a row, got {length}")
-    who: Any = sample_ids(None, rows, torch.device("cpu")).numpy()
-    if samples is not None:  # an empty list has no type: NumPy takes it for floats
+    who: Any
+    if samples is None:
+        who = sample_ids(None, rows, torch.device("cpu")).numpy()
+    else:  # an empty list has no type: NumPy takes it for floats
         who = as_samples(np.asarray(samples, dtype=None if rows else np.int64), None)
     if len(who) != rows:
         raise ValueError(f"samples must be as many as the rows, {rows}, got {len(who)}")

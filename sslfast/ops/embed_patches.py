@@ -89,7 +89,8 @@ def by_reference(
 
 def _image_gradient(ctx: Any, grad: Tensor, images: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
     """d images: g·weight of each row, divided by std, at the row's patch."""
-    rows = grad[:, grad.shape[1] - ids.shape[1] :].to(accumulator(weight)) @ weight.to(accumulator(weight))
+    with torch.autocast(images.device.type, enabled=False):
+        rows = grad[:, grad.shape[1] - ids.shape[1] :].to(accumulator(weight)) @ weight.to(accumulator(weight))
     size = images.shape[1:] if images.dim() == 5 else (images.shape[1], 1, *images.shape[2:])
     found = torch.ops.sslfast.scatter_patches(rows, ids, size, ctx.patch, [1 / s for s in ctx.std], False)
     return found.to(images.dtype).view(images.shape)
