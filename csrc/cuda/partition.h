@@ -35,7 +35,7 @@ __device__ inline int place_in_block(bool flag, int* total) {
 }
 
 // Both groups in raster order, and where each item went. A row that keeps another number than `kept` gets −1 where ids
-// are missing and loses what is too much: nothing is written out of bounds, and `restore` is a permutation all the same.
+// are missing and loses what is too much: nothing is written out of bounds, and `restore` is a permutation still.
 template <typename Masked>
 __device__ void partition_row(int64_t count, int64_t kept, Masked masked, int64_t* keep, int64_t* mask,
                               int64_t* restore) {
