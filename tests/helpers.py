@@ -1,9 +1,13 @@
-"""What every test of an operation shares: the error budget and the grid of shapes; and tests of losses of two views."""
+"""What tests of operations share: the error budget, the grid of shapes, levels; and tests of losses of two views."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -12,6 +16,22 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6, torch.float16: 2e-3, tor
 
 # (rows, features): aligned to the tiles, ragged, prime, tiny, one row, one feature, more than one tile in both.
 SHAPES = [(64, 64), (100, 48), (127, 61), (3, 5), (1, 8), (33, 1), (200, 130), (301, 257)]
+
+
+# Of the CPU kernels, narrowest first.
+LEVELS = ["baseline", "avx2", "avx512"]
+
+
+def run_at_level(level: str, file: str, chosen: str) -> None:
+    """Those tests of ``file`` again, in a process that is held to one instruction-set level."""
+    if LEVELS.index(level) > LEVELS.index(torch.ops.sslfast.cpu_level_widest()):
+        pytest.skip(f"this processor has no {level}")
+    if os.environ.get("SSLFAST_CPU_CAPABILITY"):
+        pytest.skip("already inside a run of one level")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-m", "not gpu", "-k", chosen]
+    environment = {**os.environ, "SSLFAST_CPU_CAPABILITY": level}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def within_budget(

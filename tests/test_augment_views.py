@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from augment_common import (
     table,
     truth,
 )
-from helpers import within_budget
+from helpers import LEVELS, run_at_level, within_budget
 from sslfast import ops, reference
 from sslfast.augment import IMAGENET_MEAN, IMAGENET_STD
 
@@ -347,16 +346,7 @@ for pil in (False, True):
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr}"
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_cpu_level(level: str) -> None:
-    """The tests of values again, in a process that is held to one instruction-set level."""
-    levels = ["baseline", "avx2", "avx512"]
-    if levels.index(level) > levels.index(torch.ops.sslfast.cpu_level_widest()):
-        pytest.skip(f"this processor has no {level}")
-    if os.environ.get("SSLFAST_CPU_CAPABILITY"):
-        pytest.skip("already inside a run of one level")
-    subset = "test_operations or test_shapes or order or same_bits or nonfinite or narrow or (what_an_image and uint8)"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-m", "not gpu", "-k", subset]
-    environment = {**os.environ, "SSLFAST_CPU_CAPABILITY": level}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    chosen = "operations or test_shapes or order or same_bits or nonfinite or narrow or (what_an_image and uint8)"
+    run_at_level(level, __file__, chosen)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch import Tensor
 
 import sslfast
-from helpers import within_budget
+from helpers import LEVELS, run_at_level, within_budget
 from sslfast import reference
 from sslfast.masking import embed_patches
 from test_gather_patches import DTYPES, some_ids, three
@@ -71,18 +68,9 @@ def test_tokens_and_gradients(shape: tuple, dtype: torch.dtype) -> None:
         assert kernel.shape == truth.shape
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_cpu_level(level: str) -> None:
-    levels = ["baseline", "avx2", "avx512"]
-    if levels.index(level) > levels.index(torch.ops.sslfast.cpu_level_widest()):
-        pytest.skip(f"this processor has no {level}")
-    if os.environ.get("SSLFAST_CPU_CAPABILITY"):
-        pytest.skip("already inside a run of one level")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "SSLFAST_CPU_CAPABILITY": level}
-    chosen = ["-k", "tokens_and_gradients or many_rows"]
-    done = subprocess.run([*command, *chosen], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_at_level(level, __file__, "tokens_and_gradients or many_rows")
 
 
 def test_many_rows_and_threads() -> None:

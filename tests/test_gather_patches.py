@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
 
 import sslfast
-from helpers import within_budget
+from helpers import LEVELS, run_at_level, within_budget
 from sslfast import reference
 from sslfast.masking import gather_patches, patchify, scatter_patches, unpatchify
 
@@ -82,17 +78,9 @@ def test_rows_and_gradient(shape: tuple, dtype: torch.dtype, order: str) -> None
         within_budget("dimages", found, single.to(dtype), truth, dtype)
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_cpu_level(level: str) -> None:
-    levels = ["baseline", "avx2", "avx512"]
-    if levels.index(level) > levels.index(torch.ops.sslfast.cpu_level_widest()):
-        pytest.skip(f"this processor has no {level}")
-    if os.environ.get("SSLFAST_CPU_CAPABILITY"):
-        pytest.skip("already inside a run of one level")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "rows_and_gradient"]
-    environment = {**os.environ, "SSLFAST_CPU_CAPABILITY": level}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_at_level(level, __file__, "rows_and_gradient")
 
 
 def test_what_the_numbers_are() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import sslfast
+from helpers import LEVELS, run_at_level
 from sslfast import ops, reference
 from sslfast.masking import gather_tokens
 from token_common import (
@@ -20,7 +21,6 @@ from token_common import (
     check_subsets,
     name_of,
     numbers,
-    run_at_level,
     value_and_gradients,
 )
 
@@ -78,7 +78,7 @@ def test_packed_rows_value_and_gradients(dtype: torch.dtype, device: str) -> Non
             check(gather(ids.to(device), True), plain(ids.to(device), True), inputs, dtype)
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_cpu_level(level: str) -> None:
     run_at_level(level, __file__, "(value_and_gradients or strides) and (float32 or bfloat16)")
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sslfast
-from helpers import SHAPES, TOLERANCE, within_budget
+from helpers import LEVELS, SHAPES, TOLERANCE, run_at_level, within_budget
 from sslfast import reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -51,20 +49,9 @@ def test_value_and_gradient(shape: tuple[int, int], dtype: torch.dtype, device: 
         within_budget("grad_x", grad_x, expected[1], truth[1], dtype)
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_cpu_level(level: str) -> None:
-    """The tests of values again, in a process that is held to one instruction-set level."""
-    levels = ["baseline", "avx2", "avx512"]
-    widest = torch.ops.sslfast.cpu_level_widest()
-    if levels.index(level) > levels.index(widest):
-        pytest.skip(f"this processor has no {level}")
-    if os.environ.get("SSLFAST_CPU_CAPABILITY"):
-        pytest.skip("already inside a run of one level")
-    chosen = "level_in_use or value_and_gradient or half or nonfinite or eps"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-m", "not gpu", "-k", chosen]
-    environment = {**os.environ, "SSLFAST_CPU_CAPABILITY": level}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_at_level(level, __file__, "level_in_use or value_and_gradient or half or nonfinite or eps")
 
 
 def test_level_in_use() -> None:

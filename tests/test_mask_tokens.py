@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -14,6 +11,7 @@ import torch
 from torch import Tensor
 
 import sslfast
+from helpers import LEVELS, run_at_level
 from sslfast import masking, ops
 from sslfast.masking import text
 from sslfast.ops.mask_tokens import limits_of
@@ -76,18 +74,9 @@ def test_kernel_draws_the_references_bits(exact: bool, dtype: torch.dtype, backe
             assert same((torch.from_numpy(host[0]), torch.from_numpy(host[1])), expected), (length, options)
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_cpu_level(level: str) -> None:
-    """The same bits again, in a process that is held to one instruction-set level."""
-    levels = ["baseline", "avx2", "avx512"]
-    if levels.index(level) > levels.index(torch.ops.sslfast.cpu_level_widest()):
-        pytest.skip(f"this processor has no {level}")
-    if os.environ.get("SSLFAST_CPU_CAPABILITY"):
-        pytest.skip("already inside a run of one level")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-m", "not gpu"]
-    environment = {**os.environ, "SSLFAST_CPU_CAPABILITY": level}
-    done = subprocess.run([*command, "-k", "references_bits"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_at_level(level, __file__, "references_bits")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

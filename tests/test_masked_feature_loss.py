@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -13,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sslfast
-from helpers import DTYPES, GRAD_LOSS, value_and_gradients, within_budget
+from helpers import DTYPES, GRAD_LOSS, LEVELS, run_at_level, value_and_gradients, within_budget
 from sslfast.ops import masked_feature_loss as public
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -62,18 +59,9 @@ def test_dtypes(dtype: torch.dtype, teacher_dtype: torch.dtype, device: str) -> 
     check(*(t.to(device) for t in inputs(SHAPES[3], dtype, teacher_dtype)))
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_cpu_level(level: str) -> None:
-    levels = ["baseline", "avx2", "avx512"]
-    if levels.index(level) > levels.index(torch.ops.sslfast.cpu_level_widest()):
-        pytest.skip(f"this processor has no {level}")
-    if os.environ.get("SSLFAST_CPU_CAPABILITY"):
-        pytest.skip("already inside a run of one level")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-m", "not gpu"]
-    command += ["-k", "value_and_gradient or dtypes"]
-    environment = {**os.environ, "SSLFAST_CPU_CAPABILITY": level}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_at_level(level, __file__, "value_and_gradient or dtypes")
 
 
 def apply_masks(x: Tensor, masks: list[Tensor]) -> Tensor:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +11,7 @@ import torch
 from torch import Tensor
 
 import sslfast
-from helpers import DTYPES, GRAD_LOSS, value_and_gradients, within_budget
+from helpers import DTYPES, GRAD_LOSS, LEVELS, run_at_level, value_and_gradients, within_budget
 from sslfast.masking import forward_loss
 from sslfast.ops import masked_patch_loss as public
 from sslfast.ops.masked_patch_loss import by_reference
@@ -94,18 +91,9 @@ def test_dtypes(dtype: torch.dtype, image_dtype: torch.dtype, device: str) -> No
     check(images, pred, mask, patch_size=16, loss="l1")
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_cpu_level(level: str) -> None:
-    levels = ["baseline", "avx2", "avx512"]
-    if levels.index(level) > levels.index(torch.ops.sslfast.cpu_level_widest()):
-        pytest.skip(f"this processor has no {level}")
-    if os.environ.get("SSLFAST_CPU_CAPABILITY"):
-        pytest.skip("already inside a run of one level")
-    chosen = "value_and_gradient or dtypes or strides"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-m", "not gpu", "-k", chosen]
-    environment = {**os.environ, "SSLFAST_CPU_CAPABILITY": level}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_at_level(level, __file__, "value_and_gradient or dtypes or strides")
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
-import os
 import subprocess
 import sys
 
@@ -18,13 +17,12 @@ from torch.nn import functional as F
 
 import sslfast
 from benchmarks import Unavailable, peers
-from helpers import SHAPES, same_nonfinite, within_budget
+from helpers import LEVELS, SHAPES, run_at_level, same_nonfinite, within_budget
 from sslfast import reference
 
 op = importlib.import_module("sslfast.ops.nt_xent")  # the module: the package exports the function under its name
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-LEVELS = ["baseline", "avx2", "avx512"]
 GRAD_LOSS = 3.0  # not 1: a backward that forgets it fails
 
 
@@ -108,18 +106,8 @@ def test_equals_lightly(shape: tuple[int, int], temperature: float) -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_cpu_level(level: str) -> None:
-    """The tests of values again, in a process that is held to one instruction-set level."""
-    widest = torch.ops.sslfast.cpu_level_widest()
-    if LEVELS.index(level) > LEVELS.index(widest):
-        pytest.skip(f"this processor has no {level}")
-    chosen = "test_value_and_gradients or test_temperatures or test_without_normalisation or test_tile_cache"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen],
-        env={**os.environ, "SSLFAST_CPU_CAPABILITY": level},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
+    chosen = "value_and_gradients or temperatures or without_normalisation or tile_cache"
+    run_at_level(level, __file__, chosen)
 
 
 @pytest.mark.parametrize("wanted", [w for w in itertools.product([True, False], repeat=3) if any(w)], ids=str)

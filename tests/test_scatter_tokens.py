@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import sslfast
+from helpers import LEVELS, run_at_level
 from sslfast import reference
 from sslfast.masking import replace_tokens, scatter_tokens
 from token_common import (
@@ -18,7 +19,6 @@ from token_common import (
     check_subsets,
     name_of,
     numbers,
-    run_at_level,
     value_and_gradients,
 )
 
@@ -71,7 +71,7 @@ def test_value_and_gradients(case: tuple[int, ...], masked: bool, dtype: torch.d
             check(scatter(index, passed), plain(index, passed), as_type(inputs, device), dtype)
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_cpu_level(level: str) -> None:
     run_at_level(level, __file__, "(value_and_gradients or strides) and (float32 or bfloat16)")
 

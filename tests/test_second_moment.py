@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 import sslfast
-from helpers import within_budget
+from helpers import LEVELS, run_at_level, within_budget
 from sslfast import reference
 from sslfast.ops.second_moment import dual_is_cheaper
 
@@ -209,30 +208,9 @@ def test_second_order_opcheck_and_compile() -> None:
     torch.testing.assert_close(found, torch.autograd.grad(sum(t.sum() for t in sslfast.second_moment(x, y)), (x, y)))
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_cpu_level(level: str) -> None:
-    order = ["baseline", "avx2", "avx512"]
-    if order.index(level) > order.index(torch.ops.sslfast.cpu_level_widest()):
-        pytest.skip(f"this processor has no {level}")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            __file__,
-            "-k",
-            "dtypes or 61 or subset",
-            "-p",
-            "no:cacheprovider",
-        ],
-        env={**os.environ, "SSLFAST_CPU_CAPABILITY": level},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
+    run_at_level(level, __file__, "dtypes or 61 or subset")
 
 
 def test_extra_memory() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import subprocess
 import sys
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 import sslfast
-from helpers import within_budget
+from helpers import LEVELS, run_at_level, within_budget
 from sslfast import reference
 
 module = importlib.import_module("sslfast.ops.similarity_lse")
@@ -363,20 +362,9 @@ def test_extra_memory() -> None:
     assert float(done.stdout) < 72
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_cpu_level(level: str) -> None:
-    order = ["baseline", "avx2", "avx512"]
-    if order.index(level) > order.index(torch.ops.sslfast.cpu_level_widest()):
-        pytest.skip(f"this processor has no {level}")
-    chosen = "value_and_gradients and everything or itself and 101 or only_rows and 90"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", chosen, "-p", "no:cacheprovider"],
-        env={**os.environ, "SSLFAST_CPU_CAPABILITY": level},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
+    run_at_level(level, __file__, "value_and_gradients and everything or itself and 101 or only_rows and 90")
 
 
 # --------------------------------------------------------------------------------------------------------- bad input

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -16,6 +13,7 @@ from torch import Tensor
 
 import sslfast
 from augment_common import BACKENDS, KERNELS, device_of, torchvision
+from helpers import LEVELS, run_at_level
 from sslfast import ops
 from sslfast.augment import ViewSpec
 from sslfast.ops.view_params import COLUMNS
@@ -101,18 +99,9 @@ def test_kernel_draws_the_references_bits_for_any_key(backend: str) -> None:
         assert same_bits(draw(backend, ids, sizes, specs, **options), expected), options
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_cpu_level(level: str) -> None:
-    """The same bits again, in a process that is held to one instruction-set level."""
-    levels = ["baseline", "avx2", "avx512"]
-    if levels.index(level) > levels.index(torch.ops.sslfast.cpu_level_widest()):
-        pytest.skip(f"this processor has no {level}")
-    if os.environ.get("SSLFAST_CPU_CAPABILITY"):
-        pytest.skip("already inside a run of one level")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-m", "not gpu"]
-    environment = {**os.environ, "SSLFAST_CPU_CAPABILITY": level}
-    done = subprocess.run([*command, "-k", "any_key"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_at_level(level, __file__, "any_key")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

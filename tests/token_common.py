@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -73,17 +70,3 @@ def check_subsets(function: Callable[..., Tensor], inputs: Inputs) -> None:
 
         found = value_and_gradients(partial, [inputs[i] for i in wanted])[1:]
         assert_same(found, [expected[i] for i in wanted])
-
-
-def run_at_level(level: str, file: str, chosen: str) -> None:
-    """Those tests of ``file`` again, in a process that is held to one instruction-set level."""
-    levels = ["baseline", "avx2", "avx512"]
-    widest = torch.ops.sslfast.cpu_level_widest()
-    if levels.index(level) > levels.index(widest):
-        pytest.skip(f"this processor has no {level}")
-    if os.environ.get("SSLFAST_CPU_CAPABILITY"):
-        pytest.skip("already inside a run of one level")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-m", "not gpu", "-k", chosen]
-    environment = {**os.environ, "SSLFAST_CPU_CAPABILITY": level}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr

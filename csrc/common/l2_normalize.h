@@ -3,7 +3,7 @@
 //     dx_i = r_i (dy_i − (dy_i·y_i) y_i) where |x_i| > eps,   dx_i = r_i dy_i elsewhere (a constant divisor).
 // `A` is the accumulator: float, or double for double elements.
 #pragma once
-#include "half.h"
+#include "square_root.h"
 
 namespace sslfast {
 
@@ -11,21 +11,6 @@ namespace sslfast {
 template <typename A>
 SSLFAST_INLINE A add_square(A sum, A x) {
   return sum + x * x;
-}
-
-SSLFAST_INLINE float square_root(float x) {
-#ifdef __CUDA_ARCH__
-  return sqrtf(x);
-#else
-  return __builtin_sqrtf(x);
-#endif
-}
-SSLFAST_INLINE double square_root(double x) {
-#ifdef __CUDA_ARCH__
-  return sqrt(x);
-#else
-  return __builtin_sqrt(x);
-#endif
 }
 
 // r = 1 / max(√sum, eps). A NaN stays NaN, as under clamp_min; an infinite norm gives 0, and 0·∞ = NaN where ∞ was.

@@ -1,7 +1,7 @@
 // The arithmetic of losses on masked positions, for the host and the device: what a prediction is compared with, and
 // the loss's value and slope of one difference d = prediction − target. `A` is the accumulator, float or double.
 #pragma once
-#include "half.h"
+#include "square_root.h"
 
 namespace sslfast {
 
@@ -14,21 +14,6 @@ struct PointLoss {
   int kind;
   double beta;
 };
-
-SSLFAST_INLINE float root_of(float x) {
-#ifdef __CUDA_ARCH__
-  return sqrtf(x);
-#else
-  return __builtin_sqrtf(x);
-#endif
-}
-SSLFAST_INLINE double root_of(double x) {
-#ifdef __CUDA_ARCH__
-  return sqrt(x);
-#else
-  return __builtin_sqrt(x);
-#endif
-}
 
 // Pixels as numbers: bytes are shares of 255.
 template <typename A>
@@ -47,9 +32,9 @@ SSLFAST_INLINE A pixel_value(P x) {
 // A single number has no unbiased variance: 0/0, as in PyTorch.
 template <typename A>
 SSLFAST_INLINE A target_factor(A squares, A count, A eps, int kind) {
-  if (kind == kLayerNorm) return A(1) / root_of(squares / count + eps);
+  if (kind == kLayerNorm) return A(1) / square_root(squares / count + eps);
   const A variance = squares / (count - A(1));
-  return A(1) / (kind == kPatchNorm ? root_of(variance + eps) : root_of(variance) + eps);
+  return A(1) / (kind == kPatchNorm ? square_root(variance + eps) : square_root(variance) + eps);
 }
 
 template <int kKind, typename A>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -9,9 +10,11 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _library, reference
-from .random_mask import check_key, check_samples, why_not
+from . import _devices
+from .random_mask import check_key, check_samples
 
 BACKENDS = ("cpu", "cuda", "reference")
+why_not = functools.partial(_devices.why_not, "block_mask", "samples")
 MAX_SIDE = 1024  # kMaxSide and kMaxPatches in csrc/common/masks.h
 MAX_PATCHES = 2**17
 
@@ -102,7 +105,7 @@ def block_mask(
         if len(wrong):
             raise ValueError(f"counts must be between 0 and the {math.prod(grid)} patches, got {float(wrong[0])}")
     preferred = "cuda" if samples.device.type == "cuda" else "cpu"
-    if _backends.select("block_mask", preferred, why_not("block_mask", "samples", samples)) == "reference":
+    if _backends.select("block_mask", preferred, lambda name: why_not(name, samples)) == "reference":
         mask = reference.block_mask(
             samples.cpu().numpy(),
             counts.cpu().numpy(),

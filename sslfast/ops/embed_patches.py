@@ -11,6 +11,7 @@ backward; they never stand in memory. Backward, with g = the gradient's rows:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,11 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import _backends, _library, _native, reference
+from .. import _backends, _library, reference
 from .._checks import FLOATS, accumulator
+from . import _devices
 from .gather_patches import channel_numbers, check_ids, check_images, check_values, length_of, patch_sides
 
 BACKENDS = ("cpu", "cuda", "reference")
+why_not = functools.partial(_devices.why_not, "embed_patches", "images")
 
 
 def _fake(
@@ -126,19 +129,6 @@ _library.define(
     _backward_fake,
 )
 _library.autograd("embed_patches", _backward, _setup_context)
-
-
-def why_not(backend: str, images: Tensor) -> str | None:
-    """The reason ``backend`` cannot embed patches of ``images``, or ``None`` if it can."""
-    if backend == "cpu":
-        if not images.is_cpu:
-            return f"it takes CPU tensors, and they are on {images.device}"
-        return _native.why_missing.get("_C")
-    if backend == "cuda":
-        if not images.is_cuda:
-            return f"it takes CUDA tensors, and they are on {images.device}"
-        return _native.why_missing.get("_C_cuda")
-    return f"embed_patches has no {backend} implementation"
 
 
 def _composed(

@@ -7,6 +7,7 @@ The inverse, ``scatter_patches``, writes every pixel of the images once; each of
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -14,10 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import _backends, _library, _native, reference
+from .. import _backends, _library, reference
 from .._checks import FLOATS
+from . import _devices
 
 BACKENDS = ("cpu", "cuda", "reference")
+why_not = functools.partial(_devices.why_not, "gather_patches", "images")
 MOST_CHANNELS = 64  # kMostChannels
 Order = Literal["channels_first", "channels_last"]
 
@@ -96,15 +99,6 @@ _library.define(
     _scatter_fake,
 )
 _library.autograd("scatter_patches", _scatter_backward, _scatter_setup)
-
-
-def why_not(backend: str, x: Tensor) -> str | None:
-    """The reason ``backend`` cannot move patches of ``x``, or ``None`` if it can."""
-    if backend == "cpu":
-        return _native.why_missing.get("_C") if x.is_cpu else f"it takes CPU tensors, and they are on {x.device}"
-    if backend == "cuda":
-        return _native.why_missing.get("_C_cuda") if x.is_cuda else f"it takes CUDA tensors, and they are on {x.device}"
-    return f"gather_patches has no {backend} implementation"
 
 
 def check_images(images: Tensor) -> None:

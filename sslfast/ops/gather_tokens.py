@@ -8,6 +8,7 @@ order.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _backends, _library, _native, reference
+from .. import _backends, _library, reference
+from . import _devices
 from ._tokens import check_index, check_tokens, in_accumulator, linear_second_order, readable, table
 
 BACKENDS = ("cpu", "cuda", "reference")
+why_not = functools.partial(_devices.why_not, "gather_tokens", "ids")
 
 
 def _fake(
@@ -81,17 +84,6 @@ _library.define(
     _backward_fake,
 )
 _library.autograd("gather_tokens", _backward, _setup_context)
-
-
-def why_not(backend: str, ids: Tensor) -> str | None:
-    """The reason ``backend`` cannot gather by ``ids``, or ``None`` if it can."""
-    if backend == "cpu":
-        return _native.why_missing.get("_C") if ids.is_cpu else f"it takes CPU tensors, and ids is on {ids.device}"
-    if backend == "cuda":
-        return (
-            _native.why_missing.get("_C_cuda") if ids.is_cuda else f"it takes CUDA tensors, and ids is on {ids.device}"
-        )
-    return f"gather_tokens has no {backend} implementation"
 
 
 def by_reference(

@@ -6,15 +6,18 @@ every device, in every batch, worker and rank, bit for bit.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .. import _backends, _library, _native, reference
+from .. import _backends, _library, reference
+from . import _devices
 
 BACKENDS = ("cpu", "cuda", "reference")
+why_not = functools.partial(_devices.why_not, "mask_tokens", "input_ids")
 LONGEST = 2**16  # tokens of a row, and words: kLongestRow in csrc/common/mask_tokens.h
 IDS = (torch.int64, torch.int32)
 
@@ -41,20 +44,6 @@ _library.define(
     "int vocab_size, int ignore_index, bool exact, int seed, int epoch, int view) -> (Tensor inputs, Tensor labels)",
     _fake,
 )
-
-
-def why_not(backend: str, input_ids: Tensor) -> str | None:
-    """The reason ``backend`` cannot mask ``input_ids``, or ``None`` if it can."""
-    if backend == "cpu":
-        on_cpu = input_ids.is_cpu
-        return (
-            _native.why_missing.get("_C") if on_cpu else f"it takes CPU tensors, and input_ids is on {input_ids.device}"
-        )
-    if backend == "cuda":
-        if not input_ids.is_cuda:
-            return f"it takes CUDA tensors, and input_ids is on {input_ids.device}"
-        return _native.why_missing.get("_C_cuda")
-    return f"mask_tokens has no {backend} implementation"
 
 
 def limits_of(probability: float, mask_share: float, random_share: float) -> list[int]:

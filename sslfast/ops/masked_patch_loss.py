@@ -99,8 +99,8 @@ def why_not(backend: str, pred: Tensor) -> str | None:
     if backend == "cuda":
         if not pred.is_cuda:
             return f"it takes CUDA tensors, and pred is on {pred.device}"
-        if pred.shape[2] * accumulator(pred).itemsize > LARGEST_ON_CUDA:
-            return f"a patch of {pred.shape[2]} values does not fit the shared memory of a block"
+        if pred.shape[-1] * accumulator(pred).itemsize > LARGEST_ON_CUDA:
+            return f"a patch of {pred.shape[-1]} values does not fit the shared memory of a block"
         return _native.why_missing.get("_C_cuda")
     return f"masked_patch_loss has no {backend} implementation"
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from .. import _backends, _library, reference
+from . import _devices
 from .partition_mask import check_mask
-from .random_mask import why_not
 
 BACKENDS = ("cpu", "cuda", "reference")
+why_not = functools.partial(_devices.why_not, "masked_rows", "mask")
 
 
 def _fake(mask: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,7 +44,7 @@ def masked_rows(mask: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     if size < 0:
         raise ValueError(f"size must not be negative, got {size}")
     preferred = "cuda" if mask.device.type == "cuda" else "cpu"
-    if _backends.select("masked_rows", preferred, why_not("masked_rows", "mask", mask)) == "reference":
+    if _backends.select("masked_rows", preferred, lambda name: why_not(name, mask)) == "reference":
         arrays = reference.masked_rows(mask.cpu().numpy(), size)
         rows, weights, count = (torch.from_numpy(a).to(mask.device) for a in arrays)
     else:

@@ -6,14 +6,17 @@ every device, in every batch, worker and rank.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .. import _backends, _library, _native, reference
+from .. import _backends, _library, reference
+from . import _devices
 
 BACKENDS = ("cpu", "cuda", "reference")
+why_not = functools.partial(_devices.why_not, "multiblock_mask", "samples")
 MOST_TARGETS = 256  # as in csrc/common/multiblock_mask.h
 MOST_PATCHES = 2**17
 
@@ -43,17 +46,6 @@ _library.define(
     "-> (Tensor context, Tensor target_ids, Tensor counts)",
     _fake,
 )
-
-
-def why_not(backend: str, samples: Tensor) -> str | None:
-    """The reason ``backend`` cannot make masks for ``samples``, or ``None`` if it can."""
-    if backend == "cpu":
-        return _native.why_missing.get("_C") if samples.is_cpu else f"it takes CPU tensors, got one on {samples.device}"
-    if backend == "cuda":
-        if not samples.is_cuda:
-            return f"it takes CUDA tensors, and samples is on {samples.device}"
-        return _native.why_missing.get("_C_cuda")
-    return f"multiblock_mask has no {backend} implementation"
 
 
 def multiblock_mask(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from .. import _backends, _library, reference
-from .random_mask import why_not
+from . import _devices
 
 BACKENDS = ("cpu", "cuda", "reference")
+why_not = functools.partial(_devices.why_not, "partition_mask", "mask")
 
 
 def _fake(mask: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,7 +51,7 @@ def partition_mask(mask: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
     if not 0 <= kept <= mask.shape[1]:
         raise ValueError(f"kept must be between 0 and the {mask.shape[1]} patches, got {kept}")
     preferred = "cuda" if mask.device.type == "cuda" else "cpu"
-    if _backends.select("partition_mask", preferred, why_not("partition_mask", "mask", mask)) == "reference":
+    if _backends.select("partition_mask", preferred, lambda name: why_not(name, mask)) == "reference":
         arrays = reference.partition_mask(mask.cpu().numpy(), kept)
         keep, masked, restore = (torch.from_numpy(a).to(mask.device) for a in arrays)
     else:

@@ -5,16 +5,19 @@ No state: the same (seed, epoch, view, sample) gives the same mask on every devi
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .. import _backends, _library, _native, reference
+from .. import _backends, _library, reference
+from . import _devices
 from .view_params import check_seed
 
 BACKENDS = ("cpu", "cuda", "reference")
+why_not = functools.partial(_devices.why_not, "random_mask", "samples")
 MAX_UNITS = 2**18  # kMaxUnits in csrc/common/masks.h
 VIEWS = 2**10  # of each group of mask streams
 
@@ -40,23 +43,6 @@ _library.define(
     "int view) -> (Tensor, Tensor, Tensor)",
     _fake,
 )
-
-
-def why_not(op: str, like: str, tensor: Tensor) -> Callable[[str], str | None]:
-    """For ``_backends.select``: why a backend cannot serve ``op`` on the argument ``tensor``, called ``like``."""
-
-    def reason(backend: str) -> str | None:
-        if backend == "cpu":
-            if tensor.is_cpu:
-                return _native.why_missing.get("_C")
-            return f"it takes CPU tensors, and {like} is on {tensor.device}"
-        if backend == "cuda":
-            if tensor.is_cuda:
-                return _native.why_missing.get("_C_cuda")
-            return f"it takes CUDA tensors, and {like} is on {tensor.device}"
-        return f"{op} has no {backend} implementation"
-
-    return reason
 
 
 def check_key(seed: int, epoch: int, view: int) -> int:
@@ -136,7 +122,7 @@ def random_mask(
             raise TypeError(f"noise must be float32, bfloat16 or float16, got {noise.dtype}")
         noise = noise.detach().to(torch.float32)
     preferred = "cuda" if samples.device.type == "cuda" else "cpu"
-    backend = _backends.select("random_mask", preferred, why_not("random_mask", "samples", samples))
+    backend = _backends.select("random_mask", preferred, lambda name: why_not(name, samples))
     if backend == "reference":
         arrays = reference.random_mask(
             samples.cpu().numpy(),

@@ -7,6 +7,7 @@ written once, so dx is a write; the other gradients are sums over the batch in i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _backends, _library, _native, reference
+from .. import _backends, _library, reference
+from . import _devices
 from ._tokens import check_index, check_tokens, in_accumulator, linear_second_order, readable, table
 
 BACKENDS = ("cpu", "cuda", "reference")
+why_not = functools.partial(_devices.why_not, "scatter_tokens", "x")
 
 
 def _fake(
@@ -79,15 +82,6 @@ _library.define(
     _backward_fake,
 )
 _library.autograd("scatter_tokens", _backward, _setup_context)
-
-
-def why_not(backend: str, x: Tensor) -> str | None:
-    """The reason ``backend`` cannot write the tokens of ``x``, or ``None`` if it can."""
-    if backend == "cpu":
-        return _native.why_missing.get("_C") if x.is_cpu else f"it takes CPU tensors, and x is on {x.device}"
-    if backend == "cuda":
-        return _native.why_missing.get("_C_cuda") if x.is_cuda else f"it takes CUDA tensors, and x is on {x.device}"
-    return f"scatter_tokens has no {backend} implementation"
 
 
 def by_reference(

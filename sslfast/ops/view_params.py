@@ -6,14 +6,17 @@ rank, bit for bit.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .. import _backends, _library, _native, reference
+from .. import _backends, _library, reference
+from . import _devices
 
 BACKENDS = ("cpu", "cuda", "reference")
+why_not = functools.partial(_devices.why_not, "view_params", "ids")
 # In the order of `enum Column` in csrc/common/view_params.h.
 COLUMNS = (
     *("top", "left", "height", "width", "flip", "brightness", "contrast", "saturation", "hue"),
@@ -32,17 +35,6 @@ _library.define(
     "view_params(Tensor ids, Tensor? sizes, int[] size, int seed, int epoch, int view, float[] numbers) -> Tensor",
     _fake,
 )
-
-
-def why_not(backend: str, ids: Tensor) -> str | None:
-    """The reason ``backend`` cannot sample for ``ids``, or ``None`` if it can."""
-    if backend == "cpu":
-        return _native.why_missing.get("_C") if ids.is_cpu else f"it takes CPU tensors, and ids is on {ids.device}"
-    if backend == "cuda":
-        if not ids.is_cuda:
-            return f"it takes CUDA tensors, and ids is on {ids.device}"
-        return _native.why_missing.get("_C_cuda")
-    return f"view_params has no {backend} implementation"
 
 
 def _check_sides(smallest: int, largest: int) -> None:
