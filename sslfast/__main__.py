@@ -10,6 +10,7 @@ import torch
 
 import sslfast
 from sslfast import _native, ops
+from sslfast.adapters._patch import PACKAGES
 
 
 def _version(package: str) -> str:
@@ -50,6 +51,19 @@ def _backend_rows(devices: list[str]) -> list[tuple[str, str]]:
     return rows
 
 
+def _packages() -> list[tuple[str, str]]:
+    """For each package that ``sslfast.patch`` knows: what is installed, and whether that version was tested."""
+    rows = []
+    for name, known in PACKAGES.items():
+        if known.distribution is None:
+            rows.append((name, "not a distribution: classes of loaded modules"))
+            continue
+        version = _version(known.distribution)
+        tested = f"; tested: {', '.join(known.tested)}"
+        rows.append((name, version + (", tested" if version in known.tested else tested)))
+    return rows
+
+
 def _machine() -> list[tuple[str, str]]:
     if _native.has_cpu:
         level = f"{torch.ops.sslfast.cpu_level()} in use, {torch.ops.sslfast.cpu_level_widest()} the widest here"
@@ -81,6 +95,7 @@ def report() -> str:
         "Versions": _versions(),
         "Compiled libraries": _libraries(),
         "Backends": _backend_rows(devices),
+        "Packages for sslfast.patch": _packages(),
         "Machine": _machine(),
         "Build": _build(),
     }

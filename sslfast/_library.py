@@ -7,12 +7,21 @@ libraries and the Triton launchers only add implementations.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 LIB = torch.library.Library("sslfast", "DEF")
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_to_the_compiler(function: Function) -> Function:
+    """``torch.compiler.assume_constant_result``, which would import the whole compiler: 0.9 s of ``import sslfast``."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def define(schema: str, fake: Callable[..., Any]) -> None:

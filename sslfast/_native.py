@@ -55,7 +55,7 @@ has_cuda = _load("_C_cuda")
 host = _import_host()
 
 
-@torch.compiler.assume_constant_result  # the tracer cannot read Triton's settings; they are fixed at its import
+@_library.constant_to_the_compiler  # it cannot read Triton's settings; they are fixed at its import
 def _triton_interprets() -> bool:
     import triton
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _native, ops, reference
+from .._library import constant_to_the_compiler
 from ..augment.pretext._draws import LOW, philox
 from ..ops.block_mask import check_blocks
 from ..ops.random_mask import check_key
@@ -30,6 +31,11 @@ class PatchMasks(NamedTuple):
         masks_weight: [upperbound] float32, 1 / (masked patches of the image), then 0.
         upperbound: the number of masked patches that no batch of this size exceeds.
         n_masked_patches: [1] int64, how many there are.
+
+    Example:
+        >>> masks = sslfast.masking.dinov3_masks([0, 1, 2, 3], grid=(16, 16))
+        >>> masks.mask_indices_list.shape[0] == masks.upperbound
+        True
     """
 
     collated_masks: Any
@@ -103,6 +109,11 @@ def block_masks(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or range.
+
+    Example:
+        >>> masks = sslfast.masking.block_masks([0, 1], grid=(14, 14), count=75, complete=True)
+        >>> masks.shape, masks.sum(1).tolist()
+        (torch.Size([2, 196]), [75, 75])
     """
     ids = as_samples(samples, device)
     sides = [int(side) for side in grid]
@@ -143,6 +154,11 @@ def beit_masks(
     """BEiT's masks: 75 of 14 × 14 patches in blocks of at least 16, at times fewer unless ``complete``.
 
     Arguments, result and errors are those of :func:`block_masks`.
+
+    Example:
+        >>> masks = sslfast.masking.beit_masks([0, 1], complete=True)
+        >>> masks.sum(1).tolist()
+        [75, 75]
     """
     return block_masks(samples, grid, count, least=least, most=most, aspect=aspect, complete=complete, **options)
 
@@ -197,6 +213,11 @@ def ibot_masks(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or range.
+
+    Example:
+        >>> masks = sslfast.masking.ibot_masks([0, 1], grid=(14, 14), ratio=0.3, shape="random")
+        >>> masks.sum(1).tolist()
+        [58, 58]
     """
     ratios = [float(r) for r in ratio] if isinstance(ratio, Sequence) else [float(ratio)]
     spread = [float(v) for v in variation] if isinstance(variation, Sequence) else [float(variation)] * len(ratios)
@@ -226,7 +247,7 @@ def ibot_masks(
     )
 
 
-@torch.compiler.assume_constant_result
+@constant_to_the_compiler
 def _bins(ratios: tuple[float, float], bins: int, patches: int) -> tuple[list[float], list[int]]:
     """Bounds of the bins of ratios, in float32 as upstream has them, and int(patches · bound) of each."""
     bounds = torch.linspace(*ratios, bins + 1, dtype=torch.float32)
@@ -309,6 +330,11 @@ def dinov2_masks(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or range.
+
+    Example:
+        >>> masks = sslfast.masking.dinov2_masks([0, 1, 2, 3], grid=(16, 16))
+        >>> masks.collated_masks.shape, masks.collated_masks.any(1).sum().item()  # half of the images
+        (torch.Size([4, 256]), 2)
     """
     options: dict[str, Any] = {"aspect": aspect, "seed": seed, "epoch": epoch, "view": view}
     return _dino_masks(
@@ -342,6 +368,11 @@ def dinov3_masks(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or range.
+
+    Example:
+        >>> masks = sslfast.masking.dinov3_masks([0, 1, 2, 3], grid=(16, 16))
+        >>> masks.n_masked_patches.item() == masks.upperbound
+        True
     """
     options: dict[str, Any] = {"aspect": aspect, "seed": seed, "epoch": epoch, "view": view}
     return _dino_masks(

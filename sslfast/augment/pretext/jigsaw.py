@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..._library import constant_to_the_compiler
 from ._draws import (
     GREY,
     JIGSAW,
@@ -31,10 +32,20 @@ LEAST_DEVIATION = 1e-3  # a quarter of a grey level: a tile below it is one colo
 
 
 class Puzzle(NamedTuple):
-    """Shuffled tiles and the order they are in."""
+    """Shuffled tiles and the order they are in.
 
-    tiles: Tensor  # [B, grid², C, tile, tile]; tiles[:, k] comes from cell permutation[label][k], cells row by row
-    label: Tensor  # [B] int64, row of the permutation set
+    Attributes:
+        tiles: [B, grid², C, tile, tile]; ``tiles[:, k]`` comes from cell ``permutation[label][k]``, cells row by row.
+        label: [B] int64, row of the permutation set.
+
+    Example:
+        >>> puzzle = sslfast.augment.pretext.jigsaw(torch.rand(2, 3, 96, 96), [0, 1], tile=24, cell=30)
+        >>> puzzle.label.shape
+        torch.Size([2])
+    """
+
+    tiles: Tensor
+    label: Tensor
 
 
 @functools.lru_cache(maxsize=16)
@@ -77,6 +88,10 @@ def permutation_set(count: int, tiles: int = 9, seed: int = 0) -> Tensor:
         ValueError: naming the argument.
 
     Source: Noroozi and Favaro 2016, algorithm 1.
+
+    Example:
+        >>> sslfast.augment.pretext.permutation_set(100).shape
+        torch.Size([100, 9])
     """
     check_whole("tiles", tiles, 2, 9)
     check_whole("count", count, 1, math.factorial(tiles))
@@ -90,7 +105,7 @@ def _on_device(count: int, tiles: int, seed: int, device: torch.device) -> Tenso
         return permutation_set(count, tiles, seed).to(device)
 
 
-@torch.compiler.assume_constant_result
+@constant_to_the_compiler
 def _table(count: int, tiles: int, seed: int, device: torch.device) -> Tensor:
     """``_on_device``, which a compiler would otherwise trace through."""
     return _on_device(count, tiles, seed, device)
@@ -122,6 +137,11 @@ class Jigsaw:
         ValueError: naming the argument.
 
     Source: Noroozi and Favaro 2016, "Unsupervised Learning of Visual Representations by Solving Jigsaw Puzzles".
+
+    Example:
+        >>> tiles, label = sslfast.augment.pretext.Jigsaw(tile=24, cell=30)(torch.rand(2, 3, 96, 96), [0, 1])
+        >>> tiles.shape
+        torch.Size([2, 9, 3, 24, 24])
     """
 
     grid: int = 3
@@ -202,5 +222,11 @@ class Jigsaw:
 
 
 def jigsaw(images: Tensor, ids: Ids = None, *, seed: int = 0, epoch: int = 0, **options: Any) -> Puzzle:
-    """Puzzles of a batch [B, 1 or 3, H, W]; ``options`` are the arguments of :class:`Jigsaw`, which says the rest."""
+    """Puzzles of a batch [B, 1 or 3, H, W]; ``options`` are the arguments of :class:`Jigsaw`, which says the rest.
+
+    Example:
+        >>> tiles, label = sslfast.augment.pretext.jigsaw(torch.rand(2, 3, 256, 256), [0, 1])
+        >>> tiles.shape, label.shape
+        (torch.Size([2, 9, 3, 64, 64]), torch.Size([2]))
+    """
     return Jigsaw(seed=seed, **options)(images, ids, epoch=epoch)

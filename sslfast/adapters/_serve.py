@@ -1,0 +1,149 @@
+"""How an adapter puts sslfast in front of a package's own method or function, and gets out of its way again."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from .._checks import FLOATS
+
+DEVICES = ("cpu", "cuda")
+# Distributed tensors and other subclasses have rules for PyTorch's operators, and none for sslfast's.
+PLAIN = (Tensor, nn.Parameter)
+
+
+class Unserved(NamedTuple):
+    """What the fast form of a call returns where the package's own code has to compute it."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Package:
+    """What an adapter module's ``contents()`` offers to :func:`sslfast.patch`.
+
+    Args:
+        classes: adapter classes, each a subclass of the package's class of that name; their ``served`` methods are what
+            is replaced.
+        functions: ``served`` functions.
+        left: what of the package sslfast leaves alone, and why.
+    """
+
+    classes: tuple[type, ...] = ()
+    functions: tuple[Callable[..., Any], ...] = ()
+    left: dict[str, str] = field(default_factory=dict)
+
+
+def served(original: Callable[..., Any], fast: Callable[..., Any], name: str | None = None) -> Callable[..., Any]:
+    """``original``, computed by ``fast``; where that returns :class:`Unserved`, by ``original``, which is said once.
+
+    Name, signature, defaults and docstring are the original's. Whatever the original raises is raised here too:
+    ``fast`` returns ``Unserved`` for arguments that it does not understand, and does not judge them. ``name``: what the
+    warning calls it (default: :func:`name_of`, which for an inherited method names the class that defines it).
+    """
+
+    name = name or name_of(original)
+    parameters = inspect.signature(fast).parameters
+    known = frozenset(parameters)
+    least = sum(p.default is p.empty for p in parameters.values())
+    places = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters.values())
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if _other_derivatives():
+            result = Unserved("inside torch.func or forward-mode differentiation, for which sslfast has no rules")
+        elif len(args) <= places and least <= len(args) + len(kwargs) and known.issuperset(kwargs):
+            result = fast(*args, **kwargs)
+        else:  # too few, too many, or one that only another version of the package knows
+            result = Unserved("its arguments")
+        if not isinstance(result, Unserved):
+            return result
+        reason, result = result.reason, original(*args, **kwargs)
+        _tell(name, reason)  # after the call: an error of its own says enough
+        return result
+
+    call.__sslfast__ = True  # type: ignore[attr-defined]
+    return call
+
+
+def _other_derivatives() -> bool:
+    """A transform of ``torch.func``, or a level of ``torch.autograd.forward_ad``, is on: tangents would be lost."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def is_served(value: object) -> bool:
+    """``value`` was made by :func:`served`."""
+    return callable(value) and getattr(value, "__sslfast__", False) is True
+
+
+def name_of(original: Callable[..., Any]) -> str:
+    """``lightly.NTXentLoss`` of that class's ``forward``; ``solo.barlow_loss_func`` of the function."""
+    name = original.__qualname__.removesuffix(".forward")
+    return f"{original.__module__.partition('.')[0]}.{name}"
+
+
+_told: set[tuple[str, str]] = set()
+
+
+def _tell(name: str, reason: str) -> None:
+    if torch.compiler.is_compiling() or (name, reason) in _told:
+        return
+    _told.add((name, reason))
+    warnings.warn(
+        f"sslfast does not serve this use of {name}: {reason}; the package's own code computes it",
+        stacklevel=3,  # the call of the served function
+    )
+
+
+def unserved_matrices(*matrices: object) -> Unserved | None:
+    """Why these are not matrices [N, D] of one shape, dtype and device; ``None``: they are."""
+    return unserved_tensors(*matrices, dim=2, same_shape=True)
+
+
+def unserved_tensors(*tensors: object, dim: int, same_shape: bool = False) -> Unserved | None:
+    """Why these are not non-empty floating-point tensors of ``dim`` dimensions, one dtype and device, in order."""
+    first = tensors[0]
+    for x in tensors:
+        if not isinstance(x, Tensor) or not isinstance(first, Tensor):
+            return Unserved(f"an argument is no tensor but {type(x).__name__}")
+        if type(x) not in PLAIN:
+            return Unserved(f"a {type(x).__name__}, a tensor of a kind of its own")
+        if x.dim() != dim or x.numel() == 0:
+            return Unserved(f"a tensor of {x.dim()} dimensions" if x.dim() != dim else "an empty tensor")
+        if x.layout != torch.strided:
+            return Unserved("a sparse tensor")
+        if x.dtype not in FLOATS:
+            return Unserved(f"dtype {x.dtype}")
+        if x.device.type not in DEVICES:
+            return Unserved(f"device {x.device.type}")
+        if x.device != first.device:
+            return Unserved("tensors on several devices")
+        if x.dtype != first.dtype and not torch.is_autocast_enabled(x.device.type):
+            return Unserved(f"tensors of several dtypes, {first.dtype} and {x.dtype}")
+        if same_shape and x.shape != first.shape:
+            return Unserved("tensors of several shapes")
+    return None
+
+
+def overridden(instance: object, base: type, *names: str) -> Unserved | None:
+    """Whether a subclass of ``base``, or the instance itself, has code of its own where the fast form would skip it.
+
+    A served method is sslfast's own replacement and does not count.
+    """
+    for name in names:
+        mine, theirs = getattr(type(instance), name, None), getattr(base, name, None)
+        if name in vars(instance):
+            return Unserved(f"an instance with a {name} of its own")
+        if mine is not theirs and getattr(mine, "__wrapped__", mine) is not getattr(theirs, "__wrapped__", theirs):
+            return Unserved(f"{type(instance).__name__} has a {name} of its own")
+    return None
