@@ -339,6 +339,19 @@ def moment_losses_of_the_global_batch(rank: int, world: int) -> None:
                 torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-10, msg=lambda m, told=told: told + m)
 
 
+@case
+def local_invariance(rank: int, world: int) -> None:
+    """It is this rank's alone; the other terms are everyone's."""
+    sizes = SIZES[world][0]
+    _, parts = batches(sizes, 6)
+    mine = parts[rank]
+    found = loss_and_gradients(lambda a, b: vicreg(a, b, gather_distributed=True, invariance="local"), mine)
+    others = loss_and_gradients(lambda a, b: vicreg(a, b, 0.0, gather_distributed=True), mine)
+    alone = loss_and_gradients(lambda a, b: 25 * torch.nn.functional.mse_loss(a, b), mine)
+    for mine, *terms in zip(found, others, alone, strict=True):
+        torch.testing.assert_close(mine, sum(terms))
+
+
 def loss_and_gradients(loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     inputs = [t.clone().requires_grad_() for t in inputs]
     value = loss(*inputs)

@@ -75,6 +75,20 @@ def test_uniformity_of_rows_of_any_norm(shape: tuple[int, int], t: float, dtype:
     check(lambda x: uniformity(x, t), lambda x: uniformity_by_formula(x, t), (x,), floor, exponent)
 
 
+@pytest.mark.parametrize("zeros", [1, 2, 5], ids=["one", "a pair", "all but one"])
+@pytest.mark.parametrize("t", [0.5, 30.0])
+def test_rows_of_zeros(t: float, zeros: int) -> None:
+    """They have no direction: normalised they stay zero, at distance 1 from the others and 0 from one another."""
+    x, y = two_views(6, 5, torch.float64)
+    x[:zeros] = 0
+    got = value_and_gradients(lambda x: uniformity(x, t, normalize=True), x)
+    expected = value_and_gradients(lambda x: uniformity_by_formula(F.normalize(x), t), x)
+    torch.testing.assert_close(got, expected)
+    step = torch.compile(lambda x: uniformity(x, t, normalize=True), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(step(x), expected[0])  # a graph is made without looking at the rows
+    torch.testing.assert_close(hypersphere(x, y, t), hypersphere_by_formula(x, y, t, 1.0, 2.0))
+
+
 def test_uniformity_beyond_the_range_of_exp() -> None:
     """A Gaussian potential that is zero in float32: its log is finite all the same."""
     x = torch.stack([torch.ones(40), -torch.ones(40)])  # a distance of √160, of 2 when normalised

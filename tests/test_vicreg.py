@@ -182,8 +182,13 @@ def test_module_is_the_function() -> None:
     assert torch.equal(module(z_a, z_b), vicreg(z_a, z_b, 2.0, 3.0, 0.5, eps=1e-3, **options))
     assert repr(VICRegLoss()) == (
         "VICRegLoss(lambda_param=25.0, mu_param=25.0, nu_param=1.0, gather_distributed=False, "
-        "eps=0.0001, variance_reduction='mean')"
+        "eps=0.0001, variance_reduction='mean', invariance='global')"
     )
+
+
+@pytest.mark.parametrize("shape", [(31, 40), (9, 3, 5)], ids=str)
+def test_local_invariance_in_one_process(shape: tuple[int, ...]) -> None:
+    same_value_and_gradients(VICRegLoss(invariance="local"), vicreg, *two_views(shape))
 
 
 @pytest.mark.parametrize(
@@ -199,6 +204,7 @@ def test_module_is_the_function() -> None:
         (torch.ones(4, 3), torch.ones(4, 3), {"eps": -1.0}, ValueError, "eps must be positive, got -1"),
         (torch.ones(4, 3), torch.ones(4, 3), {"form": "gram"}, ValueError, "form .*'dual'.*'gram'"),
         (torch.ones(4, 3), torch.ones(4, 3), {"variance_reduction": "none"}, ValueError, "reduction .*'sum'.*'none'"),
+        (torch.ones(4, 3), torch.ones(4, 3), {"invariance": "mean"}, ValueError, "invariance .*'local'.*'mean'"),
     ],
 )
 def test_wrong_input(z_a, z_b, options: dict, error: type[Exception], message: str) -> None:

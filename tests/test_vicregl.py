@@ -184,6 +184,11 @@ def test_wrong_num_matches(num_matches) -> None:
         VICRegLLoss(num_matches=num_matches)
 
 
+def test_wrong_choice() -> None:
+    with pytest.raises(ValueError, match="invariance .*'local'.*'mean'"):
+        VICRegLLoss(invariance="mean")
+
+
 def test_inputs_of_the_wrong_kind() -> None:
     whole, local, grid = torch.randn(4, 3), torch.randn(4, 2, 2, 5), torch.rand(4, 2, 2, 2)
     with pytest.raises(TypeError, match=r"global_view_features\[1\] must be a pair of tensors"):

@@ -43,6 +43,10 @@ def alignment(
 
     Source: Wang & Isola 2020, "Understanding Contrastive Representation Learning through Alignment and Uniformity on
     the Hypersphere", equation 8.
+
+    Example:
+        >>> sslfast.alignment(torch.eye(4), torch.zeros(4, 4)).item()
+        1.0
     """
     x, y = two_views("x", x, "y", y, normalize)
     _check_positive("alpha", alpha)
@@ -68,9 +72,10 @@ def uniformity(
     Args:
         x: [N, D], N ≥ 2; float32, float64, bfloat16 or float16.
         t: positive.
-        normalize: divide each row by its norm first (16-bit rows are rounded again). Unit rows need no distances: half
-            of the work. ``False``: rows of any norm, as they are; what rounding does to ``‖x_i‖² + ‖x_j‖² − 2 x_i·x_j``
-            grows with the norms.
+        normalize: divide each row by its norm first (16-bit rows are rounded again); a row of zeros stays one.
+            On a CPU unit rows need half of the work.
+            ``False``: rows of any norm, as they are; what rounding does to ``‖x_i‖² + ‖x_j‖² − 2 x_i·x_j`` grows with
+            the norms.
         gather_distributed: the pairs among the rows of all ranks; ``False``: this rank's alone.
         strategy: how, ``"gather"`` or ``"ring"``.
 
@@ -82,21 +87,38 @@ def uniformity(
             not positive.
 
     Source: Wang & Isola 2020, equation 9.
+
+    Example:
+        >>> round(sslfast.uniformity(torch.eye(4), t=2.0).item(), 4)  # all pairs at distance √2
+        -4.0
     """
     check_matrix("x", x)
     _check_positive("t", t)
-    return _uniformity(scope_of(gather_distributed, strategy), l2_normalize(x) if normalize else x, t, unit=normalize)
+    return _uniformity(
+        scope_of(gather_distributed, strategy), l2_normalize(x) if normalize else x, t, normalized=normalize
+    )
 
 
-def _uniformity(scope: Scope, x: Tensor, t: float, *, unit: bool) -> Tensor:
+def _are_unit(scope: Scope, squares: Tensor) -> bool:
+    """Normalised rows of these squared norms hold no row of zeros; ``False``, too, where looking would cost something.
+
+    That is on a GPU, which would be waited for, in a graph, and over ranks, where all would have to choose alike.
+    """
+    looks = type(scope) is Scope and squares.is_cpu and not torch.compiler.is_compiling()
+    return looks and bool((squares.detach() > 0.99).all())  # 16-bit rows are of norm 1 within 2⁻⁸
+
+
+def _uniformity(scope: Scope, x: Tensor, t: float, *, normalized: bool) -> Tensor:
     shard = scope.shard(x)
     if shard.total < 2:
         raise ValueError(f"uniformity needs at least two rows, got {shard.total}")
     ids = shard.ids(x.device)
-    if unit:  # −t‖x_i − x_j‖² = 2t x_i·x_j − 2t
+    # −t‖x_i − x_j‖² = 2t x_i·x_j − t‖x_i‖² − t‖x_j‖². Normalised rows have norms too: one of zeros keeps its zero.
+    squares = x.to(accumulator(x)).square().sum(1)  # [N]
+    if normalized and _are_unit(scope, squares):  # without a bias the tiles are symmetric: half of the work
         row = scope.similarity_terms(x, x, 2 * t, row_ids=ids, col_ids=ids).row_lse - 2 * t
     else:
-        size = -t * x.to(accumulator(x)).square().sum(1)  # [N]
+        size = -t * squares
         row = scope.similarity_terms(x, x, 2 * t, bias=size, row_ids=ids, col_ids=ids).row_lse + size
     # The log of a sum over ranks, relative to the largest row of all: every rank has the global value, and the gradient
     # that total() sums over W ranks is what DDP's mean divides by W.
@@ -133,12 +155,16 @@ def hypersphere(
         TypeError, ValueError: as :func:`alignment` and :func:`uniformity`.
 
     Source: Wang & Isola 2020, equations 8 and 9, combined as in figure 6.
+
+    Example:
+        >>> round(sslfast.hypersphere(torch.eye(4), torch.eye(4)).item(), 4)
+        -2.0
     """
     _check_positive("t", t)
     _check_positive("alpha", alpha)
     x, y = two_views("z_a", z_a, "z_b", z_b, normalize=True)
     scope = scope_of(gather_distributed, strategy)
-    spread = _uniformity(scope, x, t, unit=True) + _uniformity(scope, y, t, unit=True)
+    spread = _uniformity(scope, x, t, normalized=True) + _uniformity(scope, y, t, normalized=True)
     return _alignment(scope, x, y, alpha) + lam / 2 * spread
 
 
@@ -157,6 +183,11 @@ class HypersphereLoss(nn.Module):
 
     Raises:
         ValueError: t or alpha is not positive; see also :func:`hypersphere`.
+
+    Example:
+        >>> criterion = sslfast.HypersphereLoss()
+        >>> round(criterion(torch.eye(4), torch.eye(4)).item(), 4)
+        -2.0
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._checks import accumulator, check_matrix, check_same
-from ..distributed.scope import Scope, scope_of
+from ..distributed.scope import STATISTICS, Scope, scope_of
 from ..ops.second_moment import FORMS, second_moment
 from ._inputs import check_gather, in_one_dtype
 
@@ -72,6 +72,10 @@ def invariance_loss(x: Tensor, y: Tensor) -> Tensor:
 
     Source: Bardes et al. 2022, "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning",
     equation 5, divided by D as in its code; lightly 1.6.0's function of this name.
+
+    Example:
+        >>> sslfast.invariance_loss(torch.eye(4), torch.zeros(4, 4)).item()
+        0.25
     """
     x, y = _checked_views("x", x, "y", y)
     kind = accumulator(x)
@@ -101,6 +105,10 @@ def variance_loss(x: Tensor, eps: float = 1e-4) -> Tensor:
             empty; eps is not positive.
 
     Source: Bardes et al. 2022, equations 1 and 2; lightly 1.6.0's function of this name.
+
+    Example:
+        >>> round(sslfast.variance_loss(torch.eye(4)).item(), 4)
+        0.4999
     """
     check_two_rows("x", len(_checked("x", x)))
     check_eps(eps)
@@ -121,6 +129,10 @@ def covariance_loss(x: Tensor, *, form: str = "auto") -> Tensor:
         TypeError, ValueError: as :func:`variance_loss`; ``form`` is none of the above.
 
     Source: Bardes et al. 2022, equations 3 and 4; lightly 1.6.0's function of this name.
+
+    Example:
+        >>> round(sslfast.covariance_loss(torch.eye(4)).item(), 4)
+        0.0208
     """
     check_two_rows("x", len(_checked("x", x)))
     off = torch.cat([second_moment(place, form=form).off_diagonal for place in _places(x)])  # [P]
@@ -137,6 +149,7 @@ def vicreg(
     eps: float = 1e-4,
     variance_reduction: str = "mean",
     gather_distributed: bool = False,
+    invariance: str = "global",
     form: str = "auto",
 ) -> Tensor:
     """VICReg of two views, all terms from one pass over them.
@@ -154,23 +167,30 @@ def vicreg(
         variance_reduction: over the two views, "mean" (default: the official code, lightly,
             pytorch-metric-learning) or "sum" (the paper's equation 6, solo-learn).
         gather_distributed: variances and covariances of the rows of all ranks; ``False``: of this rank's.
+        invariance: over ranks, the mean over all rows ("global", the default) or each rank's own ("local": lightly).
+            For even batches the gradients are the same.
         form: "primal", O(N·D²), "dual", O(N²·D), or "auto" (default), the cheaper: see :func:`sslfast.second_moment`.
 
     Returns:
-        [] float32 (float64 for float64 inputs). Over several ranks every rank returns the global value; lightly's
-        invariance is each rank's own, which has the same mean over ranks for even batches.
+        [] float32 (float64 for float64 inputs). Over several ranks every rank returns the global value, but for the
+        term of a local invariance.
 
     Raises:
         TypeError: dtypes are not floating point, or differ.
         ValueError: shapes or devices differ; fewer than two dimensions, or than two rows (of all ranks together); eps
-            is not positive; ``variance_reduction`` or ``form`` is none of the above.
+            is not positive; ``variance_reduction``, ``invariance`` or ``form`` is none of the above.
 
     Source: Bardes et al. 2022, "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning",
     equations 1 to 6, with the mean of squares over D in the invariance as in its code.
+
+    Example:
+        >>> round(sslfast.vicreg(torch.eye(4), torch.eye(4)).item(), 4)
+        12.5392
     """
     z_a, z_b = _checked_views("z_a", z_a, "z_b", z_b)
     check_eps(eps)
     check_choice("variance_reduction", variance_reduction, VARIANCE_REDUCTIONS)
+    check_choice("invariance", invariance, STATISTICS)
     check_choice("form", form, FORMS)
     scope = scope_of(gather_distributed)
     rows, d = scope.shard(z_a).total, z_a.shape[-1]
@@ -180,8 +200,9 @@ def vicreg(
     def loss(a: Tensor, b: Tensor) -> Tensor:
         moment = scope.second_moment(a, b, form=form)
         std = (moment.diagonal / (rows - 1) + eps).sqrt()  # [2, D]
+        error = moment.distance / (rows * d) if invariance == "global" else invariance_loss(a, b)
         return (
-            lambda_param / (rows * d) * moment.distance
+            lambda_param * error
             + variance_weight / d * F.relu(1 - std).sum()
             + nu_param / ((rows - 1) ** 2 * d) * moment.off_diagonal.sum()
         )
@@ -198,14 +219,20 @@ class VICRegLoss(nn.Module):
         gather_distributed: over the rows of all ranks (default: this rank's alone).
         eps: added to the variance, positive (default 1e-4).
         variance_reduction: over the two views, ``"mean"`` (default) or, as solo-learn, ``"sum"``.
+        invariance: over ranks, ``"global"`` (default) or, as lightly's class, ``"local"``.
         form: ``"auto"`` (default), ``"primal"`` or ``"dual"``.
 
     Shapes:
         ``z_a``, ``z_b``: [N, D] or [N, ..., D], N ≥ 2; output: [].
 
     Raises:
-        ValueError: eps is not positive; ``variance_reduction`` or ``form`` is none of the above; see also
-            :func:`vicreg`.
+        ValueError: eps is not positive; ``variance_reduction``, ``invariance`` or ``form`` is none of the above; see
+            also :func:`vicreg`.
+
+    Example:
+        >>> criterion = sslfast.VICRegLoss(lambda_param=25.0, mu_param=25.0, nu_param=1.0)
+        >>> round(criterion(torch.eye(4), torch.eye(4)).item(), 4)
+        12.5392
     """
 
     def __init__(
@@ -217,12 +244,14 @@ class VICRegLoss(nn.Module):
         eps: float = 1e-4,
         *,
         variance_reduction: str = "mean",
+        invariance: str = "global",
         form: str = "auto",
     ) -> None:
         super().__init__()
         check_gather(gather_distributed)
         check_eps(eps)
         check_choice("variance_reduction", variance_reduction, VARIANCE_REDUCTIONS)
+        check_choice("invariance", invariance, STATISTICS)
         check_choice("form", form, FORMS)
         self.lambda_param = lambda_param
         self.mu_param = mu_param
@@ -230,6 +259,7 @@ class VICRegLoss(nn.Module):
         self.gather_distributed = gather_distributed
         self.eps = eps
         self.variance_reduction = variance_reduction
+        self.invariance = invariance
         self.form = form
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
@@ -243,6 +273,7 @@ class VICRegLoss(nn.Module):
             eps=self.eps,
             variance_reduction=self.variance_reduction,
             gather_distributed=self.gather_distributed,
+            invariance=self.invariance,
             form=self.form,
         )
 
@@ -250,5 +281,5 @@ class VICRegLoss(nn.Module):
         return (
             f"lambda_param={self.lambda_param}, mu_param={self.mu_param}, nu_param={self.nu_param}, "
             f"gather_distributed={self.gather_distributed}, eps={self.eps}, "
-            f"variance_reduction={self.variance_reduction!r}"
+            f"variance_reduction={self.variance_reduction!r}, invariance={self.invariance!r}"
         )

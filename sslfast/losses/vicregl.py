@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._checks import FLOATS, accumulator, check_matrix, check_same
-from ..distributed.scope import scope_of
+from ..distributed.scope import STATISTICS, scope_of
 from ._inputs import check_gather, in_one_dtype
-from .vicreg import check_eps, invariance_loss, vicreg
+from .vicreg import check_choice, check_eps, invariance_loss, vicreg
 
 Features = Sequence[tuple[Tensor, Tensor]]
 
@@ -29,6 +30,7 @@ def vicregl(
     eps: float = 1e-4,
     num_matches: tuple[int | None, int | None] = (20, 4),
     gather_distributed: bool = False,
+    invariance: str = "global",
 ) -> Tensor:
     """``α · global loss + (1 − α) · local loss``, of views that are crops of one image.
 
@@ -50,6 +52,7 @@ def vicregl(
         num_matches: how many matches are kept from the first view of a pair to the second, and back (default 20, 4);
             ``None``, -1, or more than there are: all.
         gather_distributed: variances and covariances of the rows of all ranks; ``False``: of this rank's.
+        invariance: of the local features, as :func:`sslfast.vicreg`.
 
     Returns:
         [] float32 (float64 for float64 inputs). (lightly's has shape [1].) Over several ranks the mean of their values
@@ -62,6 +65,12 @@ def vicregl(
 
     Source: Bardes et al. 2022, "VICRegL: Self-Supervised Learning of Local Visual Features", equations 3 to 5; value
     as lightly 1.6.0's ``VICRegLLoss``, whose order of matches this is.
+
+    Example:
+        >>> features = torch.eye(8, 4), torch.ones(8, 2, 2, 3)  # of a view: [N, D] and [N, H, W, C]
+        >>> grid = torch.zeros(8, 2, 2, 2)
+        >>> round(sslfast.vicregl([features, features], [grid, grid]).item(), 3)
+        24.494
     """
     check_eps(eps)
     _check_matches(num_matches)
@@ -95,22 +104,21 @@ def vicregl(
         raise ValueError(f"VICRegL needs at least two rows, got {shard.total}: one row has no variance")
 
     features = [view[0] for view in views]
-    invariance = [
-        order * invariance_loss(features[i], features[j]) for (i, j), order in zip(pairs, orders, strict=True)
-    ]
+    errors = [order * invariance_loss(features[i], features[j]) for (i, j), order in zip(pairs, orders, strict=True)]
     moments = [scope.second_moment(*features[i : i + 2]) for i in range(0, len(features), 2)]
     diagonal = torch.cat([moment.diagonal for moment in moments])  # [V, D]
     off_diagonal = torch.cat([moment.off_diagonal for moment in moments])  # [V]
     variance = F.relu(1 - (diagonal / (shard.total - 1) + eps).sqrt()).mean()
     covariance = off_diagonal.mean() / ((shard.total - 1) ** 2 * features[0].shape[1])
     global_loss = (
-        lambda_param * shard.weight * shard.local * torch.stack(invariance).sum() / sum(orders)
+        lambda_param * shard.weight * shard.local * torch.stack(errors).sum() / sum(orders)
         + mu_param * variance
         + nu_param * covariance
     )
 
+    ranks: dict[str, Any] = {"gather_distributed": gather_distributed, "invariance": invariance}
     local_losses = [
-        vicreg(a, b, lambda_param, mu_param, 0.5 * nu_param, eps=eps, gather_distributed=gather_distributed)
+        vicreg(a, b, lambda_param, mu_param, 0.5 * nu_param, eps=eps, **ranks)
         for (i, j), order in zip(pairs, orders, strict=True)
         for a, b in _matches(views[i], views[j], num_matches, both_orders=order == 2)
     ]
@@ -171,11 +179,14 @@ def _matches(
     (_, z_a, grid_a), (_, z_b, grid_b) = view_a, view_b
     for x, y in ((z_a, z_b), (grid_a, grid_b)):
         with torch.no_grad():  # which features match has no gradient
-            distances = torch.cdist(x.to(accumulator(x)), y.to(accumulator(y)))  # [N, P_a, P_b]
+            x, y = x.to(accumulator(x)), y.to(accumulator(y))
+            # Two products, not one and its transpose: places on a grid lie equally far apart, rounding decides which of
+            # them match, and both directions are to match as lightly's do.
+            there, back = torch.cdist(x, y), torch.cdist(y, x)  # [N, P_a, P_b] and [N, P_b, P_a]
         for count in num_matches if both_orders else num_matches[:1]:
-            yield _nearest(z_a, z_b, distances, count)
+            yield _nearest(z_a, z_b, there, count)
         for count in num_matches if both_orders else num_matches[1:]:
-            yield _nearest(z_b, z_a, distances.transpose(1, 2), count)
+            yield _nearest(z_b, z_a, back, count)
 
 
 def _nearest(z: Tensor, candidates: Tensor, distances: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
@@ -202,13 +213,19 @@ class VICRegLLoss(nn.Module):
     """The module form of :func:`vicregl`, with the constructor and ``forward`` of lightly 1.6.0's class.
 
     Args:
-        lambda_param, mu_param, nu_param, alpha, gather_distributed, eps, num_matches: as :func:`vicregl`.
+        lambda_param, mu_param, nu_param, alpha, gather_distributed, eps, num_matches, invariance: as :func:`vicregl`.
 
     Shapes:
         As :func:`vicregl`; output: [].
 
     Raises:
         As :func:`vicregl`.
+
+    Example:
+        >>> criterion = sslfast.VICRegLLoss(alpha=0.75)
+        >>> features, grid = (torch.eye(8, 4), torch.ones(8, 2, 2, 3)), torch.zeros(8, 2, 2, 2)
+        >>> round(criterion([features, features], [grid, grid]).item(), 3)
+        24.494
     """
 
     def __init__(
@@ -220,11 +237,14 @@ class VICRegLLoss(nn.Module):
         gather_distributed: bool = False,
         eps: float = 1e-4,
         num_matches: tuple[int | None, int | None] = (20, 4),
+        *,
+        invariance: str = "global",
     ) -> None:
         super().__init__()
         check_gather(gather_distributed)
         check_eps(eps)
         _check_matches(num_matches)
+        check_choice("invariance", invariance, STATISTICS)
         self.lambda_param = lambda_param
         self.mu_param = mu_param
         self.nu_param = nu_param
@@ -232,6 +252,7 @@ class VICRegLLoss(nn.Module):
         self.gather_distributed = gather_distributed
         self.eps = eps
         self.num_matches = num_matches
+        self.invariance = invariance
 
     def forward(
         self,
@@ -253,11 +274,12 @@ class VICRegLLoss(nn.Module):
             eps=self.eps,
             num_matches=self.num_matches,
             gather_distributed=self.gather_distributed,
+            invariance=self.invariance,
         )
 
     def extra_repr(self) -> str:
         return (
             f"lambda_param={self.lambda_param}, mu_param={self.mu_param}, nu_param={self.nu_param}, "
             f"alpha={self.alpha}, gather_distributed={self.gather_distributed}, eps={self.eps}, "
-            f"num_matches={self.num_matches}"
+            f"num_matches={self.num_matches}, invariance={self.invariance!r}"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,10 @@ def norm_mse_loss(x0: Tensor, x1: Tensor) -> Tensor:
         TypeError, ValueError: x0 and x1 are not matrices of the same shape, dtype and device.
 
     Source: Ermolov et al. 2021, "Whitening for Self-Supervised Representation Learning", equation 1.
+
+    Example:
+        >>> sslfast.norm_mse_loss(torch.eye(4), -torch.eye(4)).item()
+        4.0
     """
     x0, x1 = two_views("x0", x0, "x1", x1, normalize=False)
     kind = accumulator(x0)
@@ -40,6 +44,71 @@ def _cholesky(covariance: Tensor, eps: float) -> Tensor:
             f"eps={eps}: features are constant or depend on each other. A larger eps (1e-3, say), more rows in each "
             "sub-batch or fewer features prevent that."
         ) from error
+
+
+def whiten(
+    x: Tensor,
+    running: tuple[Tensor, Tensor] | None = None,
+    *,
+    training: bool = True,
+    momentum: float = 0.01,
+    eps: float = 0.0,
+) -> Tensor:
+    """Sub-batches of rows, each whitened by the Cholesky factor of its own covariance: see :class:`Whitening2d`.
+
+    Args:
+        x: [S, w, D], S sub-batches; w ≥ 2 where their statistics are used; float32, float64, bfloat16 or float16.
+        running: means and covariance, of D and [D, D] entries, in any shape and on ``x``'s device. In training every
+            sub-batch moves them in place, in order; else they are used instead of the sub-batches' own. ``None``
+            (default): there are none.
+        training: see ``running`` (default).
+        momentum: weight of a sub-batch in the running statistics (default 0.01).
+        eps: how far a covariance is drawn to the identity (default 0).
+
+    Returns:
+        [S, w, D], float32 (float64 for float64).
+
+    Raises:
+        ValueError: the width is not that of ``running``, or there is one row where its covariance is needed.
+            LinAlgError: a covariance is not positive definite; ``running`` is then as it was.
+
+    Source: Ermolov et al. 2021, section 3.2.
+    """
+    rows, d = x.shape[1:]
+    if running is not None and running[1].shape != (d, d):
+        raise ValueError(f"x must have num_features={running[1].shape[0]} features, got {d}")
+    x = x.to(accumulator(x))
+    with torch.autocast(x.device.type, enabled=False):
+        mean: Tensor | None = None
+        if running is not None and not training:
+            centred = x - running[0].view(1, 1, -1).to(x.dtype)
+            covariance = running[1].to(x.dtype)
+        else:
+            if rows < 2:
+                raise ValueError(f"x must have at least two rows, got {rows}: one row has no covariance")
+            mean = x.mean(1, keepdim=True)  # [S, 1, D]
+            centred = x - mean
+            covariance = centred.mT @ centred / (rows - 1)  # [S, D, D]
+        drawn = covariance
+        if eps:
+            drawn = torch.lerp(covariance, torch.eye(d, dtype=x.dtype, device=x.device), eps)
+        factor = _cholesky(drawn, eps)
+        if running is not None and mean is not None:
+            _track(running, (mean.detach(), covariance.detach()), momentum)
+        return torch.linalg.solve_triangular(factor, centred.mT, upper=False).mT
+
+
+@torch.no_grad()
+def _track(running: tuple[Tensor, Tensor], latest: tuple[Tensor, Tensor], momentum: float) -> None:
+    """One step of the moving averages for each of the means [S, 1, D] and covariances [S, D, D]."""
+    steps = len(latest[0])
+    keep = 1 - momentum
+    # After all steps the last one weighs momentum, and each before it (1 − momentum) times the next.
+    powers = torch.arange(steps - 1, -1, -1, device=latest[0].device, dtype=torch.float64)
+    weights = (momentum * keep**powers).to(latest[0].dtype)
+    for average, batches in zip(running, latest, strict=True):
+        moved = torch.tensordot(weights, batches, dims=1).view_as(average)
+        average.mul_(keep**steps).add_(moved.to(average.dtype))
 
 
 class Whitening2d(nn.Module):
@@ -63,6 +132,12 @@ class Whitening2d(nn.Module):
             is needed; eps is not between 0 and 1. LinAlgError: a covariance is not positive definite.
 
     Source: Ermolov et al. 2021, section 3.2; value as lightly 1.6.0's class of this name.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0], [3.0, 1.0], [0.0, 4.0], [2.0, 2.0]])
+        >>> y = sslfast.Whitening2d(2)(x)
+        >>> (y.T.cov() - torch.eye(2)).abs().max().item() < 1e-5
+        True
     """
 
     running_mean: Tensor
@@ -91,45 +166,38 @@ class Whitening2d(nn.Module):
 
     def whiten(self, x: Tensor) -> Tensor:
         """Sub-batches ``x`` [S, w, D], each by its own statistics, which enter the running ones in their order."""
-        if x.shape[-1] != self.num_features:
-            raise ValueError(f"x must have num_features={self.num_features} features, got {x.shape[-1]}")
-        x = x.to(accumulator(x))
-        with torch.autocast(x.device.type, enabled=False):
-            if self.track_running_stats and not self.training:
-                centred = x - self.running_mean.view(1, 1, -1).to(x.dtype)
-                covariance = self.running_variance.to(x.dtype)
-            else:
-                rows = x.shape[1]
-                if rows < 2:
-                    raise ValueError(f"x must have at least two rows, got {rows}: one row has no covariance")
-                mean = x.mean(1, keepdim=True)  # [S, 1, D]
-                centred = x - mean
-                covariance = centred.mT @ centred / (rows - 1)  # [S, D, D]
-                if self.track_running_stats:
-                    self._track(mean.detach(), covariance.detach())
-            if self.eps:
-                identity = torch.eye(self.num_features, dtype=x.dtype, device=x.device)
-                covariance = torch.lerp(covariance, identity, self.eps)
-            factor = _cholesky(covariance, self.eps)
-            return torch.linalg.solve_triangular(factor, centred.mT, upper=False).mT
-
-    @torch.no_grad()
-    def _track(self, means: Tensor, covariances: Tensor) -> None:
-        """One step of the moving average for each of ``means`` [S, 1, D] and ``covariances`` [S, D, D]."""
-        steps = len(means)
-        keep = 1 - self.momentum
-        # After all steps the last one weighs momentum, and each before it (1 − momentum) times the next.
-        powers = torch.arange(steps - 1, -1, -1, device=means.device, dtype=torch.float64)
-        weights = (self.momentum * keep**powers).to(means.dtype)
-        for running, latest in ((self.running_mean, means), (self.running_variance, covariances)):
-            moved = torch.tensordot(weights, latest, dims=1).view_as(running)
-            running.mul_(keep**steps).add_(moved.to(running.dtype))
+        running = (self.running_mean, self.running_variance) if self.track_running_stats else None
+        return whiten(x, running, training=self.training, momentum=self.momentum, eps=self.eps)
 
     def extra_repr(self) -> str:
         return (
             f"{self.num_features}, momentum={self.momentum}, track_running_stats={self.track_running_stats}, "
             f"eps={self.eps}"
         )
+
+
+def whitened_pairs(
+    x: Tensor, whitening: Callable[[Tensor], Tensor], *, w_size: int, w_iter: int, num_samples: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every pair of whitened views [B, D], rows in the order of ``x``, of every repetition of :class:`WMSELoss`.
+
+    Args:
+        x: [V·B, D], the B rows of the first of ``num_samples`` = V views, then those of the next; B a multiple of
+            ``w_size``.
+        whitening: of sub-batches [S, w_size, D], as :func:`whiten`.
+        w_iter: repetitions, each with sub-batches of its own by one ``torch.randperm``.
+    """
+    views = x.unflatten(0, (num_samples, -1))  # [V, B, D]
+    for _ in range(w_iter):
+        order = torch.randperm(views.shape[1]).to(x.device)
+        dealt = views[:, order].unflatten(1, (-1, w_size))  # [V, S, w, D]
+        # The running statistics take in sub-batch after sub-batch, all views of one before the next.
+        white = whitening(dealt.transpose(0, 1).flatten(0, 1))  # [S·V, w, D]
+        white = white.unflatten(0, (-1, num_samples)).transpose(0, 1).flatten(1, 2)  # [V, B, D]
+        white = white[:, order.argsort()]
+        for i in range(num_samples):
+            for j in range(i + 1, num_samples):
+                yield white[i], white[j]
 
 
 class WMSELoss(nn.Module):
@@ -160,6 +228,12 @@ class WMSELoss(nn.Module):
 
     Source: Ermolov et al. 2021, "Whitening for Self-Supervised Representation Learning", section 3; value as lightly
     1.6.0's class of this name.
+
+    Example:
+        >>> criterion = sslfast.WMSELoss(embedding_dim=2, w_size=4)
+        >>> x = torch.tensor([[1.0, 2.0], [3.0, 1.0], [0.0, 4.0], [2.0, 2.0]])
+        >>> abs(criterion(torch.cat([x, x])).item()) < 1e-5  # two views that are the same
+        True
     """
 
     def __init__(
@@ -199,17 +273,12 @@ class WMSELoss(nn.Module):
                 f"input must have a positive multiple of w_size={self.w_size} rows a view, got {rows}: "
                 "drop the rest of the last batch"
             )
-        views = input.unflatten(0, (self.num_samples, rows))  # [V, B, D]
-        losses = []
-        for _ in range(self.w_iter):
-            order = torch.randperm(rows).to(input.device)
-            dealt = views[:, order].unflatten(1, (-1, self.w_size))  # [V, S, w, D]
-            # The running statistics take in sub-batch after sub-batch, all views of one before the next.
-            white = self.whitening.whiten(dealt.transpose(0, 1).flatten(0, 1))  # [S·V, w, D]
-            white = white.unflatten(0, (-1, self.num_samples)).transpose(0, 1).flatten(1, 2)  # [V, B, D]
-            white = white[:, order.argsort()]
-            for i in range(self.num_samples):
-                losses += [self.loss_f(white[i], white[j]) for j in range(i + 1, self.num_samples)]
+        losses = [
+            self.loss_f(white_i, white_j)
+            for white_i, white_j in whitened_pairs(
+                input, self.whitening.whiten, w_size=self.w_size, w_iter=self.w_iter, num_samples=self.num_samples
+            )
+        ]
         return torch.stack(losses).sum() / (self.w_iter * self.num_pairs)
 
     def extra_repr(self) -> str:

@@ -1,0 +1,150 @@
+"""The fast forms of lightly's losses that contrast rows: NT-Xent, the decoupled ones, alignment and uniformity."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import lightly.loss.dcl_loss as dcl_loss
+import torch
+import torch.nn.modules.module as every  # its hooks are those of every module
+from lightly.models.modules.memory_bank import MemoryBankModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .._checks import FLOATS
+from ..losses.dcl import dcl
+from ..losses.hypersphere import hypersphere
+from ..losses.moco import moco
+from ..losses.nt_xent import nt_xent
+from ._serve import Unserved, overridden, unserved_matrices
+
+
+def gathers(loss: Any) -> bool:
+    """lightly gathers over a process group of several ranks, and is silent where there is none."""
+    distributed = torch.distributed
+    if not (loss.gather_distributed and distributed.is_available() and distributed.is_initialized()):
+        return False
+    return bool(distributed.get_world_size() > 1)
+
+
+def in_dtype_of(x: Tensor, result: Any) -> Any:
+    """``result`` in the dtype of ``x``, as lightly returns it; float32 where autocast chooses dtypes."""
+    return result if torch.is_autocast_enabled(x.device.type) else result.to(x.dtype)
+
+
+def is_number(value: object) -> bool:
+    """A float or an int that is finite."""
+    return isinstance(value, (float, int)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """Calling ``module`` does no more than its ``forward``."""
+    return not (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or every._global_forward_pre_hooks
+        or every._global_forward_hooks
+        or every._global_backward_pre_hooks
+        or every._global_backward_hooks
+    )
+
+
+def _unserved_temperature(temperature: object, like: Tensor) -> Unserved | None:
+    """lightly divides by anything; a tensor's value is looked at where that does not wait for a device."""
+    if isinstance(temperature, Tensor):
+        if temperature.dim() or temperature.dtype not in FLOATS or temperature.device != like.device:
+            return Unserved("a temperature tensor that has dimensions, is elsewhere or is not floating point")
+        if like.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        temperature = float(temperature.detach())
+    if not is_number(temperature) or not 1e-8 <= abs(temperature) <= 1e8:  # type: ignore[arg-type]
+        return Unserved("a temperature that is no number between 1e-8 and 1e8 in size")
+    return None
+
+
+def _unserved_cross_entropy(criterion: object) -> Unserved | None:
+    plain = (
+        type(criterion) is nn.CrossEntropyLoss
+        and criterion.weight is None
+        and criterion.ignore_index < 0
+        and criterion.reduction == "mean"
+        and criterion.label_smoothing == 0
+        and is_unhooked(criterion)
+    )
+    return None if plain else Unserved("cross_entropy is not the plain one")
+
+
+def fast_nt_xent(self: Any, out0: Tensor, out1: Tensor) -> Tensor | Unserved:
+    unserved = (
+        unserved_matrices(out0, out1)
+        or _unserved_temperature(self.temperature, out0)
+        or _unserved_cross_entropy(self.cross_entropy)
+        or overridden(self.memory_bank, MemoryBankModule, "forward")
+    )
+    if unserved:
+        return unserved
+    if self.memory_bank.size[0]:
+        return _with_bank(self, out0, out1)
+    gather = gathers(self)
+    if len(out0) < 2 and not gather:
+        return Unserved("one pair, which has no negative: the loss is zero to the last bit")
+    return in_dtype_of(out0, nt_xent(out0, out1, self.temperature, gather_distributed=gather))
+
+
+def _with_bank(self: Any, out0: Tensor, out1: Tensor) -> Tensor | Unserved:
+    """The bank's own code updates it, with rows that lightly's normalisation made: every bit of it stays lightly's."""
+    bank = self.memory_bank.bank
+    if bank.dim() != 2 or bank.shape[1] != out0.shape[1] or not self.memory_bank.feature_dim_first:
+        return Unserved("a memory bank whose keys are not [K, D]")
+    if bank.dtype != out0.dtype and not torch.is_autocast_enabled(out0.device.type):
+        return Unserved(f"a memory bank of {bank.dtype} for {out0.dtype}")
+    q, k = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
+    k, negatives = self.memory_bank.forward(k, update=q.requires_grad)
+    return in_dtype_of(out0, moco(q, k, negatives.to(q.device).T, self.temperature, normalize=False))
+
+
+def _mises_fisher_weights(z0: Tensor, z1: Tensor, sigma: float) -> Tensor:
+    """lightly's, of this rank's rows, without its copy by ``torch.tensor``: that warns, and is not traced."""
+    with torch.no_grad():
+        return 2 - len(z0) * F.softmax((z0 * z1).sum(1) / sigma, dim=0)
+
+
+def _sigma(weight_fn: object) -> Any:
+    """σ of lightly's own weights; ``None`` where ``weight_fn`` is something else."""
+    function, given = weight_fn, {"sigma": 0.5}
+    if isinstance(weight_fn, partial) and not weight_fn.args:
+        function, given = weight_fn.func, given | weight_fn.keywords
+    return given["sigma"] if function is dcl_loss.negative_mises_fisher_weights and len(given) == 1 else None
+
+
+def fast_dcl(self: Any, out0: Tensor, out1: Tensor) -> Tensor | Unserved:
+    unserved = (
+        unserved_matrices(out0, out1)
+        or _unserved_temperature(self.temperature, out0)
+        or overridden(self, dcl_loss.DCLLoss, "_loss")
+    )
+    if unserved:
+        return unserved
+    weights = None
+    if self.weight_fn:
+        sigma = _sigma(self.weight_fn)
+        if not is_number(sigma):
+            return Unserved("a weight_fn of its own")
+        weights = partial(_mises_fisher_weights, sigma=sigma)
+    loss = dcl(out0, out1, self.temperature, weight_fn=weights, gather_distributed=gathers(self))
+    return in_dtype_of(out0, loss)
+
+
+def fast_hypersphere(self: Any, z_a: Tensor, z_b: Tensor) -> Tensor | Unserved:
+    unserved = unserved_matrices(z_a, z_b)
+    if unserved:
+        return unserved
+    if len(z_a) < 2:
+        return Unserved("one row, which has no pair")
+    if not (is_number(self.t) and self.t > 0 and is_number(self.alpha) and self.alpha > 0):
+        return Unserved("t or alpha that is no positive number")
+    return in_dtype_of(z_a, hypersphere(z_a, z_b, self.t, self.lam, self.alpha))

@@ -1,0 +1,171 @@
+"""lightly's losses (``lightly.loss``) and token functions (``lightly.models.utils``) with sslfast's kernels in them.
+
+Names, constructors, ``forward`` and results are lightly's. ``docs/lightly.md`` says what is served, and what is left to
+lightly's own code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightly.loss.barlow_twins_loss as barlow_twins_loss
+import lightly.loss.dcl_loss as dcl_loss
+import lightly.loss.frossl_loss as frossl_loss
+import lightly.loss.hypersphere_loss as hypersphere_loss
+import lightly.loss.mmcr_loss as mmcr_loss
+import lightly.loss.ntx_ent_loss as ntx_ent_loss
+import lightly.loss.tico_loss as tico_loss
+import lightly.loss.vicreg_loss as vicreg_loss
+import lightly.loss.vicregl_loss as vicregl_loss
+import lightly.loss.wmse_loss as wmse_loss
+import lightly.models.utils as utils
+import torch
+from torch import Tensor
+
+from ..masking import dropin
+from . import _lightly_contrastive as contrastive
+from . import _lightly_moments as moments
+from ._serve import Package, Unserved, served, unserved_tensors
+
+
+class NTXentLoss(ntx_ent_loss.NTXentLoss):
+    """``lightly.loss.NTXentLoss``: no 2N × 2N matrix; with a memory bank, no N × K one."""
+
+    forward = served(ntx_ent_loss.NTXentLoss.forward, contrastive.fast_nt_xent)
+
+
+class DCLLoss(dcl_loss.DCLLoss):
+    """``lightly.loss.DCLLoss``, without a ``weight_fn`` or with lightly's own."""
+
+    forward = served(dcl_loss.DCLLoss.forward, contrastive.fast_dcl)
+
+
+class DCLWLoss(dcl_loss.DCLWLoss, DCLLoss):
+    """``lightly.loss.DCLWLoss``."""
+
+
+class HypersphereLoss(hypersphere_loss.HypersphereLoss):
+    """``lightly.loss.hypersphere_loss.HypersphereLoss``: no distance of a pair is stored."""
+
+    forward = served(hypersphere_loss.HypersphereLoss.forward, contrastive.fast_hypersphere)
+
+
+class BarlowTwinsLoss(barlow_twins_loss.BarlowTwinsLoss):
+    """``lightly.loss.BarlowTwinsLoss``: no D × D matrix where the batch is smaller than D."""
+
+    forward = served(barlow_twins_loss.BarlowTwinsLoss.forward, moments.fast_barlow_twins)
+
+
+class VICRegLoss(vicreg_loss.VICRegLoss):
+    """``lightly.loss.VICRegLoss``: all terms from one pass; no D × D matrices where the batch is smaller than D."""
+
+    forward = served(vicreg_loss.VICRegLoss.forward, moments.fast_vicreg)
+
+
+class VICRegLLoss(vicregl_loss.VICRegLLoss):
+    """``lightly.loss.VICRegLLoss``."""
+
+    forward = served(vicregl_loss.VICRegLLoss.forward, moments.fast_vicregl)
+
+
+class TiCoLoss(tico_loss.TiCoLoss):
+    """``lightly.loss.TiCoLoss``; ``C`` stays its attribute."""
+
+    forward = served(tico_loss.TiCoLoss.forward, moments.fast_tico)
+
+
+class MMCRLoss(mmcr_loss.MMCRLoss):
+    """``lightly.loss.MMCRLoss``: eigenvalues of small Gram matrices instead of singular value decompositions."""
+
+    forward = served(mmcr_loss.MMCRLoss.forward, moments.fast_mmcr)
+
+
+class FroSSLLoss(frossl_loss.FroSSLLoss):
+    """``lightly.loss.FroSSLLoss``."""
+
+    forward = served(frossl_loss.FroSSLLoss.forward, moments.fast_frossl)
+
+
+class Whitening2d(wmse_loss.Whitening2d):
+    """``lightly.loss.Whitening2d``: one triangular solve, no inverse and no convolution."""
+
+    forward = served(wmse_loss.Whitening2d.forward, moments.fast_whitening)
+
+
+class WMSELoss(wmse_loss.WMSELoss):
+    """``lightly.loss.WMSELoss``: all sub-batches are whitened at once."""
+
+    forward = served(wmse_loss.WMSELoss.forward, moments.fast_w_mse)
+
+
+def _mask_at_index(tokens: Any, index: Any, mask_token: Any) -> Tensor | Unserved:
+    unserved = unserved_tensors(tokens, dim=3) or unserved_tensors(mask_token, dim=3)
+    if unserved:
+        return unserved
+    if mask_token.shape != (1, 1, tokens.shape[2]) or mask_token.device != tokens.device:
+        return Unserved("a mask token that is not (1, 1, D) on the tokens' device")
+    if not isinstance(index, Tensor) or index.dim() != 2 or index.dtype != torch.int64:
+        return Unserved("an index that is not [B, K] int64")
+    return dropin.mask_at_index(tokens, index, mask_token)
+
+
+covariance_loss = served(vicreg_loss.covariance_loss, moments.fast_covariance_loss)
+get_at_index = served(utils.get_at_index, dropin.get_at_index)
+set_at_index = served(utils.set_at_index, dropin.set_at_index)
+mask_at_index = served(utils.mask_at_index, _mask_at_index)
+
+_NO_KERNEL = "sslfast has no faster form"
+_ONE_PASS = "one pass over its inputs already"
+_PROTOTYPES = "softmax over prototypes: sslfast has no kernel for it"
+_LEFT = {
+    _PROTOTYPES: (
+        "CAPILoss",
+        "DINOLoss",
+        "IBOTPatchLoss",
+        "IBOTPlusPlusPatchLoss",
+        "MSNLoss",
+        "PMSNCustomLoss",
+        "PMSNLoss",
+        "SwaVLoss",
+    ),
+    _NO_KERNEL: (
+        "CO2Regularizer",
+        "DSERegularizer",
+        "DetConBLoss",
+        "DetConSLoss",
+        "EMPSSLLoss",
+        "KoLeoLoss",
+        "LeJEPALoss",
+        "LeWMLoss",
+        "MACLLoss",
+        "PatchKernelAlignmentLoss",
+        "SIGReg",
+        "VISRegLoss",
+    ),
+    _ONE_PASS: ("NegativeCosineSimilarity", "invariance_loss", "norm_mse_loss", "repeat_token", "variance_loss"),
+    "VICRegLoss and VICRegLLoss, which call it, are served whole": ("covariance_loss",),
+    "a subclass of NTXentLoss, which is served": ("DirectCLRLoss",),
+    "a sort, which sslfast would do too": ("random_token_mask",),
+}
+
+
+def contents() -> Package:
+    """What :func:`sslfast.patch` replaces in lightly, and what it leaves alone."""
+    return Package(
+        classes=(
+            NTXentLoss,
+            DCLLoss,
+            DCLWLoss,
+            HypersphereLoss,
+            BarlowTwinsLoss,
+            VICRegLoss,
+            VICRegLLoss,
+            TiCoLoss,
+            MMCRLoss,
+            FroSSLLoss,
+            Whitening2d,
+            WMSELoss,
+        ),
+        functions=(get_at_index, set_at_index, mask_at_index),
+        left={name: reason for reason, names in _LEFT.items() for name in names},
+    )

@@ -1,0 +1,42 @@
+"""What the tests of lightly's adapter share: inputs, and an instance of each class that is served."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from adapter_common import peer
+
+
+def lightly_loss(name: str):
+    """A module of ``lightly.loss`` by name."""
+    peer("lightly.loss")
+    return importlib.import_module(f"lightly.loss.{name}")
+
+
+def pair(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    return tuple(torch.randn(2, *shape, dtype=torch.float64).to(dtype).unbind())
+
+
+def all_losses() -> dict[str, tuple]:
+    """Each class that is served: an instance, and inputs for it."""
+    loss = peer("lightly.loss")
+    torch.manual_seed(2)
+    a, b = pair((24, 6))
+    return {
+        "NTXentLoss": (loss.NTXentLoss(0.3), (a, b)),
+        "with a bank": (loss.NTXentLoss(memory_bank_size=(16, 6)), (a, b)),
+        "DirectCLRLoss": (loss.DirectCLRLoss(4), (a, b)),
+        "DCLLoss": (loss.DCLLoss(), (a, b)),
+        "DCLWLoss": (loss.DCLWLoss(), (a, b)),
+        "HypersphereLoss": (lightly_loss("hypersphere_loss").HypersphereLoss(), (a, b)),
+        "BarlowTwinsLoss": (loss.BarlowTwinsLoss(), (a, b)),
+        "VICRegLoss": (loss.VICRegLoss(), (a, b)),
+        "TiCoLoss": (loss.TiCoLoss(), (a, b)),
+        "MMCRLoss": (loss.MMCRLoss(), (a.view(8, 3, 6), b.view(8, 3, 6))),
+        "FroSSLLoss": (loss.FroSSLLoss(), ([a, b],)),
+        "Whitening2d": (loss.Whitening2d(6), (a,)),
+        "WMSELoss": (loss.WMSELoss(6, w_size=12), (a,)),
+    }
