@@ -35,6 +35,11 @@ def random_masking(x: Tensor, mask_ratio: float, noise: Tensor | None = None) ->
 
     Raises:
         TypeError, ValueError: ``x`` is no batch of floating-point tokens, or ``noise`` has another shape.
+
+    Example:
+        >>> x_masked, mask, ids_restore = sslfast.masking.random_masking(torch.zeros(2, 196, 8), 0.75)
+        >>> x_masked.shape, mask.sum(1).tolist()
+        (torch.Size([2, 49, 8]), [147.0, 147.0])
     """
     check_tokens("x", x)
     batch, length = x.shape[:2]
@@ -42,14 +47,23 @@ def random_masking(x: Tensor, mask_ratio: float, noise: Tensor | None = None) ->
         noise = torch.rand(batch, length, device=x.device)
     elif noise.shape != (batch, length):
         raise ValueError(f"noise must have shape {(batch, length)}, got {tuple(noise.shape)}")
-    kept = int(length * (1 - mask_ratio))
+    ids_keep, mask, restore = by_noise(noise, int(length * (1 - mask_ratio)))
+    return select_and_gather(x, ids_keep, None, None, None, packed=False), mask, restore
+
+
+def by_noise(noise: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
+    """MAE's masks from ``noise`` [N, L]: the ``kept`` smallest numbers of each row stay.
+
+    Returns:
+        (ids_keep [N, K] int64 in the order of the noise, mask [N, L] float32, ids_restore [N, L] int64).
+    """
+    length = noise.shape[1]
     # Not a stable sort: MAE's is not, and equal numbers do occur among 196 float32 ones of many images.
     shuffle = torch.argsort(noise, dim=1)
     # The inverse of a permutation needs no second sort.
-    places = torch.arange(length, device=x.device).expand(batch, length)
+    places = torch.arange(length, device=noise.device).expand_as(shuffle)
     restore = torch.empty_like(shuffle).scatter_(1, shuffle, places)
-    x_masked = select_and_gather(x, shuffle[:, :kept], None, None, None, packed=False)
-    return x_masked, (restore >= kept).to(torch.float32), restore
+    return shuffle[:, :kept], (restore >= kept).to(torch.float32), restore
 
 
 def random_token_mask(
@@ -68,6 +82,11 @@ def random_token_mask(
 
     Returns:
         (idx_keep [B, K], idx_mask [B, L − K]), int64, in the order of the noise.
+
+    Example:
+        >>> idx_keep, idx_mask = sslfast.masking.random_token_mask((2, 50), mask_ratio=0.6)
+        >>> idx_keep.shape, idx_mask.shape, idx_keep[:, 0].tolist()
+        (torch.Size([2, 20]), torch.Size([2, 30]), [0, 0])
     """
     batch, length = size
     kept = int((length - int(not mask_class_token)) * (1 - mask_ratio))
@@ -94,7 +113,12 @@ def _expanded(index: Tensor, tokens: Tensor) -> Tensor:
 
 
 def repeat_token(token: Tensor, size: tuple[int, int]) -> Tensor:
-    """lightly's: ``token`` (1, 1, D) as [B, L, D] for ``size`` (B, L), in memory of its own."""
+    """lightly's: ``token`` (1, 1, D) as [B, L, D] for ``size`` (B, L), in memory of its own.
+
+    Example:
+        >>> sslfast.masking.repeat_token(torch.zeros(1, 1, 8), (2, 50)).shape
+        torch.Size([2, 50, 8])
+    """
     return token.repeat(*size, 1)
 
 
@@ -104,6 +128,11 @@ def get_at_index(tokens: Tensor, index: Tensor) -> Tensor:
     Args:
         tokens: [B, L, D].
         index: [B, K] int64, 0 … L − 1; may repeat.
+
+    Example:
+        >>> tokens, index = torch.arange(4.0).view(1, 4, 1), torch.tensor([[3, 0]])
+        >>> sslfast.masking.get_at_index(tokens, index).flatten().tolist()
+        [3.0, 0.0]
     """
     if _rows_of(tokens, index):
         return select_and_gather(tokens, index, None, None, None, packed=False)
@@ -117,6 +146,11 @@ def set_at_index(tokens: Tensor, index: Tensor, value: Tensor | float) -> Tensor
         tokens: [B, L, D].
         index: [B, K] int64, 0 … L − 1. Where it repeats an id one of its values is written, as by ``torch.scatter``.
         value: [B, K, D], or a number.
+
+    Example:
+        >>> tokens, index = torch.arange(4.0).view(1, 4, 1), torch.tensor([[3, 0]])
+        >>> sslfast.masking.set_at_index(tokens, index, 9.0).flatten().tolist()
+        [9.0, 1.0, 2.0, 9.0]
     """
     if not isinstance(value, Tensor):
         return torch.scatter(tokens, 1, _expanded(index, tokens), value)
@@ -138,6 +172,11 @@ def mask_at_index(tokens: Tensor, index: Tensor, mask_token: Tensor) -> Tensor:
         tokens: [B, L, D].
         index: [B, K] int64, 0 … L − 1; may repeat.
         mask_token: (1, 1, D); of another floating-point type, the result is of the wider one, as in lightly.
+
+    Example:
+        >>> tokens, index = torch.arange(4.0).view(1, 4, 1), torch.tensor([[3, 0]])
+        >>> sslfast.masking.mask_at_index(tokens, index, torch.full((1, 1, 1), 9.0)).flatten().tolist()
+        [9.0, 1.0, 2.0, 9.0]
     """
     width = tokens.shape[-1]
     if tokens.dim() != 3 or width == 0 or mask_token.shape not in ((width,), (1, 1, width)):
