@@ -2,6 +2,7 @@
 
     python -m benchmarks [op ...] [--quick] [--output DIR] [--device cpu|cuda]
     python -m benchmarks.plot [--results DIR] [--readme README.md]
+    python -m benchmarks.scripts [script ...]        whole training scripts, without and with sslfast.patch
 
 One operation is one file ``bench_<op>.py``, found by its name. Such a file defines
 

@@ -57,12 +57,14 @@ class Failed(RuntimeError):
 class Case:
     """One problem: ``shape`` names its sizes (``{"N": 4096, "D": 128}``), ``mode`` is one of ``MODES``, or ``CALL``.
 
+    Names of what is measured stand in ``shape`` too, where that is not one thing.
+
     Raises:
         ValueError: ``mode`` is none of these.
     """
 
     op: str
-    shape: dict[str, int]
+    shape: dict[str, Any]
     dtype: str = "float32"
     mode: str = "both"
     device: str = "cpu"
@@ -247,7 +249,8 @@ def memory_worker() -> None:
     bench = discover()[case.op]
     try:
         measured = bench.setup(case, provider)
-        warm_up = measured if provider == "compile" else bench.setup(replace(case, shape=bench.TINY), provider)
+        tiny = replace(case, shape={**case.shape, **bench.TINY})
+        warm_up = measured if provider == "compile" else bench.setup(tiny, provider)
         warm_up()
         del warm_up
         gc.collect()
@@ -327,7 +330,7 @@ class Runner:
         ratios = speedups(samples, getattr(bench, "BASELINES", BASELINES))
         bound = self.peaks.bound_ms(flops, bytes_moved, case.dtype)
         for provider, times in samples.items():
-            share = bound / float(np.median(times)) if bound is not None else None
+            share = bound / float(np.median(times)) if bound else None  # no bound on what costs nothing
             self.report.rows.append(self._row(case, provider, "time_ms", times, share, ratios.get(provider)))
 
     def _checked(self, bench: ModuleType, case: Case, provider: str, truth: tuple[Tensor, ...]) -> Work | None:

@@ -20,6 +20,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from .harness import CALL, WHOLE
@@ -33,6 +34,7 @@ COLOURS = {"sslfast": "#c1121f", "compile": "#2a6f97", "eager": "#6c757d", "ligh
 COLOURS |= {"primal": "#7b2cbf", "dual": "#f48c06"}  # forms of one of our own operations
 COLOURS |= {"mae": "#6c757d"}
 NAMES = {"compile": "torch.compile", "eager": "eager PyTorch", "chunked": "chunked torch.mm"}
+NAMES |= {"unpatched": "the package's own"}
 NAMES |= {"primal": "always primal", "dual": "always dual"}
 # Published code that is written out in this directory: tables say beside the speed-up how much faster than it we are.
 PUBLISHED = {"mae": "MAE as published", "ijepa": "I-JEPA as published"}
@@ -60,7 +62,7 @@ def sweep(rows: Sequence[Row]) -> tuple[str, dict[str, int], list[Row]] | None:
     """
     candidates = []
     shapes = [json.loads(row["shape"]) for row in rows]
-    for key in dict.fromkeys(name for shape in shapes for name in shape):
+    for key in dict.fromkeys(name for shape in shapes for name, size in shape.items() if isinstance(size, int)):
         others = dict.fromkeys(tuple((name, size) for name, size in shape.items() if name != key) for shape in shapes)
         for fixed in map(dict, others):
             chosen = [row for row, shape in zip(rows, shapes, strict=True) if {**shape, key: 0} == {**fixed, key: 0}]
@@ -110,7 +112,7 @@ def _panel(axis: Axes, key: str, title: str, rows: Sequence[Row]) -> None:
         if rows[0]["metric"] == "time_ms":
             low, high = ([float(row[p]) for _, row in points] for p in ("p20", "p80"))
             axis.fill_between(xs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-        ends.append((ys[-1], provider_text(provider), str(line.get_color())))
+        ends.append((ys[-1], provider_text(provider), to_hex(line.get_color())))
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xticks(sorted(values))
@@ -219,7 +221,9 @@ def _caption(rows: Sequence[Row], timed: Sequence[Row], several_dtypes: bool) ->
     versions = f"torch {first['torch']}, sslfast {first['sslfast']} ({first['commit']})"
     call = first["mode"] == CALL
     what = ("views a second" if _has_rates(first) else "one call") if call else "forward and backward"
-    others = "the others" if call or "eager" not in {row["provider"] for row in timed} else "eager and torch.compile"
+    providers = {row["provider"] for row in timed}
+    any_other = call or "unpatched" in providers or "eager" not in providers
+    others = "the others" if any_other else "eager and torch.compile"
     return (
         f"**{where}**: {versions}, {dtype}{what}. "
         f"Median of at least {rounds} interleaved rounds (20th–80th percentile); speed-up over the best of "

@@ -75,7 +75,7 @@ def test_every_bench_file_is_found_and_complete() -> None:
             assert quick and all(case.op == op and case.device == device for case in full + quick)
             names = [str(case) for case in full]
             assert len(names) == len(set(names)), f"{op}: a case is declared twice"
-            assert set(bench.TINY) == set(full[0].shape)
+            assert set(bench.TINY) == {name for name, size in full[0].shape.items() if isinstance(size, int)}
 
 
 @pytest.mark.parametrize("op", ["clip", "dcl", "moco", "sig_lip", "sup_con"])
