@@ -10,10 +10,11 @@ OUT    ?= benchmarks/results
 BIN   := .venv/bin
 READY := .venv/.requirements
 PEERS := .venv/.peers
+DOCS  := .venv/.docs
 BUILT := build/.editable
 CPP   := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: help demo test lint sanitize bench readme gpu clean
+.PHONY: help demo test lint docs serve-docs sanitize bench readme gpu clean
 
 help:
 	@echo "make demo   train on real images, fused beside plain; table, picture and JSON in out/demo"
@@ -21,9 +22,11 @@ help:
 	@echo "            RANKS=2 on two processes, all but mae)"
 	@echo "make test   build in place and run every test (JOBS=0 in one process)"
 	@echo "make lint   ruff, clang-format, line lengths, mypy"
+	@echo "make docs   the documentation site in build/site; a dead link or an unlisted page fails"
+	@echo "make serve-docs  the site on http://127.0.0.1:8000, built anew at every change"
 	@echo "make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench  correctness, then time and memory of every operation; CSV and picture"
-	@echo "make readme write the README's tables from benchmarks/results"
+	@echo "make readme write the tables of the README and of the pages from benchmarks/results"
 	@echo "make gpu    on a machine with a CUDA GPU: build, GPU tests, compute-sanitizer, benchmarks (OUT=$(OUT))"
 	@echo "make clean  remove what was built; .venv stays"
 
@@ -41,7 +44,7 @@ RUN := $(if $(filter 1,$(RANKS)),$(BIN)/python,$(BIN)/torchrun --nproc-per-node 
 demo: $(BUILT)
 	$(RUN) -m examples.pretrain --method $(METHOD) --data $(DATA) --output out/demo
 
-test: $(BUILT) $(PEERS)
+test: $(BUILT) $(PEERS) $(DOCS)
 	$(BIN)/python -m sslfast
 	$(BIN)/python -m pytest -n $(JOBS)
 
@@ -68,6 +71,18 @@ lint: $(READY)
 	@! LC_ALL=C.UTF-8 grep -nE '^.{121,}' $(CPP) || { echo "the lines above are longer than 120 characters"; exit 1; }
 	$(BIN)/mypy
 
+# Without them the test of the site is skipped, and counted.
+$(DOCS): requirements-docs.txt $(READY)
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements-docs.txt && touch $@
+
+# The sources are read, not imported: nothing has to be built.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
+docs: $(DOCS)
+	$(MKDOCS) build --strict
+
+serve-docs: $(DOCS)
+	$(MKDOCS) serve --strict
+
 $(PEERS): requirements-bench.txt $(READY)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-bench.txt && touch $@
 
@@ -75,7 +90,7 @@ bench: $(BUILT) $(PEERS)
 	$(BIN)/python -m benchmarks
 
 readme: $(BUILT)
-	$(BIN)/python -m benchmarks.plot --readme README.md
+	for page in README.md docs/measured.md docs/limits.md; do $(BIN)/python -m benchmarks.plot --readme $$page || exit 1; done
 
 # With the machine's own python3 where its torch sees the GPU (nothing is downloaded then), else with that of .venv.
 # A few tests run again under compute-sanitizer, with torch's caching allocator off so that each tensor has its own bounds;

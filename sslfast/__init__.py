@@ -4,6 +4,7 @@ from . import _native as _native
 from . import augment as augment
 from . import masking as masking
 from ._backends import use_backend
+from .adapters import Patch, patch, unpatch
 from .losses import (
     BarlowTwinsLoss,
     ClipLoss,
@@ -42,10 +43,12 @@ from .losses.masked_token import masked_token_cross_entropy
 from .losses.mmcr import mmcr
 from .losses.moco import moco, moco_v3
 from .losses.nt_xent import nt_xent
+from .losses.pair_nt_xent import pair_nt_xent
 from .losses.ranking import multiple_negatives_ranking
 from .losses.sig_lip import sig_lip
 from .losses.spectral_contrastive import spectral_contrastive
 from .losses.sup_con import sup_con
+from .losses.sup_con_keys import sup_con_keys
 from .losses.tico import tico
 from .losses.vibcreg import vibcreg
 from .losses.vicreg import covariance_loss, invariance_loss, variance_loss, vicreg
@@ -82,6 +85,7 @@ __all__ = [
     "MoCoV3Loss",
     "MultipleNegativesRankingLoss",
     "NTXentLoss",
+    "Patch",
     "SecondMoment",
     "SigLipLoss",
     "SimilarityTerms",
@@ -114,6 +118,8 @@ __all__ = [
     "multiple_negatives_ranking",
     "norm_mse_loss",
     "nt_xent",
+    "pair_nt_xent",
+    "patch",
     "second_moment",
     "sig_lip",
     "similarity_logsigmoid",
@@ -121,8 +127,10 @@ __all__ = [
     "similarity_terms",
     "spectral_contrastive",
     "sup_con",
+    "sup_con_keys",
     "tico",
     "uniformity",
+    "unpatch",
     "use_backend",
     "variance_loss",
     "vibcreg",

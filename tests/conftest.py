@@ -94,8 +94,29 @@ def shared_by(test: str) -> str | None:
     return file if file in ("test_packaging.py", "test_distributed.py") else None
 
 
+def exact_products() -> None:
+    """The Triton interpreter multiplies in float64 and rounds once, in place of NumPy's float32 product.
+
+    That one rounds as the processor's BLAS does, for one shape otherwise than for another; where a backward recomputes
+    what a forward has seen, at a temperature of 0.01, a test then passes on one processor and fails on the next.
+    """
+    from triton.runtime import interpreter
+
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+        if d.data.dtype != np.float32 or a.data.dtype not in (np.float16, np.float32):
+            return multiply(self, a, b, d, *options)
+        product = np.matmul(a.data, b.data, dtype=np.float64) + d.data
+        return interpreter.TensorHandle(product.astype(np.float32), d.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
 def pytest_configure(config: pytest.Config) -> None:
     _backends.select = _choose_and_record
+    if CAN_RUN["triton"] and not HAS_GPU:
+        exact_products()
     processes = getattr(config.option, "numprocesses", None)
     if processes:  # before they start. Two threads at least: how a kernel divides its work is tested by every test.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(2, cores() // processes)))

@@ -31,6 +31,13 @@ class ViewParams:
 
     Raises:
         ValueError: the table's shape or dtype is another.
+
+    Example:
+        >>> images, views = torch.zeros(4, 3, 32, 32), sslfast.augment.recipe("simclr")
+        >>> params = sslfast.augment.sample_params(images, views, ids=[0, 1, 2, 3])
+        >>> params.table.shape, params.box.shape
+        (torch.Size([2, 4, 16]), torch.Size([2, 4, 4]))
+        >>> params.sigma[0] = 0  # no blur in the first view
     """
 
     table: Tensor

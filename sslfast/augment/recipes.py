@@ -63,21 +63,19 @@ def recipe(
 ) -> list[ViewSpec]:
     """The views of a published method: the global ones first, then the local ones, all cut from the original image.
 
-    ====================  ==========================================================================  =================
-    name                  views                                                                       semantics
-    ====================  ==========================================================================  =================
-    ``simclr``            2, strong jitter, blur half of the time, not normalised                     ``torchvision``
-    ``moco_v2``           2, area from 0.2, blur half of the time                                     ``pil``
-    ``moco_v3``           2, BYOL's colours and asymmetry, bilinear                                   ``pil``
-    ``byol``              2, the first always blurred; the second 10 % blurred, 20 % solarised        ``torchvision``
-    ``barlow_twins``      2, as BYOL's, on bytes                                                      ``pil``
-    ``vicreg``            2, the same                                                                 ``pil``
-    ``swav``              2 of area 0.14 – 1 and 6 local of 0.05 – 0.14, SimCLR's colours             ``pil``
-    ``dino``              2 of area 0.4 – 1 and 8 local of 0.05 – 0.4, BYOL's colours                 ``pil``
-    ``dinov2``            2 of area 0.32 – 1 and 8 local of 0.05 – 0.32                               ``torchvision``
-    ``mae``               1, area from 0.2, bicubic, flip                                             ``pil``
-    ``supervised``        1, area from 0.08, bilinear, flip                                           ``pil``
-    ====================  ==========================================================================  =================
+    | name | views | semantics |
+    |---|---|---|
+    | ``simclr`` | 2, strong jitter, blur half of the time, not normalised | ``torchvision`` |
+    | ``moco_v2`` | 2, area from 0.2, blur half of the time | ``pil`` |
+    | ``moco_v3`` | 2, BYOL's colours and asymmetry, bilinear | ``pil`` |
+    | ``byol`` | 2, the first always blurred; the second 10 % blurred, 20 % solarised | ``torchvision`` |
+    | ``barlow_twins`` | 2, as BYOL's, on bytes | ``pil`` |
+    | ``vicreg`` | 2, the same | ``pil`` |
+    | ``swav`` | 2 of area 0.14 – 1 and 6 local of 0.05 – 0.14, SimCLR's colours | ``pil`` |
+    | ``dino`` | 2 of area 0.4 – 1 and 8 local of 0.05 – 0.4, BYOL's colours | ``pil`` |
+    | ``dinov2`` | 2 of area 0.32 – 1 and 8 local of 0.05 – 0.32 | ``torchvision`` |
+    | ``mae`` | 1, area from 0.2, bicubic, flip | ``pil`` |
+    | ``supervised`` | 1, area from 0.08, bilinear, flip | ``pil`` |
 
     Semantics are ``pil`` where the published results come from PIL on bytes, ``torchvision`` where they come from
     floats, and for DINOv2. Sources, and where a view here differs from the published one:
@@ -124,7 +122,7 @@ def recipe(
         ValueError: the name is unknown, a size or semantics is not allowed, or the recipe has no local views.
 
     Example:
-        >>> [view.size for view in recipe("swav")]
+        >>> [view.size for view in sslfast.augment.recipe("swav")]
         [224, 224, 96, 96, 96, 96, 96, 96]
     """
     if name not in _VIEWS:

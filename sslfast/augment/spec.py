@@ -76,6 +76,12 @@ class ViewSpec:
         ValueError: naming the argument, what it was, and what is allowed.
 
     A view of one channel has no hue, saturation or grey; they are skipped, as in torchvision.
+
+    Example:
+        >>> spec = sslfast.augment.ViewSpec(size=32, scale=(0.2, 1.0), brightness=0.4, blur_p=0.5)
+        >>> [view] = sslfast.augment.MultiViewTransform(spec)(torch.zeros(4, 3, 40, 40), [0, 1, 2, 3])
+        >>> view.shape
+        torch.Size([4, 3, 32, 32])
     """
 
     size: int | tuple[int, int] = 224

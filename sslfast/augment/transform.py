@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -112,6 +112,12 @@ def sample_params(
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what is allowed.
+
+    Example:
+        >>> views = sslfast.augment.recipe("dino")
+        >>> params = sslfast.augment.sample_params(torch.zeros(4, 3, 256, 256), views, [0, 1, 2, 3], epoch=3)
+        >>> params.flip.shape  # 10 views of 4 images
+        torch.Size([10, 4])
     """
     numbers = [view.numbers() for view in _checked_views(views)]
     return _sample(_as_images(images, layout)[0], numbers, ids, seed, epoch)
@@ -124,6 +130,45 @@ def _sample(
     count, size = _count_and_size(tensors)
     on_device = sample_ids(ids, count, tensors[0].device)
     return ViewParams(view_params(on_device, size, numbers, seed=seed, epoch=epoch))
+
+
+@overload
+def apply(
+    images: Any,
+    params: ViewParams | Tensor,
+    views: ViewSpec | Sequence[ViewSpec],
+    *,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    layout: str = "NCHW",
+    stacked: Literal[False] = False,
+) -> list[Tensor]: ...
+
+
+@overload
+def apply(
+    images: Any,
+    params: ViewParams | Tensor,
+    views: ViewSpec | Sequence[ViewSpec],
+    *,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    layout: str = "NCHW",
+    stacked: Literal[True],
+) -> Tensor: ...
+
+
+@overload
+def apply(
+    images: Any,
+    params: ViewParams | Tensor,
+    views: ViewSpec | Sequence[ViewSpec],
+    *,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    layout: str = "NCHW",
+    stacked: bool = False,
+) -> list[Tensor] | Tensor: ...
 
 
 def apply(
@@ -156,6 +201,12 @@ def apply(
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what is allowed.
+
+    Example:
+        >>> images, views = torch.zeros(4, 3, 40, 40), sslfast.augment.recipe("simclr", size=32)
+        >>> params = sslfast.augment.sample_params(images, views, [0, 1, 2, 3])
+        >>> sslfast.augment.apply(images, params, views, stacked=True).shape
+        torch.Size([2, 4, 3, 32, 32])
     """
     tensors, single = _as_images(images, layout)
     table = (ViewParams(params) if isinstance(params, Tensor) else params).table
@@ -208,10 +259,13 @@ class MultiViewTransform:
         seed, dtype, channels_last, layout, stacked: as for ``sample_params`` and ``apply``.
 
     Example:
-        >>> transform = MultiViewTransform(recipe("simclr", size=32))
-        >>> first, second = transform(images)                  # [B, 3, 32, 32] each
-        >>> params = transform.sample_params(images, ids, epoch=epoch)
-        >>> first, second = transform.apply(images, params)    # the same again, whenever it is called
+        >>> images, ids = torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8), [0, 1, 2, 3]
+        >>> transform = sslfast.augment.MultiViewTransform(sslfast.augment.recipe("simclr", size=32))
+        >>> first, second = transform(images, ids, epoch=3)  # [4, 3, 32, 32] each
+        >>> params = transform.sample_params(images, ids, epoch=3)
+        >>> again, _ = transform.apply(images, params)  # the same, whenever it is called
+        >>> torch.equal(first, again)
+        True
     """
 
     def __init__(

@@ -27,12 +27,23 @@ STATISTICS = ("global", "local")
 
 @dataclass(frozen=True)
 class Shard:
-    """Where this rank's rows stand in the global batch: ``local`` rows from ``offset`` on, of ``total``."""
+    """Where this rank's rows stand in the global batch: ``local`` rows from ``offset`` on, of ``total``.
+
+    Attributes:
+        local: how many rows this rank has.
+        offset: the number of its first one.
+        total: rows of all ranks.
+        sizes: rows of each rank.
+
+    Example:
+        >>> sslfast.distributed.Shard(local=3, offset=2, total=5, sizes=(2, 3)).weight
+        0.4
+    """
 
     local: int
     offset: int
     total: int
-    sizes: tuple[int, ...]  # rows of each rank
+    sizes: tuple[int, ...]
 
     @property
     def world_size(self) -> int:
@@ -53,7 +64,16 @@ class Shard:
 
 
 class Scope:
-    """The local batch alone. Subclasses span a process group with the same methods."""
+    """The local batch alone. Subclasses span a process group with the same methods.
+
+    Example:
+        >>> scope = sslfast.distributed.Scope()
+        >>> shard = scope.shard(torch.eye(4))
+        >>> ids = shard.ids(torch.device("cpu"))
+        >>> terms = scope.similarity_terms(torch.eye(4), torch.eye(4), 2.0, positives=ids)
+        >>> round((shard.weight * (terms.row_lse - terms.positive).sum()).item(), 4)  # InfoNCE
+        0.3408
+    """
 
     def shard(self, x: Tensor) -> Shard:
         """The place of the local rows ``x`` [n, D] in the global batch."""
@@ -147,6 +167,11 @@ def scope_of(gather_distributed: bool, strategy: str = "gather", group: ProcessG
     Raises:
         ValueError: ``strategy`` is neither of the two.
         RuntimeError: ``gather_distributed=True`` without an initialised process group, or from a process outside it.
+
+    Example:
+        >>> scope = sslfast.distributed.scope_of(gather_distributed=False)
+        >>> scope.shard(torch.zeros(8, 4))
+        Shard(local=8, offset=0, total=8, sizes=(8,))
     """
     check_strategy(strategy)
     if not gather_distributed:

@@ -13,10 +13,20 @@ from .vicreg import check_choice, check_eps, check_two_rows
 
 
 class CrossCorrelation(NamedTuple):
-    """How far the cross-correlation C of two views is from the identity."""
+    """How far the cross-correlation C of two views is from the identity.
 
-    on_diagonal: Tensor  # []: Σ_i (C_ii − 1)²
-    off_diagonal: Tensor  # []: Σ_{i≠j} C_ij²
+    Attributes:
+        on_diagonal: [], Σ_i (C_ii − 1)².
+        off_diagonal: [], Σ_{i≠j} C_ij².
+
+    Example:
+        >>> terms = sslfast.cross_correlation_loss(torch.eye(4), torch.eye(4).roll(1, 0))
+        >>> round(terms.on_diagonal.item(), 3)
+        7.111
+    """
+
+    on_diagonal: Tensor
+    off_diagonal: Tensor
 
 
 def cross_correlation_loss(
@@ -55,6 +65,11 @@ def cross_correlation_loss(
             not positive; ``form`` or ``statistics`` is none of the above.
 
     Source: Zbontar et al. 2021, "Barlow Twins: Self-Supervised Learning via Redundancy Reduction", equations 1 and 2.
+
+    Example:
+        >>> on_diagonal, off_diagonal = sslfast.cross_correlation_loss(torch.eye(4), torch.eye(4))
+        >>> round(off_diagonal.item(), 4)  # 12 · (1/3)²
+        1.3332
     """
     z_a, z_b = two_views("z_a", z_a, "z_b", z_b, normalize=False)
     check_eps(eps)
@@ -104,6 +119,10 @@ def barlow_twins(
         TypeError, ValueError: as :func:`cross_correlation_loss`.
 
     Source: Zbontar et al. 2021, equation 1 and algorithm 1.
+
+    Example:
+        >>> round(sslfast.barlow_twins(torch.eye(4), torch.eye(4), lambda_param=0.5).item(), 4)
+        0.6666
     """
     terms = cross_correlation_loss(
         z_a, z_b, eps=eps, form=form, gather_distributed=gather_distributed, statistics=statistics
@@ -128,6 +147,11 @@ class BarlowTwinsLoss(nn.Module):
 
     Raises:
         ValueError: eps is not positive; ``statistics`` or ``form`` is none of the above; see also :func:`barlow_twins`.
+
+    Example:
+        >>> criterion = sslfast.BarlowTwinsLoss(lambda_param=0.5)
+        >>> round(criterion(torch.eye(4), torch.eye(4)).item(), 4)
+        0.6666
     """
 
     def __init__(

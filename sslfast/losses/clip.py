@@ -2,12 +2,53 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 from torch import Tensor, nn
 
 from .._checks import scalar_tensor
 from ..distributed.scope import scope_of
 from ._inputs import check_gather, two_views
 from .diagnostics import Diagnostics, diagnostics_of
+
+
+@overload
+def clip(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def clip(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: Literal[True],
+) -> tuple[Tensor, Diagnostics]: ...
+
+
+@overload
+def clip(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: bool = False,
+) -> Tensor | tuple[Tensor, Diagnostics]: ...
 
 
 def clip(
@@ -48,6 +89,12 @@ def clip(
 
     Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", figure 3;
     frozen image tower: Zhai et al. 2022, "LiT: Zero-Shot Transfer with Locked-image Text Tuning".
+
+    Example:
+        >>> logit_scale = torch.tensor(2.0, requires_grad=True)
+        >>> loss = sslfast.clip(torch.eye(4), torch.eye(4), logit_scale)
+        >>> round(loss.item(), 4)
+        0.3408
     """
     image_features, text_features = two_views(
         "image_features", image_features, "text_features", text_features, normalize=False
@@ -89,6 +136,11 @@ class ClipLoss(nn.Module):
 
     Raises:
         As :func:`clip`.
+
+    Example:
+        >>> criterion = sslfast.ClipLoss()
+        >>> round(criterion(torch.eye(4), torch.eye(4), logit_scale=2.0).item(), 4)
+        0.3408
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,6 +13,48 @@ from ._inputs import ContrastiveLoss, inverse, row_dots, two_views
 from .diagnostics import Diagnostics, diagnostics_of
 
 WeightFn = Callable[[Tensor, Tensor], Tensor]
+
+
+@overload
+def dcl(
+    z0: Tensor,
+    z1: Tensor,
+    temperature: float | Tensor = 0.1,
+    *,
+    weight_fn: WeightFn | None = None,
+    normalize: bool = True,
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def dcl(
+    z0: Tensor,
+    z1: Tensor,
+    temperature: float | Tensor = 0.1,
+    *,
+    weight_fn: WeightFn | None = None,
+    normalize: bool = True,
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: Literal[True],
+) -> tuple[Tensor, Diagnostics]: ...
+
+
+@overload
+def dcl(
+    z0: Tensor,
+    z1: Tensor,
+    temperature: float | Tensor = 0.1,
+    *,
+    weight_fn: WeightFn | None = None,
+    normalize: bool = True,
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: bool = False,
+) -> Tensor | tuple[Tensor, Diagnostics]: ...
 
 
 def dcl(
@@ -52,6 +95,10 @@ def dcl(
 
     Source: Yeh et al. 2022, "Decoupled Contrastive Learning", equation 6, as a mean; value as lightly 1.6.0's
     ``DCLLoss``.
+
+    Example:
+        >>> round(sslfast.dcl(torch.eye(4), torch.eye(4), temperature=0.5).item(), 4)
+        -0.2082
     """
     z0, z1 = two_views("z0", z0, "z1", z1, normalize)
     scope = scope_of(gather_distributed, strategy)
@@ -64,6 +111,48 @@ def dcl(
                 raise ValueError(f"weight_fn must return shape ({shard.local},), got {tuple(part.shape)}")
         weights = torch.cat(parts)
     return _decoupled(z0, z1, temperature, weights, scope, shard, diagnostics)
+
+
+@overload
+def dclw(
+    z0: Tensor,
+    z1: Tensor,
+    temperature: float | Tensor = 0.1,
+    *,
+    sigma: float = 0.5,
+    normalize: bool = True,
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def dclw(
+    z0: Tensor,
+    z1: Tensor,
+    temperature: float | Tensor = 0.1,
+    *,
+    sigma: float = 0.5,
+    normalize: bool = True,
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: Literal[True],
+) -> tuple[Tensor, Diagnostics]: ...
+
+
+@overload
+def dclw(
+    z0: Tensor,
+    z1: Tensor,
+    temperature: float | Tensor = 0.1,
+    *,
+    sigma: float = 0.5,
+    normalize: bool = True,
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: bool = False,
+) -> Tensor | tuple[Tensor, Diagnostics]: ...
 
 
 def dclw(
@@ -86,6 +175,10 @@ def dclw(
     Over several ranks the softmax is that of the global batch, as in one process on it; lightly takes each rank's.
 
     Source: Yeh et al. 2022, "Decoupled Contrastive Learning", section 3.3; value as lightly 1.6.0's ``DCLWLoss``.
+
+    Example:
+        >>> round(sslfast.dclw(torch.eye(4), torch.eye(4), temperature=0.5).item(), 4)
+        -0.2082
     """
     _check_sigma(sigma)
     z0, z1 = two_views("z0", z0, "z1", z1, normalize)
@@ -140,6 +233,11 @@ class DCLLoss(ContrastiveLoss):
 
     Raises:
         As :func:`dcl`.
+
+    Example:
+        >>> criterion = sslfast.DCLLoss(temperature=0.5)
+        >>> round(criterion(torch.eye(4), torch.eye(4)).item(), 4)
+        -0.2082
     """
 
     def __init__(
@@ -171,6 +269,11 @@ class DCLWLoss(ContrastiveLoss):
 
     Raises:
         As :func:`dclw`.
+
+    Example:
+        >>> criterion = sslfast.DCLWLoss(temperature=0.5, sigma=0.5)
+        >>> round(criterion(torch.eye(4), torch.eye(4)).item(), 4)
+        -0.2082
     """
 
     def __init__(

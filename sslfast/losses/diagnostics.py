@@ -20,6 +20,11 @@ class Diagnostics(NamedTuple):
     ``uniformity``: ``log mean exp(−t‖q_i − k_j‖²)`` over all pairs in the sums with ``t = scale/2``, both for unit rows
     (Wang & Isola 2020, "Understanding Contrastive Representation Learning through Alignment and Uniformity on the
     Hypersphere", equations 8 and 9).
+
+    Example:
+        >>> loss, found = sslfast.nt_xent(torch.eye(4), torch.eye(4), diagnostics=True)
+        >>> found.positive_similarity.item(), found.hardest_negative_similarity.item()
+        (1.0, 0.0)
     """
 
     accuracy: Tensor

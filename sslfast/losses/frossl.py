@@ -37,6 +37,10 @@ def frossl(z_views: Sequence[Tensor], invariance_weight: float = 1.0, *, gather_
 
     Source: Skean et al. 2024, "FroSSL: Frobenius Norm Minimization for Efficient Multiview Self-Supervised Learning";
     value and gradient (the trace is a constant in it) as lightly 1.6.0's ``FroSSLLoss``.
+
+    Example:
+        >>> round(sslfast.frossl([torch.eye(4), torch.eye(4)]).item(), 4)  # 2 views · 2 log(2/4)
+        -2.7726
     """
     views = _checked(z_views)
     scope = scope_of(gather_distributed)
@@ -90,6 +94,11 @@ class FroSSLLoss(nn.Module):
 
     Raises:
         As :func:`frossl`.
+
+    Example:
+        >>> criterion = sslfast.FroSSLLoss()
+        >>> round(criterion([torch.eye(4), torch.eye(4)]).item(), 4)
+        -2.7726
     """
 
     def __init__(self, invariance_weight: float = 1.0, *, gather_distributed: bool = False) -> None:

@@ -3,27 +3,80 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from .._checks import accumulator, check_integers, check_keys, check_matrix
+from .._checks import accumulator
 from ..distributed.scope import Scope, Shard, scope_of
-from ..ops.l2_normalize import l2_normalize
 from ..ops.similarity_lse import SimilarityTerms
-from ._inputs import ContrastiveLoss, check_fits, in_one_dtype, inverse, row_dots, softplus
+from ._info_nce_inputs import Inputs, check_options, checked
+from ._inputs import ContrastiveLoss, inverse, row_dots, softplus
 from .diagnostics import Diagnostics, diagnostics_of
 
 
-class _Inputs(NamedTuple):
-    """Checked, in one dtype, rows normalised if asked."""
+@overload
+def info_nce(
+    q: Tensor,
+    k: Tensor,
+    temperature: float | Tensor = 0.07,
+    *,
+    positives: Tensor | None = None,
+    negatives: Tensor | None = None,
+    hard_negatives: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    tau_plus: float = 0.0,
+    symmetric: bool = False,
+    normalize: bool = True,
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: Literal[False] = False,
+) -> Tensor: ...
 
-    q: Tensor  # [M, D]
-    k: Tensor  # [N, D]
-    positives: Tensor | None  # [M, P] rows of this rank's k, −1 for none; None: row i has k_i
-    negatives: Tensor | None  # [K, D]
-    hard_negatives: Tensor | None  # [M, H, D]
+
+@overload
+def info_nce(
+    q: Tensor,
+    k: Tensor,
+    temperature: float | Tensor = 0.07,
+    *,
+    positives: Tensor | None = None,
+    negatives: Tensor | None = None,
+    hard_negatives: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    tau_plus: float = 0.0,
+    symmetric: bool = False,
+    normalize: bool = True,
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: Literal[True],
+) -> tuple[Tensor, Diagnostics]: ...
+
+
+@overload
+def info_nce(
+    q: Tensor,
+    k: Tensor,
+    temperature: float | Tensor = 0.07,
+    *,
+    positives: Tensor | None = None,
+    negatives: Tensor | None = None,
+    hard_negatives: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    tau_plus: float = 0.0,
+    symmetric: bool = False,
+    normalize: bool = True,
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: bool = False,
+) -> Tensor | tuple[Tensor, Diagnostics]: ...
 
 
 def info_nce(
@@ -83,9 +136,17 @@ def info_nce(
 
     Source: van den Oord et al. 2018, "Representation Learning with Contrastive Predictive Coding", equation 4;
     debiasing: Chuang et al. 2020, "Debiased Contrastive Learning", equations 7 and 8 with one positive sample.
+
+    Example:
+        >>> q, k = torch.eye(4), torch.eye(4)
+        >>> round(sslfast.info_nce(q, k, temperature=0.5).item(), 4)
+        0.3408
+        >>> several = torch.tensor([[0, 1], [1, -1], [2, -1], [3, -1]])  # rows of k; row 0 of q has two
+        >>> round(sslfast.info_nce(q, k, temperature=0.5, positives=several).item(), 4)
+        0.5908
     """
-    x = _checked(q, k, positives, negatives, hard_negatives, normalize)
-    _check_options(x, row_ids, label_smoothing, tau_plus, symmetric, diagnostics)
+    x = checked(q, k, positives, negatives, hard_negatives, normalize)
+    check_options(x, row_ids, label_smoothing, tau_plus, symmetric, diagnostics)
     scale = inverse(temperature, x.q)
     scope = scope_of(gather_distributed, strategy)
     rows, keys = scope.shard(x.q), scope.shard(x.k)
@@ -137,93 +198,7 @@ def info_nce(
     return loss, found
 
 
-def _checked(
-    q: Tensor,
-    k: Tensor,
-    positives: Tensor | None,
-    negatives: Tensor | None,
-    hard_negatives: Tensor | None,
-    normalize: bool,
-) -> _Inputs:
-    check_matrix("q", q)
-    check_matrix("k", k)
-    if negatives is not None:
-        check_matrix("negatives", negatives)
-    if hard_negatives is not None:
-        if not isinstance(hard_negatives, Tensor):
-            raise TypeError(f"hard_negatives must be a torch.Tensor, got {type(hard_negatives).__name__}")
-        if hard_negatives.dim() != 3 or hard_negatives.shape[0] != q.shape[0] or hard_negatives.shape[1] == 0:
-            raise ValueError(
-                f"hard_negatives must have shape (M, H, D), M = {q.shape[0]} rows of q and H at least 1, "
-                f"got {tuple(hard_negatives.shape)}"
-            )
-        check_matrix("hard_negatives", hard_negatives.flatten(0, 1))
-    q, k, negatives, hard_negatives = in_one_dtype(q, k, negatives, hard_negatives)  # type: ignore[assignment]
-    check_keys(q, k)
-    for name, x in (("negatives", negatives), ("hard_negatives", hard_negatives)):
-        if x is not None:
-            check_fits(name, x, "q", q)
-    positives = None if positives is None else _checked_positives(positives, q, k)
-    if normalize:
-        q, k = l2_normalize(q), l2_normalize(k)
-        negatives = None if negatives is None else l2_normalize(negatives)
-        if hard_negatives is not None:
-            hard_negatives = l2_normalize(hard_negatives.flatten(0, 1)).view_as(hard_negatives)
-    return _Inputs(q, k, positives, negatives, hard_negatives)
-
-
-def _checked_positives(positives: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """``positives`` as [M, P] int64."""
-    if not isinstance(positives, Tensor):
-        raise TypeError(f"positives must be a torch.Tensor, got {type(positives).__name__}")
-    if positives.dim() not in (1, 2) or positives.shape[0] != q.shape[0] or positives.numel() == 0:
-        raise ValueError(
-            f"positives must have shape ({q.shape[0]},) or ({q.shape[0]}, P), got {tuple(positives.shape)}"
-        )
-    check_integers("positives", positives.flatten(), positives.numel(), q.device)
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = (int(x) for x in torch.aminmax(positives))
-        if low < -1 or high >= k.shape[0]:
-            raise ValueError(f"positives must be rows of k, 0 to {k.shape[0] - 1}, or -1 for none; got {low} to {high}")
-    return positives.long().reshape(q.shape[0], -1)
-
-
-def _check_options(
-    x: _Inputs,
-    row_ids: Tensor | None,
-    label_smoothing: float,
-    tau_plus: float,
-    symmetric: bool,
-    diagnostics: bool,
-) -> None:
-    for name, value in (("label_smoothing", label_smoothing), ("tau_plus", tau_plus)):
-        if not 0.0 <= value < 1.0:
-            raise ValueError(f"{name} must be at least 0 and less than 1, got {value}")
-        if value and row_ids is not None:
-            raise ValueError(f"{name}={value} cannot be combined with row_ids and col_ids")
-    several = x.positives is not None and x.positives.shape[1] > 1
-    if several and tau_plus:
-        raise ValueError(f"tau_plus={tau_plus} takes one positive a row, got several")
-    if diagnostics and (several or (x.positives is not None and _some_missing(x.positives))):
-        raise ValueError("diagnostics=True takes one positive in every row")
-    if x.positives is None and x.q.shape[0] > x.k.shape[0]:
-        raise ValueError(
-            f"q has {x.q.shape[0]} rows and k only {x.k.shape[0]}: say with positives which row of k belongs to which"
-        )
-    if symmetric:
-        if x.q.shape[0] != x.k.shape[0]:
-            raise ValueError(f"symmetric=True needs as many rows in q as in k, got {x.q.shape[0]} and {x.k.shape[0]}")
-        if x.positives is not None or x.negatives is not None or x.hard_negatives is not None:
-            raise ValueError("symmetric=True cannot be combined with positives, negatives or hard_negatives")
-
-
-def _some_missing(positives: Tensor) -> bool:
-    """Whether a positive is −1, where reading it costs nothing."""
-    readable = positives.device.type == "cpu" and not torch.compiler.is_compiling()
-    return readable and bool((positives < 0).any())
-
-
-def _positive_columns(x: _Inputs, rows: Shard, keys: Shard) -> Tensor:
+def _positive_columns(x: Inputs, rows: Shard, keys: Shard) -> Tensor:
     """[M], the global column of each row's (first) positive, −1 for none."""
     if x.positives is None:
         return keys.offset + torch.arange(rows.local, device=x.q.device)
@@ -231,7 +206,7 @@ def _positive_columns(x: _Inputs, rows: Shard, keys: Shard) -> Tensor:
     return torch.where(first < 0, first, first + keys.offset)
 
 
-def _mean_positive(first: Tensor, positives: Tensor, x: _Inputs, scale: Tensor) -> Tensor:
+def _mean_positive(first: Tensor, positives: Tensor, x: Inputs, scale: Tensor) -> Tensor:
     """[M], mean logit of each row's positives, 0 where it has none; ``first`` [M] is that of their first column."""
     if positives.shape[1] == 1:
         return first
@@ -241,7 +216,7 @@ def _mean_positive(first: Tensor, positives: Tensor, x: _Inputs, scale: Tensor) 
 
 
 def _with_extra_negatives(
-    terms: SimilarityTerms, x: _Inputs, scale: Tensor, scope: Scope
+    terms: SimilarityTerms, x: Inputs, scale: Tensor, scope: Scope
 ) -> tuple[Tensor, Tensor | None, Tensor | float]:
     """Row LSE and hardest negative with the extra columns, and the sum of the hard negatives' logits."""
     row_lse, hardest, hard_sum = terms.row_lse, terms.hardest, 0.0
@@ -301,6 +276,11 @@ class InfoNCELoss(ContrastiveLoss):
 
     Raises:
         As :func:`info_nce`.
+
+    Example:
+        >>> criterion = sslfast.InfoNCELoss(temperature=0.5)
+        >>> round(criterion(torch.eye(4), torch.eye(4), negatives=-torch.eye(4)).item(), 4)
+        0.6045
     """
 
     def __init__(

@@ -18,6 +18,12 @@ class MaskedFeatureLoss(nn.Module):
 
     Raises:
         As :func:`sslfast.ops.masked_feature_loss`.
+
+    Example:
+        >>> criterion = sslfast.MaskedFeatureLoss(layer_norm=False)
+        >>> ids = torch.tensor([[0, 2], [1, 3]])  # of two images
+        >>> criterion(torch.zeros(2, 2, 8), torch.ones(2, 4, 8), ids).item()
+        0.5
     """
 
     def __init__(

@@ -23,6 +23,12 @@ class MaskedPatchLoss(nn.Module):
 
     Raises:
         As :func:`sslfast.ops.masked_patch_loss`.
+
+    Example:
+        >>> criterion = sslfast.MaskedPatchLoss(patch_size=16)
+        >>> images, masks = torch.ones(2, 3, 32, 32), torch.tensor([[True, False, False, True]] * 2)
+        >>> criterion(images, torch.zeros(2, 4, 768), masks).item()
+        1.0
     """
 
     def __init__(

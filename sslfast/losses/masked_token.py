@@ -47,6 +47,12 @@ def masked_token_cross_entropy(
             gradients are then NaN. RuntimeError: too small a ``capacity`` in a traced graph on the CPU.
 
     Source: Devlin et al. 2019, "BERT: Pre-training of Deep Bidirectional Transformers", section 3.1.
+
+    Example:
+        >>> hidden, weight = torch.zeros(1, 3, 8), torch.ones(100, 8)
+        >>> labels = torch.tensor([[-100, 7, -100]])  # one token to predict
+        >>> round(sslfast.masked_token_cross_entropy(hidden, weight, labels).item(), 4)  # log 100
+        4.6052
     """
     hidden, weight = _checked(hidden, weight, labels, bias)
     labels = labels.to(torch.int64)
@@ -125,6 +131,12 @@ class MaskedTokenLoss(nn.Module):
 
     Raises:
         As :func:`masked_token_cross_entropy`.
+
+    Example:
+        >>> criterion = sslfast.MaskedTokenLoss()
+        >>> labels = torch.tensor([[-100, 7, -100]])
+        >>> round(criterion(torch.zeros(1, 3, 8), torch.ones(100, 8), labels).item(), 4)
+        4.6052
     """
 
     def __init__(self, ignore_index: int = -100, capacity: int | None = None) -> None:

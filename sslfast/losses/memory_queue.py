@@ -33,6 +33,12 @@ class MemoryQueue(nn.Module):
     Source: He et al. 2020, "Momentum Contrast for Unsupervised Visual Representation Learning", section 3.1. Unlike
     MoCo's code, any number of keys may be enqueued, and unlike lightly 1.6.0's ``MemoryBankModule``, no key is dropped
     where the buffer wraps around.
+
+    Example:
+        >>> queue = sslfast.MemoryQueue(size=3, dim=2)
+        >>> queue.enqueue(torch.eye(2))
+        >>> queue.queue[:2].tolist(), queue.pointer.item()
+        ([[1.0, 0.0], [0.0, 1.0]], 2)
     """
 
     queue: Tensor

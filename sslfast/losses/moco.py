@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,48 @@ from ._inputs import ContrastiveLoss, check_fits, inverse, row_dots, softplus, t
 from .diagnostics import Diagnostics, diagnostics_of
 from .info_nce import info_nce
 from .memory_queue import MemoryQueue
+
+
+@overload
+def moco(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    temperature: float | Tensor = 0.07,
+    *,
+    normalize: bool = True,
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def moco(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    temperature: float | Tensor = 0.07,
+    *,
+    normalize: bool = True,
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: Literal[True],
+) -> tuple[Tensor, Diagnostics]: ...
+
+
+@overload
+def moco(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    temperature: float | Tensor = 0.07,
+    *,
+    normalize: bool = True,
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: bool = False,
+) -> Tensor | tuple[Tensor, Diagnostics]: ...
 
 
 def moco(
@@ -52,6 +96,11 @@ def moco(
 
     Source: He et al. 2020, "Momentum Contrast for Unsupervised Visual Representation Learning", equation 1; value
     as facebookresearch/moco's, solo-learn's ``mocov2plus_loss_func``, and lightly 1.6.0's ``NTXentLoss`` with a bank.
+
+    Example:
+        >>> loss = sslfast.moco(torch.eye(4), torch.eye(4), queue=-torch.eye(4), temperature=0.5)
+        >>> round(loss.item(), 4)
+        0.3537
     """
     q, k, queue = _prepared(("q", q), ("k", k), queue, normalize)
     return _moco(q, k, queue, temperature, gather_distributed, strategy, diagnostics)
@@ -92,6 +141,45 @@ def _moco(
     return loss, diagnostics_of(terms, scale, q.shape[0] * (queue.shape[0] + 1))
 
 
+@overload
+def moco_v3(
+    q: Tensor,
+    k: Tensor,
+    temperature: float | Tensor = 0.2,
+    *,
+    normalize: bool = True,
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def moco_v3(
+    q: Tensor,
+    k: Tensor,
+    temperature: float | Tensor = 0.2,
+    *,
+    normalize: bool = True,
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: Literal[True],
+) -> tuple[Tensor, Diagnostics]: ...
+
+
+@overload
+def moco_v3(
+    q: Tensor,
+    k: Tensor,
+    temperature: float | Tensor = 0.2,
+    *,
+    normalize: bool = True,
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: bool = False,
+) -> Tensor | tuple[Tensor, Diagnostics]: ...
+
+
 def moco_v3(
     q: Tensor,
     k: Tensor,
@@ -109,6 +197,11 @@ def moco_v3(
 
     Source: Chen et al. 2021, "An Empirical Study of Training Self-Supervised Vision Transformers", algorithm 1; value
     as facebookresearch/moco-v3's and solo-learn's ``mocov3_loss_func``.
+
+    Example:
+        >>> q1 = q2 = k1 = k2 = torch.eye(4)
+        >>> round((sslfast.moco_v3(q1, k2) + sslfast.moco_v3(q2, k1)).item(), 4)
+        0.016
     """
     check_matrix("k", k)
     result = info_nce(
@@ -144,6 +237,13 @@ class MoCoLoss(ContrastiveLoss):
 
     Raises:
         As :func:`moco` and :class:`MemoryQueue`.
+
+    Example:
+        >>> criterion = sslfast.MoCoLoss(size=8, dim=4)
+        >>> q, k = torch.eye(4, requires_grad=True), torch.eye(4)
+        >>> criterion(q, k).backward()
+        >>> criterion.memory_queue.pointer.item()  # the four keys have entered the queue
+        4
     """
 
     def __init__(
@@ -187,6 +287,11 @@ class MoCoV3Loss(ContrastiveLoss):
 
     Raises:
         As :func:`moco_v3`.
+
+    Example:
+        >>> criterion = sslfast.MoCoV3Loss(temperature=0.2)
+        >>> round(criterion(torch.eye(4), torch.eye(4)).item(), 4)
+        0.008
     """
 
     def __init__(

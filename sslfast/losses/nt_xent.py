@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +14,45 @@ from ._inputs import ContrastiveLoss, inverse, two_views
 from .diagnostics import Diagnostics, diagnostics_of
 from .memory_queue import MemoryQueue
 from .moco import contrast_and_enqueue
+
+
+@overload
+def nt_xent(
+    z0: Tensor,
+    z1: Tensor,
+    temperature: float | Tensor = 0.5,
+    *,
+    normalize: bool = True,
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def nt_xent(
+    z0: Tensor,
+    z1: Tensor,
+    temperature: float | Tensor = 0.5,
+    *,
+    normalize: bool = True,
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: Literal[True],
+) -> tuple[Tensor, Diagnostics]: ...
+
+
+@overload
+def nt_xent(
+    z0: Tensor,
+    z1: Tensor,
+    temperature: float | Tensor = 0.5,
+    *,
+    normalize: bool = True,
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: bool = False,
+) -> Tensor | tuple[Tensor, Diagnostics]: ...
 
 
 def nt_xent(
@@ -53,6 +93,14 @@ def nt_xent(
 
     Source: Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations", equation 1; value
     as lightly 1.6.0's ``NTXentLoss`` (google-research/simclr reports the sum of two such means, twice this value).
+
+    Example:
+        >>> loss = sslfast.nt_xent(torch.eye(4), torch.eye(4), temperature=0.5)
+        >>> round(loss.item(), 4)
+        0.5944
+        >>> loss, found = sslfast.nt_xent(torch.eye(4), torch.eye(4), diagnostics=True)
+        >>> found.accuracy.item()
+        1.0
     """
     check_strategy(strategy)
     if not (gather_distributed or diagnostics):
@@ -100,6 +148,11 @@ class NTXentLoss(ContrastiveLoss):
 
     Source: Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations", equation 1; with
     a bank, He et al. 2020, "Momentum Contrast for Unsupervised Visual Representation Learning", equation 1.
+
+    Example:
+        >>> criterion = sslfast.NTXentLoss(temperature=0.5)
+        >>> round(criterion(torch.eye(4), torch.eye(4)).item(), 4)
+        0.5944
     """
 
     def __init__(

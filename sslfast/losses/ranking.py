@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,54 @@ from .diagnostics import Diagnostics, diagnostics_of
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 PARTITION_MODES = ("joint", "per_direction")
+
+
+@overload
+def multiple_negatives_ranking(
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor | None = None,
+    scale: float | Tensor = 20.0,
+    *,
+    directions: Sequence[str] = ("query_to_doc",),
+    partition_mode: str = "joint",
+    normalize: bool = True,
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def multiple_negatives_ranking(
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor | None = None,
+    scale: float | Tensor = 20.0,
+    *,
+    directions: Sequence[str] = ("query_to_doc",),
+    partition_mode: str = "joint",
+    normalize: bool = True,
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: Literal[True],
+) -> tuple[Tensor, Diagnostics]: ...
+
+
+@overload
+def multiple_negatives_ranking(
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor | None = None,
+    scale: float | Tensor = 20.0,
+    *,
+    directions: Sequence[str] = ("query_to_doc",),
+    partition_mode: str = "joint",
+    normalize: bool = True,
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: bool = False,
+) -> Tensor | tuple[Tensor, Diagnostics]: ...
 
 
 def multiple_negatives_ranking(
@@ -65,6 +114,13 @@ def multiple_negatives_ranking(
     Source: Henderson et al. 2017, "Efficient Natural Language Response Suggestion for Smart Reply", section 4.4; all
     four directions: Li et al. 2023, "Towards General Text Embeddings with Multi-stage Contrastive Learning", section
     3.3. Value as sentence-transformers 6.2.0's ``MultipleNegativesRankingLoss`` (without its hardness weights).
+
+    Example:
+        >>> anchors, positives = torch.eye(4), torch.eye(4)
+        >>> round(sslfast.multiple_negatives_ranking(anchors, positives, scale=2.0).item(), 4)
+        0.3408
+        >>> round(sslfast.multiple_negatives_ranking(anchors, positives, -torch.eye(4), scale=2.0).item(), 4)
+        0.6045
     """
     _check_options(scale, directions, partition_mode)
     q, d, documents, hard = _checked(anchors, positives, negatives, normalize)
@@ -175,6 +231,11 @@ class MultipleNegativesRankingLoss(nn.Module):
 
     Raises:
         As :func:`multiple_negatives_ranking`.
+
+    Example:
+        >>> criterion = sslfast.MultipleNegativesRankingLoss(scale=2.0)
+        >>> round(criterion(torch.eye(4), torch.eye(4)).item(), 4)
+        0.3408
     """
 
     scale: float | Tensor

@@ -42,6 +42,11 @@ def sig_lip(
             row and one feature; logit_scale or logit_bias is not one number.
 
     Source: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", section 3.
+
+    Example:
+        >>> loss = sslfast.sig_lip(torch.eye(4), torch.eye(4), logit_scale=10.0, logit_bias=-5.0)
+        >>> round(loss.item(), 4)
+        0.0269
     """
     image_features, text_features = two_views(
         "image_features", image_features, "text_features", text_features, normalize=False
@@ -69,6 +74,11 @@ class SigLipLoss(nn.Module):
 
     Raises:
         As :func:`sig_lip`.
+
+    Example:
+        >>> criterion = sslfast.SigLipLoss()
+        >>> round(criterion(torch.eye(4), torch.eye(4), logit_scale=10.0, logit_bias=-5.0).item(), 4)
+        0.0269
     """
 
     def __init__(self, gather_distributed: bool = False, *, strategy: str = "gather") -> None:

@@ -39,6 +39,10 @@ def spectral_contrastive(
 
     Source: HaoChen et al. 2021, "Provable Guarantees for Self-Supervised Deep Learning with Spectral Contrastive Loss",
     equation 6 and section 5; with ``mu``, value and gradient of the authors' code.
+
+    Example:
+        >>> round(sslfast.spectral_contrastive(torch.eye(4), torch.eye(4)).item(), 4)
+        -2.0
     """
     _check_mu(mu)
     z_a, z_b = two_views("z_a", z_a, "z_b", z_b, normalize=False)
@@ -80,6 +84,11 @@ class SpectralContrastiveLoss(nn.Module):
 
     Raises:
         As :func:`spectral_contrastive`.
+
+    Example:
+        >>> criterion = sslfast.SpectralContrastiveLoss(mu=1.0)
+        >>> round(criterion(torch.eye(4), torch.eye(4)).item(), 4)
+        -2.0
     """
 
     def __init__(self, mu: float | None = 1.0, *, gather_distributed: bool = False) -> None:

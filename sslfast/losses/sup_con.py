@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -87,6 +89,57 @@ def _positive_sums(
     return per_sample, views * own, own
 
 
+@overload
+def sup_con(
+    features: Tensor,
+    labels: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 0.07,
+    contrast_mode: str = "all",
+    base_temperature: float = 0.07,
+    normalize: bool = False,
+    reduction: str = "mean",
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def sup_con(
+    features: Tensor,
+    labels: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 0.07,
+    contrast_mode: str = "all",
+    base_temperature: float = 0.07,
+    normalize: bool = False,
+    reduction: str = "mean",
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: Literal[True],
+) -> tuple[Tensor, Diagnostics]: ...
+
+
+@overload
+def sup_con(
+    features: Tensor,
+    labels: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 0.07,
+    contrast_mode: str = "all",
+    base_temperature: float = 0.07,
+    normalize: bool = False,
+    reduction: str = "mean",
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: bool = False,
+) -> Tensor | tuple[Tensor, Diagnostics]: ...
+
+
 def sup_con(
     features: Tensor,
     labels: Tensor | None = None,
@@ -138,6 +191,12 @@ def sup_con(
         ValueError: shapes or devices do not fit; both labels and mask; an option is not among those named.
 
     Source: Khosla et al. 2020, "Supervised Contrastive Learning", equation 2.
+
+    Example:
+        >>> features = torch.eye(4).view(4, 1, 4)  # one view of each of four samples
+        >>> loss = sslfast.sup_con(features, torch.tensor([0, 0, 1, 1]), temperature=0.5)
+        >>> round(loss.item(), 4)
+        7.8472
     """
     _check_options(contrast_mode, base_temperature, reduction)
     _check_features(features)
@@ -226,6 +285,11 @@ class SupConLoss(ContrastiveLoss):
 
     Raises:
         As :func:`sup_con`; wrong options already in the constructor.
+
+    Example:
+        >>> criterion = sslfast.SupConLoss(temperature=0.5)
+        >>> round(criterion(torch.eye(4).view(4, 1, 4), torch.tensor([0, 0, 1, 1])).item(), 4)
+        7.8472
     """
 
     def __init__(

@@ -64,6 +64,12 @@ def tico(
 
     Source: Zhu et al. 2022, "TiCo: Transformation Invariance and Covariance Contrast for Self-Supervised Visual
     Representation Learning", algorithm 1; value as lightly 1.6.0's ``TiCoLoss``.
+
+    Example:
+        >>> loss, covariance = sslfast.tico(torch.eye(4), torch.eye(4))
+        >>> loss, covariance = sslfast.tico(torch.eye(4), torch.eye(4), covariance)  # the next batch
+        >>> round(loss.item(), 4)
+        0.38
     """
     z_a, z_b = two_views("z_a", z_a, "z_b", z_b, normalize=False)
     scope = scope_of(gather_distributed)
@@ -109,6 +115,11 @@ class TiCoLoss(nn.Module):
 
     Raises:
         As :func:`tico`.
+
+    Example:
+        >>> criterion = sslfast.TiCoLoss(beta=0.9, rho=8.0)
+        >>> round(criterion(torch.eye(4), torch.eye(4)).item(), 4)
+        0.2
     """
 
     C: Tensor

@@ -52,6 +52,10 @@ def vibcreg(
 
     Source: Lee & Aptoula 2021, "VIbCReg: Variance-Invariance-better-Covariance Regularization for Self-Supervised
     Learning on Time Series"; weights and reductions as solo-learn's ``vibcreg_loss_func``.
+
+    Example:
+        >>> round(sslfast.vibcreg(torch.eye(4), torch.eye(4)).item(), 3)
+        58.328
     """
     z_a, z_b = two_views("z_a", z_a, "z_b", z_b, normalize=False)
     check_eps(eps)
@@ -82,6 +86,11 @@ class VIbCRegLoss(nn.Module):
 
     Raises:
         ValueError: eps is not positive; ``form`` is none of the above; see also :func:`vibcreg`.
+
+    Example:
+        >>> criterion = sslfast.VIbCRegLoss()
+        >>> round(criterion(torch.eye(4), torch.eye(4)).item(), 3)
+        58.328
     """
 
     def __init__(

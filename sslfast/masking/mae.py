@@ -23,5 +23,10 @@ def forward_loss(
         [] as :func:`sslfast.ops.masked_patch_loss`, of which this is a call; and so are the errors.
 
     Source: He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners"; ``models_mae.py`` of that repository.
+
+    Example:
+        >>> imgs, pred, mask = torch.ones(1, 3, 32, 32), torch.zeros(1, 4, 768), torch.tensor([[0.0, 1.0, 1.0, 0.0]])
+        >>> sslfast.masking.forward_loss(imgs, pred, mask, patch_size=16).item()
+        1.0
     """
     return masked_patch_loss(imgs, pred, mask, patch_size=patch_size, target="mae" if norm_pix_loss else "pixels")

@@ -23,6 +23,11 @@ class Masks:
         ids_keep: [B, K] int64.
         ids_mask: [B, M] int64.
         ids_restore: [B, L] int64, where patch l lies in ``cat([ids_keep, ids_mask], 1)``.
+
+    Example:
+        >>> masks = sslfast.masking.random_masks([7], grid=4, ratio=0.5)
+        >>> masks.ids_keep.shape, masks.mask.sum().item()
+        (torch.Size([1, 2]), 2)
     """
 
     ids_keep: Any

@@ -21,10 +21,20 @@ Pair = tuple[float, float]
 
 
 class MultiBlockMasks(NamedTuple):
-    """Patch numbers y·W + x, ascending in every row; tensors, or NumPy arrays from NumPy samples."""
+    """Patch numbers y·W + x, ascending in every row; tensors, or NumPy arrays from NumPy samples.
 
-    context: Any  # [B, Kc] int64
-    targets: Any  # [T, B, Kt] int64
+    Attributes:
+        context: [B, Kc] int64.
+        targets: [T, B, Kt] int64.
+
+    Example:
+        >>> context, targets = sslfast.masking.multiblock_masks([0, 1], grid=(14, 14), context_size=28)
+        >>> bool(torch.isin(context[0], targets[:, 0]).any())  # nothing is in both
+        False
+    """
+
+    context: Any
+    targets: Any
 
 
 def _philox(counter: list[int], seed: int) -> list[int]:
@@ -132,6 +142,11 @@ def multiblock_masks(
     Raises:
         TypeError, ValueError: which argument is wrong, what it was, what is allowed; also where no patch is left for
             the context of some sample.
+
+    Example:
+        >>> masks = sslfast.masking.multiblock_masks([0, 1], grid=(14, 14), context_size=28)
+        >>> masks.context.shape, masks.targets.shape[:2]
+        (torch.Size([2, 28]), torch.Size([4, 2]))
     """
     ranges = {"target_scale": target_scale, "target_aspect": target_aspect, "context_scale": context_scale}
     grid = _check(grid, targets, ranges, min_keep, step)

@@ -25,6 +25,10 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     Raises:
         TypeError, ValueError: images of another kind (bytes among them: ``gather_patches`` would scale those), or p
             does not divide their sides.
+
+    Example:
+        >>> sslfast.masking.patchify(torch.zeros(2, 3, 224, 224), patch_size=16).shape
+        torch.Size([2, 196, 768])
     """
     if isinstance(images, Tensor) and not images.dtype.is_floating_point:
         raise TypeError(f"images must be floating point, got {images.dtype}")
@@ -45,6 +49,11 @@ def unpatchify(patches: Tensor, patch_size: int, channels: int = 3, *, grid: tup
 
     Raises:
         TypeError, ValueError: patches of another kind or shape; L is no square and there is no grid.
+
+    Example:
+        >>> images = torch.arange(48.0).view(1, 3, 4, 4)
+        >>> torch.equal(sslfast.masking.unpatchify(sslfast.masking.patchify(images, 2), 2), images)
+        True
     """
     if not isinstance(patches, Tensor) or patches.dim() != 3:
         got = f"shape {tuple(patches.shape)}" if isinstance(patches, Tensor) else type(patches).__name__

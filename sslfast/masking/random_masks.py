@@ -95,6 +95,11 @@ def random_masks(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or range.
+
+    Example:
+        >>> masks = sslfast.masking.random_masks([0, 1, 2], grid=(14, 14), ratio=0.75, epoch=3)
+        >>> masks.ids_keep.shape, masks.ids_mask.shape
+        (torch.Size([3, 49]), torch.Size([3, 147]))
     """
     _check_ratio(ratio)
     sides = _sides(grid, (1, 2, 3))
@@ -125,6 +130,11 @@ def tube_masks(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or range.
+
+    Example:
+        >>> masks = sslfast.masking.tube_masks([0, 1], grid=(8, 14, 14), ratio=0.9)
+        >>> masks.ids_keep.shape  # 20 places in each of 8 frames
+        torch.Size([2, 160])
     """
     _check_ratio(ratio)
     sides = _sides(grid, (3,))
@@ -159,6 +169,11 @@ def grid_masks(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or range.
+
+    Example:
+        >>> masks = sslfast.masking.grid_masks([0, 1], grid=(48, 48), ratio=0.6, unit=8)
+        >>> masks.ids_mask.shape  # 22 of 36 units of 64 patches
+        torch.Size([2, 1408])
     """
     _check_ratio(ratio)
     sides = _sides(grid, (2,))

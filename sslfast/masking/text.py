@@ -107,6 +107,12 @@ def mask_tokens(
     Raises:
         TypeError, ValueError: which argument is wrong, what it was, what is allowed. Word ids are checked on the CPU
             outside ``torch.compile``; elsewhere those above 65535 count modulo 65536.
+
+    Example:
+        >>> ids = torch.arange(200).view(2, 100)
+        >>> inputs, labels = sslfast.masking.mask_tokens(ids, [0, 1], mask_id=103, vocab_size=1000, exact=True)
+        >>> (labels != -100).sum(1).tolist()
+        [15, 15]
     """
     limits = limits_of(probability, mask_share, random_share)
     if isinstance(input_ids, np.ndarray):

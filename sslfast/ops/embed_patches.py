@@ -213,6 +213,13 @@ def embed_patches(
 
     Raises:
         TypeError, ValueError: an argument has another dtype, shape or device, or a value that is not allowed.
+
+    Example:
+        >>> images, ids = torch.ones(1, 3, 32, 32), torch.tensor([[0, 3]])
+        >>> weight, class_token = torch.ones(8, 3, 16, 16), torch.zeros(1, 8)
+        >>> tokens = sslfast.masking.embed_patches(images, ids, weight, patch_size=16, prefix=class_token)
+        >>> tokens.shape, tokens[0, 1, 0].item()
+        (torch.Size([1, 3, 8]), 768.0)
     """
     check_images(images)
     patch = patch_sides(patch_size, images.shape[2:])

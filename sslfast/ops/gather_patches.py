@@ -203,6 +203,11 @@ def gather_patches(
 
     Raises:
         TypeError, ValueError: an argument has another dtype, shape or device, or a value that is not allowed.
+
+    Example:
+        >>> images, ids = torch.arange(16.0).view(1, 1, 4, 4), torch.tensor([[1, 2]])
+        >>> sslfast.masking.gather_patches(images, ids, patch_size=2).tolist()
+        [[[2.0, 3.0, 6.0, 7.0], [8.0, 9.0, 12.0, 13.0]]]
     """
     check_images(images)
     patch = patch_sides(patch_size, images.shape[2:])
@@ -244,6 +249,12 @@ def scatter_patches(
 
     Raises:
         TypeError, ValueError: an argument has another dtype, shape or device, or a value that is not allowed.
+
+    Example:
+        >>> images = torch.arange(16.0).view(1, 1, 4, 4)
+        >>> rows = sslfast.masking.gather_patches(images, patch_size=2)
+        >>> torch.equal(sslfast.masking.scatter_patches(rows, size=(1, 4, 4), patch_size=2), images)
+        True
     """
     if not isinstance(patches, Tensor):
         raise TypeError(f"patches must be a torch.Tensor, got {type(patches).__name__}")

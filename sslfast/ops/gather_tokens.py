@@ -144,6 +144,11 @@ def gather_tokens(
 
     Raises:
         TypeError, ValueError: a tensor has a wrong type or shape; an id is out of range or repeated.
+
+    Example:
+        >>> x, ids = torch.arange(4.0).view(1, 4, 1), torch.tensor([[0, 3]])
+        >>> sslfast.masking.gather_tokens(x, ids, prefix=torch.tensor([[9.0]])).flatten().tolist()
+        [9.0, 0.0, 3.0]
     """
     if (x is None) == (token is None):
         raise ValueError("gather_tokens takes either x or token, got " + ("both" if x is not None else "neither"))

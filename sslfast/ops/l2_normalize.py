@@ -77,6 +77,10 @@ def l2_normalize(x: Tensor, eps: float = EPS) -> Tensor:
     Raises:
         TypeError, ValueError: ``x`` is not a two-dimensional floating-point tensor, is empty, or ``eps`` is not
             positive.
+
+    Example:
+        >>> [round(x, 4) for x in sslfast.l2_normalize(torch.tensor([[3.0, 4.0]]))[0].tolist()]
+        [0.6, 0.8]
     """
     check_matrix("x", x)
     if not eps > 0:

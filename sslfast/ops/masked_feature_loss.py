@@ -112,6 +112,12 @@ def masked_feature_loss(
 
     Source: Assran et al. 2023, "Self-Supervised Learning from Images with a Joint-Embedding Predictive Architecture",
     and the training loop of facebookresearch/ijepa; V-JEPA's L1 is ``beta=0``.
+
+    Example:
+        >>> pred, teacher = torch.zeros(2, 2, 8), torch.ones(2, 4, 8)
+        >>> ids = torch.tensor([[0, 2], [1, 3]])
+        >>> sslfast.masked_feature_loss(pred, teacher, ids, layer_norm=False).item()
+        0.5
     """
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))}, got {loss!r}")

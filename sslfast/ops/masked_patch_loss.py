@@ -221,6 +221,12 @@ def masked_patch_loss(
 
     Source: He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners", section 3, and ``forward_loss`` of
     facebookresearch/mae; Tong et al. 2022, "VideoMAE", and MCG-NJU/VideoMAE; Xie et al. 2022, "SimMIM".
+
+    Example:
+        >>> images, pred = torch.ones(2, 3, 32, 32), torch.zeros(2, 4, 768)
+        >>> masks = torch.tensor([[True, False, False, True], [False, True, True, False]])
+        >>> sslfast.masked_patch_loss(images, pred, masks, patch_size=16).item()
+        1.0
     """
     for name, value, allowed in (("loss", loss, LOSSES), ("target", target, TARGETS), ("order", order, ORDERS)):
         if value not in allowed:

@@ -140,6 +140,11 @@ def scatter_tokens(
 
     Raises:
         TypeError, ValueError: a tensor has a wrong type or shape; a row of ids_restore is no permutation.
+
+    Example:
+        >>> x, ids_restore = torch.tensor([[[1.0], [2.0]]]), torch.tensor([[0, 2, 3, 1]])
+        >>> sslfast.masking.scatter_tokens(x, ids_restore, torch.tensor([9.0])).flatten().tolist()
+        [1.0, 9.0, 9.0, 2.0]
     """
     check_tokens("x", x)
     check_index("ids_restore", ids_restore, x.device, 2)
@@ -175,6 +180,11 @@ def replace_tokens(
 
     Raises:
         TypeError, ValueError: a tensor has a wrong type or shape.
+
+    Example:
+        >>> x, mask = torch.zeros(1, 3, 1), torch.tensor([[False, True, False]])
+        >>> sslfast.masking.replace_tokens(x, mask, torch.tensor([9.0])).flatten().tolist()
+        [0.0, 9.0, 0.0]
     """
     check_tokens("x", x)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:

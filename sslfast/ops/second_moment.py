@@ -205,6 +205,11 @@ def second_moment(
         TypeError: dtypes are not floating point, or differ.
         ValueError: not matrices of one shape with a row and a column, on one device; ``cross`` without ``b``; ``scale``
             or ``form`` is none of the above; ``eps`` is not positive.
+
+    Example:
+        >>> moment = sslfast.second_moment(torch.ones(3, 2), center=False)
+        >>> moment.off_diagonal.tolist(), moment.diagonal.tolist()
+        ([18.0], [[3.0, 3.0]])
     """
     check_matrix("a", a)
     if b is not None:

@@ -128,6 +128,11 @@ def similarity_logsigmoid(
         ValueError: shapes, widths, devices or lengths do not fit; only one of row_ids and col_ids is given.
 
     Source: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", section 3.
+
+    Example:
+        >>> loss = sslfast.similarity_logsigmoid(torch.zeros(2, 8), torch.zeros(2, 8), 1.0)
+        >>> round(loss.item(), 4)  # 4 log 2
+        2.7726
     """
     check_keys(q, k)
     if (row_ids is None) != (col_ids is None):

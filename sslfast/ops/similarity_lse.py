@@ -9,7 +9,7 @@ is in ``docs/similarity_lse.md``; the operators are in ``_similarity_operators.p
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -32,6 +32,11 @@ class SimilarityTerms(NamedTuple):
 
     ``row_lse`` [M], ``col_lse`` [N], ``positive`` [M] (logit of each row's positive), ``hardest`` [M] (largest logit of
     a row among the columns that are neither excluded nor its positive; without gradient; −inf where there is none).
+
+    Example:
+        >>> terms = sslfast.similarity_terms(torch.eye(2), torch.eye(2), 2.0, positives=torch.arange(2))
+        >>> terms.positive.tolist(), terms.col_lse is None
+        ([2.0, 2.0], True)
     """
 
     row_lse: Tensor
@@ -100,6 +105,12 @@ def similarity_terms(
         hardest: also give the largest negative logit of each row.
         The others are those of :func:`similarity_lse`, and so are the errors; a positive outside ``k`` is a ValueError
         on a CPU (on a GPU it is not read, and counts as none).
+
+    Example:
+        >>> ids = torch.arange(4)  # InfoNCE of rows and columns, from one pass
+        >>> terms = sslfast.similarity_terms(torch.eye(4), torch.eye(4), 2.0, positives=ids, columns=True)
+        >>> round((terms.row_lse + terms.col_lse - 2 * terms.positive).mean().item() / 2, 4)
+        0.3408
     """
     check_keys(q, k)
     if (row_ids is None) != (col_ids is None):
@@ -171,6 +182,45 @@ def _by_kernel(
     return row, col, positive, largest
 
 
+@overload
+def similarity_lse(
+    q: Tensor,
+    k: Tensor,
+    scale: float | Tensor,
+    *,
+    bias: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    columns: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def similarity_lse(
+    q: Tensor,
+    k: Tensor,
+    scale: float | Tensor,
+    *,
+    bias: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    columns: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def similarity_lse(
+    q: Tensor,
+    k: Tensor,
+    scale: float | Tensor,
+    *,
+    bias: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    columns: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def similarity_lse(
     q: Tensor,
     k: Tensor,
@@ -209,6 +259,11 @@ def similarity_lse(
 
     Source: the online maximum is that of Milakov & Gimelshein 2018, "Online normalizer calculation for softmax"; the
     tiling that of Dao et al. 2022, "FlashAttention".
+
+    Example:
+        >>> row_lse = sslfast.similarity_lse(torch.zeros(2, 8), torch.zeros(5, 8), 1.0)
+        >>> [round(x, 4) for x in row_lse.tolist()]  # log 5
+        [1.6094, 1.6094]
     """
     terms = similarity_terms(q, k, scale, bias=bias, row_ids=row_ids, col_ids=col_ids, columns=columns)
     if terms.col_lse is not None:

@@ -9,11 +9,22 @@ from torch import Tensor
 
 
 class SecondMoment(NamedTuple):
-    """What a second-moment matrix M (one for each of R pairs of batches) says."""
+    """What a second-moment matrix M (one for each of R pairs of batches) says.
 
-    off_diagonal: Tensor  # [R]: Σ_{i≠j} M_ij²
-    diagonal: Tensor  # [R, D]: M_ii
-    distance: Tensor  # []: ‖a − b‖²_F, or 0
+    Attributes:
+        off_diagonal: [R], Σ_{i≠j} M_ij².
+        diagonal: [R, D], M_ii.
+        distance: [], ‖a − b‖²_F, or 0.
+
+    Example:
+        >>> moment = sslfast.second_moment(torch.eye(2), torch.zeros(2, 2), center=False)
+        >>> moment.diagonal.tolist(), moment.distance.item()
+        ([[1.0, 1.0], [0.0, 0.0]], 2.0)
+    """
+
+    off_diagonal: Tensor
+    diagonal: Tensor
+    distance: Tensor
 
 
 def prepared(x: Tensor, center: bool, scale: str, eps: float) -> Tensor:

@@ -34,12 +34,24 @@ FAR = 1e6  # where the table's padding lies
 
 
 class Colorized(NamedTuple):
-    """What to predict colours from, the colours, and the colours as classes."""
+    """What to predict colours from, the colours, and the colours as classes.
 
-    lightness: Tensor  # [B, 1, H, W] float32: (L − 50)/100
-    ab: Tensor  # [B, 2, h, w] float32, CIE Lab's a and b
-    bins: Tensor  # [B, K, h, w] int64: the K nearest colours, nearest first
-    weights: Tensor  # [B, K, h, w] float32: how much each of them is the target; sums to 1 over K
+    Attributes:
+        lightness: [B, 1, H, W] float32: (L − 50)/100.
+        ab: [B, 2, h, w] float32, CIE Lab's a and b.
+        bins: [B, K, h, w] int64: the K nearest colours, nearest first.
+        weights: [B, K, h, w] float32: how much each of them is the target; sums to 1 over K.
+
+    Example:
+        >>> found = sslfast.augment.pretext.colorization(torch.rand(2, 3, 32, 32), neighbours=5)
+        >>> found.weights.shape
+        torch.Size([2, 5, 32, 32])
+    """
+
+    lightness: Tensor
+    ab: Tensor
+    bins: Tensor
+    weights: Tensor
 
 
 def _linear(channels: Tensor, matrix: list[list[float]]) -> Tensor:
@@ -59,6 +71,11 @@ def rgb_to_lab(images: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: naming the argument.
+
+    Example:
+        >>> lightness, a, b = sslfast.augment.pretext.rgb_to_lab(torch.ones(1, 3, 1, 1)).flatten().tolist()
+        >>> round(lightness, 2)
+        100.0
     """
     check_images(images, (3,))
     rgb = unit_scale(images)
@@ -77,6 +94,12 @@ def lab_to_rgb(lab: Tensor) -> Tensor:
 
     Returns:
         [B, 3, H, W], ``lab``'s dtype.
+
+    Example:
+        >>> images = torch.rand(1, 3, 8, 8)
+        >>> lab = sslfast.augment.pretext.rgb_to_lab(images)
+        >>> torch.allclose(sslfast.augment.pretext.lab_to_rgb(lab), images, atol=1e-4)
+        True
     """
     check_images(lab, (3,))
     lightness, a, b = unit_scale(lab).unbind(1)
@@ -95,7 +118,12 @@ def _bins(device: torch.device) -> Tensor:
 
 
 def color_bins(device: torch.device | str = "cpu") -> Tensor:
-    """[313, 2] float32: a and b of the classes of colour, in the order of the released list (by a, then by b)."""
+    """[313, 2] float32: a and b of the classes of colour, in the order of the released list (by a, then by b).
+
+    Example:
+        >>> sslfast.augment.pretext.color_bins().shape
+        torch.Size([313, 2])
+    """
     return _bins(torch.device(device)).clone()
 
 
@@ -137,6 +165,11 @@ class Colorization:
         ValueError: naming the argument.
 
     Source: Zhang et al. 2016, "Colorful Image Colorization".
+
+    Example:
+        >>> found = sslfast.augment.pretext.Colorization(stride=4)(torch.rand(2, 3, 32, 32))
+        >>> found.ab.shape
+        torch.Size([2, 2, 8, 8])
     """
 
     stride: int = 1
@@ -194,12 +227,24 @@ class Colorization:
 
 
 def colorization(images: Tensor, *, stride: int = 1, neighbours: int = 5, sigma: float = 5.0) -> Colorized:
-    """Lightness and colours of a batch [B, 3, H, W]: :class:`Colorization`, which says the rest."""
+    """Lightness and colours of a batch [B, 3, H, W]: :class:`Colorization`, which says the rest.
+
+    Example:
+        >>> found = sslfast.augment.pretext.colorization(torch.rand(2, 3, 32, 32), stride=4)
+        >>> found.lightness.shape, found.bins.shape
+        (torch.Size([2, 1, 32, 32]), torch.Size([2, 5, 8, 8]))
+    """
     return Colorization(stride, neighbours, sigma)(images)
 
 
 def dense_colors(bins: Tensor, weights: Tensor) -> Tensor:
-    """The soft target in full: [B, K, h, w] classes and weights → [B, 313, h, w]."""
+    """The soft target in full: [B, K, h, w] classes and weights → [B, 313, h, w].
+
+    Example:
+        >>> found = sslfast.augment.pretext.colorization(torch.rand(2, 3, 8, 8))
+        >>> sslfast.augment.pretext.dense_colors(found.bins, found.weights).shape
+        torch.Size([2, 313, 8, 8])
+    """
     count, _, height, width = bins.shape
     return weights.new_zeros((count, len(_bins(bins.device)), height, width)).scatter_(1, bins, weights)
 
@@ -216,6 +261,10 @@ def decode_colors(logits: Tensor, temperature: float = 0.38) -> Tensor:
 
     Raises:
         TypeError, ValueError: naming the argument.
+
+    Example:
+        >>> sslfast.augment.pretext.decode_colors(torch.zeros(2, 313, 8, 8)).shape
+        torch.Size([2, 2, 8, 8])
     """
     check_images(logits, (313,))
     if not 0 < temperature <= 1:
@@ -241,6 +290,11 @@ def rebalancing_weights(histogram: Tensor, *, lam: float = 0.5, sigma: float = 5
 
     Raises:
         ValueError: naming the argument.
+
+    Example:
+        >>> weights = sslfast.augment.pretext.rebalancing_weights(torch.ones(313), sigma=0.0)
+        >>> round(weights.min().item(), 4), round(weights.max().item(), 4)  # all alike
+        (1.0, 1.0)
     """
     bins = _bins(histogram.device).double()
     if histogram.shape != (len(bins),):

@@ -31,12 +31,24 @@ COARSE = 0.13  # the region's noise has a value every so many shorter sides: 1/0
 
 
 class Inpainted(NamedTuple):
-    """Images with a hole, the hole, and what was there."""
+    """Images with a hole, the hole, and what was there.
 
-    images: Tensor  # [B, C, H, W] as the images were, the hole filled
-    mask: Tensor  # [B, 1, H, W] bool, true in the hole
-    target: Tensor  # [B, C, H, W]: the images
-    weight: Tensor  # [B, 1, H, W] float32 of the reconstruction: 1 in the hole, more in the band around it, 0 elsewhere
+    Attributes:
+        images: [B, C, H, W] as the images were, the hole filled.
+        mask: [B, 1, H, W] bool, true in the hole.
+        target: [B, C, H, W], the images.
+        weight: [B, 1, H, W] float32 of the reconstruction: 1 in the hole, more in the band around it, 0 elsewhere.
+
+    Example:
+        >>> found = sslfast.augment.pretext.inpainting(torch.rand(2, 3, 32, 32), [0, 1])
+        >>> found.target.shape
+        torch.Size([2, 3, 32, 32])
+    """
+
+    images: Tensor
+    mask: Tensor
+    target: Tensor
+    weight: Tensor
 
 
 def _centre(count: int, height: int, width: int, share: float, device: torch.device) -> Tensor:
@@ -133,6 +145,11 @@ class Inpainting:
         ValueError: naming the argument.
 
     Source: Pathak et al. 2016, "Context Encoders: Feature Learning by Inpainting".
+
+    Example:
+        >>> found = sslfast.augment.pretext.Inpainting(hole="region")(torch.rand(2, 3, 32, 32), [0, 1])
+        >>> found.mask.float().mean().item()
+        0.25
     """
 
     hole: str = "centre"
@@ -207,5 +224,11 @@ class Inpainting:
 
 
 def inpainting(images: Tensor, ids: Ids = None, *, seed: int = 0, epoch: int = 0, **options: Any) -> Inpainted:
-    """Holes in a batch [B, C, H, W]; ``options`` are the arguments of :class:`Inpainting`, which says the rest."""
+    """Holes in a batch [B, C, H, W]; ``options`` are the arguments of :class:`Inpainting`, which says the rest.
+
+    Example:
+        >>> found = sslfast.augment.pretext.inpainting(torch.rand(2, 3, 32, 32), [0, 1])
+        >>> found.images.shape, found.mask.float().mean().item()
+        (torch.Size([2, 3, 32, 32]), 0.25)
+    """
     return Inpainting(seed=seed, **options)(images, ids, epoch=epoch)

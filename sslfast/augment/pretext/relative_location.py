@@ -27,11 +27,23 @@ DRAWS = 13  # label; centre down, across; 2 × jitter down, across; 2 × coin, s
 
 
 class PatchPair(NamedTuple):
-    """Two patches of each image and where the second lies as seen from the first."""
+    """Two patches of each image and where the second lies as seen from the first.
 
-    first: Tensor  # [B, C, patch, patch] float32
-    second: Tensor  # [B, C, patch, patch] float32
-    label: Tensor  # [B] int64: 0 1 2 above, 3 left, 4 right, 5 6 7 below
+    Attributes:
+        first: [B, C, patch, patch] float32.
+        second: [B, C, patch, patch] float32.
+        label: [B] int64: 0 1 2 above, 3 left, 4 right, 5 6 7 below.
+
+    Example:
+        >>> images = torch.rand(2, 3, 96, 96)
+        >>> pair = sslfast.augment.pretext.relative_location(images, [0, 1], patch=24, gap=12, jitter=2)
+        >>> pair.second.shape
+        torch.Size([2, 3, 24, 24])
+    """
+
+    first: Tensor
+    second: Tensor
+    label: Tensor
 
 
 def _taps(position: Tensor, scale: Tensor, size: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -80,6 +92,12 @@ class RelativeLocation:
         ValueError: naming the argument.
 
     Source: Doersch et al. 2015, "Unsupervised Visual Representation Learning by Context Prediction".
+
+    Example:
+        >>> task = sslfast.augment.pretext.RelativeLocation(patch=24, gap=12, jitter=2)
+        >>> first, second, label = task(torch.rand(2, 3, 96, 96), [0, 1])
+        >>> first.shape
+        torch.Size([2, 3, 24, 24])
     """
 
     patch: int = 96
@@ -177,5 +195,12 @@ class RelativeLocation:
 
 
 def relative_location(images: Tensor, ids: Ids = None, *, seed: int = 0, epoch: int = 0, **options: Any) -> PatchPair:
-    """Pairs of patches of a batch; ``options`` are the arguments of :class:`RelativeLocation`, which says the rest."""
+    """Pairs of patches of a batch; ``options`` are the arguments of :class:`RelativeLocation`, which says the rest.
+
+    Example:
+        >>> images = torch.rand(2, 3, 96, 96)
+        >>> pair = sslfast.augment.pretext.relative_location(images, [0, 1], patch=24, gap=12, jitter=2)
+        >>> pair.first.shape, pair.label.shape
+        (torch.Size([2, 3, 24, 24]), torch.Size([2]))
+    """
     return RelativeLocation(seed=seed, **options)(images, ids, epoch=epoch)

@@ -12,10 +12,20 @@ from ._draws import ROTATION, Ids, below, check_images, sample_ids, uniforms
 
 
 class Rotated(NamedTuple):
-    """Turned images and by how much."""
+    """Turned images and by how much.
 
-    images: Tensor  # [4·B or B, C, S, S], as the images were
-    labels: Tensor  # [4·B or B] int64: quarter turns counter-clockwise, 0 … 3
+    Attributes:
+        images: [4·B or B, C, S, S], as the images were.
+        labels: [4·B or B] int64: quarter turns counter-clockwise, 0 … 3.
+
+    Example:
+        >>> turned = sslfast.augment.pretext.rotation(torch.zeros(2, 3, 32, 32), [0, 1], all_four=False)
+        >>> turned.labels.shape
+        torch.Size([2])
+    """
+
+    images: Tensor
+    labels: Tensor
 
 
 def _all_four(images: Tensor) -> Tensor:
@@ -39,6 +49,11 @@ class Rotation:
     Args:
         all_four: all four turns of each image (default), or one drawn for each.
         seed: 64 bits. Default 0.
+
+    Example:
+        >>> images, labels = sslfast.augment.pretext.Rotation()(torch.zeros(2, 3, 32, 32))
+        >>> images.shape
+        torch.Size([8, 3, 32, 32])
     """
 
     all_four: bool = True
@@ -79,5 +94,10 @@ def rotation(images: Tensor, ids: Ids = None, *, all_four: bool = True, seed: in
         another shape.
 
     Source: Gidaris et al. 2018, "Unsupervised Representation Learning by Predicting Image Rotations".
+
+    Example:
+        >>> images, labels = sslfast.augment.pretext.rotation(torch.zeros(2, 3, 32, 32))
+        >>> images.shape, labels.tolist()
+        (torch.Size([8, 3, 32, 32]), [0, 0, 1, 1, 2, 2, 3, 3])
     """
     return Rotation(all_four, seed)(images, ids, epoch=epoch)
