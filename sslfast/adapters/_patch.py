@@ -104,7 +104,7 @@ def patch(package: str, *, allow_untested: bool = False) -> Patch:
     The methods of the package's own classes are replaced, not the classes: names, signatures, defaults, ``isinstance``,
     pickles and ``state_dict`` stay, and instances, subclasses and imported names from before are served too. Functions
     are replaced in every loaded module that holds them under a name. What sslfast does not serve exactly, the
-    package's own code computes, and a warning says so once. One line on stderr (of rank 0) says what was replaced.
+    package's own code computes, and a warning says so once. stderr (of rank 0) is told what was replaced and what not.
 
     Args:
         package: ``"lightly"``, ``"solo"``, ``"open_clip"``, ``"pytorch_metric_learning"``,
@@ -138,9 +138,8 @@ def patch(package: str, *, allow_untested: bool = False) -> Patch:
     try:
         contents: Package = importlib.import_module(f"sslfast.adapters.{package}").contents()
     except (ImportError, AttributeError) as error:  # the latter: a version without something that is replaced
-        raise ImportError(
-            f"sslfast.patch: {package} {version} is not importable, or not what the adapter knows: {error}"
-        ) from error
+        what = f"{package} {version}".rstrip()
+        raise ImportError(f"sslfast.patch: {what} is not importable, or not what the adapter knows: {error}") from error
     done = Patch(package, version, contents)
     done._apply()
     _active[package] = done
