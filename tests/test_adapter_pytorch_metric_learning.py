@@ -124,6 +124,12 @@ def test_cross_batch_memory(losses, kind, masked):
     assert fast == own == truth and fast[-1][1]
 
 
+def test_what_is_replaced(pml):
+    """By name: where a class is not replaced, comparing it with itself finds nothing."""
+    with sslfast.patch(PML) as patched:
+        assert patched.replaced == ("CrossBatchMemory", "NTXentLoss", "SupConLoss", "VICRegLoss")
+
+
 def test_left_to_the_package(pml, losses):
     z, labels = torch.randn(12, 6, dtype=torch.float64), torch.arange(12) % 4
     kinds, reducers, regularizer = pml.distances, pml.reducers, peer(f"{PML}.regularizers").LpRegularizer()
