@@ -1,0 +1,31 @@
+"""Small calls of every CUDA operator, forward and backward: one list for all that runs the kernels.
+
+The emulator runs it without a GPU (``tests/test_cuda_emulated.py``). On one, and under compute-sanitizer, it needs no
+pytest (``python -m cuda_cases --help``):
+
+    export PYTHONPATH=tests
+    python -m cuda_cases
+    compute-sanitizer --tool racecheck python -m cuda_cases --only masked_rows
+
+Inputs are drawn on the CPU by each case's own seed, so they are the same on every device; memory that an operator
+allocates comes filled with NaN or the largest whole number, so that what a kernel leaves unwritten is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .case import Case, difference, same_bits
+from .images import losses, patches, views
+from .masks import lists, masks, words
+from .rows import gathered_tokens, normalized_rows, scattered_tokens
+
+__all__ = ["Case", "cases", "difference", "same_bits"]
+
+
+def cases() -> Iterator[Case]:
+    for family in (
+        *(normalized_rows, gathered_tokens, scattered_tokens, masks, lists, words),
+        *(patches, losses, views),
+    ):
+        yield from family()
