@@ -1,0 +1,250 @@
+"""Which kernels ``test_triton_aot.py`` compiles, and how: a kernel is one entry of KERNELS."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+ARCHITECTURES = (80, 86, 90, 100)
+
+
+class Case(NamedTuple):
+    """One kernel compiled once."""
+
+    kernel: str  # its key in KERNELS
+    launch: str
+    architecture: int
+    dtype: str  # of the inputs
+    features: int
+    precision: str  # input_precision of tl.dot, which 16-bit inputs ignore
+
+    def __str__(self) -> str:
+        return "-".join(map(str, self))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Numbers of features to compile a kernel for, by dtype.
+
+    ``quick``: of its first launch, on Hopper in every run; ``first``, ``others``: of its first launch and of its other
+    ones on every architecture. Where the kernel does not know D when it is compiled, the table of its tiles has rows
+    for small results and for large ones, and the numbers are 0 and 1.
+    """
+
+    quick: dict[str, tuple[int, ...]]
+    first: dict[str, tuple[int, ...]]
+    others: dict[str, tuple[int, ...]]
+    knows_features: bool = True
+
+
+# Both halves of the tables (NARROW in kernels/_nt_xent_configs.py), whole and with a masked tail.
+NT_XENT = Sweep(
+    quick={"bf16": (128, 304)},
+    first={"bf16": (8, 64, 104, 128, 304), "fp16": (128, 304), "fp32": (32, 56, 304)},
+    others={},
+)
+SIMILARITY = Sweep(
+    quick={"bf16": (128, 304)},
+    first={"bf16": (64, 128, 304), "fp16": (128, 304), "fp32": (32, 304)},
+    others={"bf16": (128, 304), "fp32": (32, 304)},
+)
+SECOND_MOMENT = Sweep(
+    quick={"bf16": (0, 1)},
+    first={"bf16": (0, 1), "fp16": (0, 1), "fp32": (0, 1)},
+    others={"bf16": (0, 1), "fp32": (0, 1)},
+    knows_features=False,
+)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How a kernel is launched.
+
+    Attributes:
+        module: where it is in ``sslfast.kernels``.
+        launches: each by the arguments that are None in it, and constants. The first has most of everything, and
+            presses hardest on the registers.
+        table: ``module.NAME`` of the table of its tiles; "" for a kernel without products.
+        sweep: numbers of features, of a kernel with products.
+        constants: compile-time arguments of a kernel without products.
+        num_warps: of a kernel without products.
+        exact: it is launched with ``EXACT`` of ``sslfast.kernels._tiles``.
+        explicit_fma: multiply-adds are in it nevertheless: log2 is a polynomial of them.
+    """
+
+    module: str
+    launches: dict[str, str] = field(default_factory=lambda: {"": ""})
+    table: str = ""
+    sweep: Sweep | None = None
+    constants: dict[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    exact: bool = True
+    explicit_fma: bool = False
+
+
+# What follows a "/" tells kernels apart that are one function by two tables. Kernels that subtract no maximum are not
+# exact: a fused multiply-add does no harm in the pairwise sigmoid loss and in second moments.
+KERNELS = {
+    "nt_xent_forward": Kernel("nt_xent", table="_nt_xent_configs.FORWARD", sweep=NT_XENT),
+    "nt_xent_backward": Kernel("nt_xent", table="_nt_xent_configs.BACKWARD", sweep=NT_XENT),
+    "nt_xent_merge": Kernel("nt_xent", constants={"BLOCK": 128, "ROWS": 32, "PARTS": 64}, explicit_fma=True),
+    "nt_xent_stats": Kernel("nt_xent", constants={"BLOCK": 64}, num_warps=1),
+    "similarity_forward": Kernel(
+        "similarity_lse",
+        launches={
+            "all": "",
+            "columns": "Bias RowIds ColIds ColRanges Hardest",
+            "rows": "Bias RowIds ColIds ColRanges ColPartial Hardest",
+        },
+        table="_similarity_lse_configs.FORWARD",
+        sweep=SIMILARITY,
+    ),
+    "similarity_backward": Kernel(
+        "similarity_lse_backward",
+        launches={
+            "dq": "ABias BPositives Sums",
+            "dk": "BBias APositives",
+            "rows": "BWeights ABias BBias AIds BIds BPositives BRanges Sums",
+        },
+        table="_similarity_lse_configs.OWNER",
+        sweep=SIMILARITY,
+    ),
+    "similarity_weights": Kernel("similarity_lse_backward", constants={"BLOCK": 256}),
+    "similarity_attend": Kernel(
+        "similarity_lse_attend",
+        launches={"all": "", "rows": "Bias RowIds ColIds ColRanges"},
+        table="_similarity_lse_configs.OWNER",
+        sweep=SIMILARITY,
+    ),
+    "similarity_attend_merge": Kernel("similarity_lse_attend", constants={"D": 128, "PARTS": 16, "BLOCK_D": 128}),
+    "similarity_logsigmoid": Kernel(
+        "similarity_logsigmoid",
+        launches={"all": "", "loss": "DA Dots", "gradient": "Loss Sums"},
+        table="_similarity_lse_configs.OWNER",
+        sweep=SIMILARITY,
+        exact=False,
+    ),
+    "second_moment_gram": Kernel(
+        "second_moment",
+        launches={
+            "dual": "B Partial DUAL=1",
+            "self": "B Partial DUAL=0",
+            "cross": "Partial DUAL=0",
+            "split": "B Moments DUAL=1",
+        },
+        table="_second_moment_configs.GRAM",
+        sweep=SECOND_MOMENT,
+        exact=False,
+    ),
+    "second_moment_gram/pair": Kernel(
+        "second_moment",
+        launches={"all": "Partial DUAL=1", "split": "Moments DUAL=1"},
+        table="_second_moment_configs.PAIR",
+        sweep=SECOND_MOMENT,
+        exact=False,
+    ),
+    "second_moment_product": Kernel(
+        "second_moment_backward",
+        launches={"all": "", "primal": "Y YMean YFactor RowTerm"},
+        table="_second_moment_configs.PRODUCT",
+        sweep=SECOND_MOMENT,
+        exact=False,
+    ),
+    "second_moment_statistics": Kernel(
+        "second_moment_statistics",
+        constants={"CROSS": True, "CENTER": True, "ROWS": 32, "COLS": 64, "UPCAST": False},
+        exact=False,
+    ),
+    "second_moment_merge": Kernel(
+        "second_moment_statistics",
+        constants={"CROSS": True, "CENTER": True, "SCALE": 1, "COLS": 64, "UPCAST": False},
+        num_warps=1,
+        exact=False,
+    ),
+    "second_moment_standardize": Kernel(
+        "second_moment_statistics",
+        constants={"CROSS": True, "ROWS": 32, "COLS": 64, "UPCAST": False},
+        exact=False,
+    ),
+    "second_moment_combine": Kernel(
+        "second_moment", constants={"DUAL": True, "SYMMETRIC": True, "PAIR": True, "BLOCK": 32}, exact=False
+    ),
+    "second_moment_input_gradient": Kernel(
+        "second_moment_backward",
+        constants={"CENTER": True, "SCALE": 2, "ROWS": 32, "COLS": 64, "UPCAST": False},
+        exact=False,
+    ),
+    "merge": Kernel("_tiles", constants={"ROWS": 32, "PARTS": 64}, explicit_fma=True),
+    "block_ranges": Kernel("_tiles", constants={"BLOCK": 64}, num_warps=1),
+}
+WITH_PRODUCTS = {name: kernel for name, kernel in KERNELS.items() if kernel.table}
+# Arguments by name. Sizes that are kept from being specialised, and these, are integers; all that is not named here is
+# a pointer to float32, or to int64 by the end of its name.
+INTEGERS = {"D", "N"}
+FLOATS = {"eps"}
+DATA = {"Z", "Q", "K", "A", "B", "X", "Y", "Left", "Right", "Hat", "Other", "DX"}  # of the inputs' type
+INT32 = {"InRange"}
+
+
+def argument_type(function: Any, name: str, dtype: str) -> str:
+    """What a launch of the ``@triton.jit`` function passes."""
+    if name in FLOATS:
+        return "fp32"
+    if name in INTEGERS or name in function.do_not_specialize:
+        return "i32"
+    if name in DATA:
+        return f"*{dtype}"
+    if name in INT32:
+        return "*i32"
+    return "*i64" if name.endswith(("Ids", "Positives", "Ranges")) else "*fp32"
+
+
+def table_of(kernel: str) -> dict[tuple[int, int, bool], Any]:
+    """The table of its tiles."""
+    module, _, table = KERNELS[kernel].table.partition(".")
+    return getattr(importlib.import_module(f"sslfast.kernels.{module}"), table)
+
+
+def row_of(case: Case) -> tuple[int, int, bool]:
+    """The row of its kernel's table that a case reaches."""
+    from sslfast.kernels._nt_xent_configs import NARROW
+
+    size = 4 if case.dtype == "fp32" else 2
+    threshold = NARROW[size] if KERNELS[case.kernel].sweep.knows_features else 0
+    return case.architecture, size, case.features > threshold
+
+
+def _products(kernel: str, launches: list[str], sizes: dict[str, tuple[int, ...]], architecture: int) -> list[Case]:
+    return [
+        Case(kernel, launch, architecture, dtype, features, precision)
+        for launch in launches
+        for dtype, all_features in sizes.items()
+        for features in all_features
+        for precision in (("tf32x3", "tf32") if dtype == "fp32" else ("tf32",))
+    ]
+
+
+def quick() -> list[Case]:
+    """In every run: the first launches on Hopper, by a narrow and a wide row."""
+    cases = []
+    for name, kernel in KERNELS.items():
+        first = list(kernel.launches)[:1]
+        cases += _products(name, first, kernel.sweep.quick, 90) if kernel.sweep else [Case(name, "", 90, "fp32", 0, "")]
+    return cases
+
+
+def full(architecture: int) -> list[Case]:
+    cases = []
+    for name, kernel in KERNELS.items():
+        if kernel.sweep is None:
+            cases.append(Case(name, "", architecture, "fp32", 0, ""))
+            continue
+        first, *others = kernel.launches
+        cases += _products(name, [first], kernel.sweep.first, architecture)
+        cases += _products(name, others, kernel.sweep.others, architecture)
+    return cases
+
+
+QUICK = quick()
+FULL = [case for architecture in ARCHITECTURES for case in full(architecture)]
