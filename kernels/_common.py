@@ -50,9 +50,11 @@ def architecture(z: Tensor) -> int:
 def dot_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of ``tl.dot``: float32 products keep float32 accuracy unless the user allowed TF32.
 
-    16-bit inputs ignore it.
+    ``fp32_precision`` is what PyTorch's own products go by, whichever of its interfaces was used last; the older one
+    (``get_float32_matmul_precision``, ``allow_tf32``) raises where the newer one has been written. 16-bit inputs ignore
+    the result.
     """
-    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     return "tf32x3" if exact else "tf32"
 
 
