@@ -1,11 +1,14 @@
-"""Argument checks shared by the public functions: one place, one wording."""
+"""Argument checks shared by the public functions, and what may be asked of a tensor: one place, one wording."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -13,6 +16,21 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def accumulator(x: Tensor) -> torch.dtype:
     """The dtype that sums over ``x`` are kept in: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def readable(x: Tensor) -> bool:
+    """Looking at values waits for no device, does not end a graph, and finds some: a fake tensor has none."""
+    return x.is_cpu and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
+
+
+def autocasts(x: Tensor) -> bool:
+    """An autocast region of ``x``'s device is on; the meta device, which PyTorch does not let one ask, has none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """A region in which ``x``'s device does not autocast."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def check_matrix(name: str, x: Tensor) -> None:
@@ -51,7 +69,7 @@ def check_temperature(temperature: float | Tensor, device: torch.device) -> None
             )
         if temperature.device != device:
             raise ValueError(f"temperature must be on the inputs' device {device}, got {temperature.device}")
-        if device.type != "cpu" or torch.compiler.is_compiling():
+        if not readable(temperature):
             return
         value = float(temperature.detach())
     elif isinstance(temperature, (int, float)) and not isinstance(temperature, bool):

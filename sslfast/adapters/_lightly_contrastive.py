@@ -13,7 +13,7 @@ from lightly.models.modules.memory_bank import MemoryBankModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._checks import FLOATS
+from .._checks import FLOATS, readable
 from ..losses.dcl import dcl
 from ..losses.hypersphere import hypersphere
 from ..losses.moco import moco
@@ -58,7 +58,7 @@ def _unserved_temperature(temperature: object, like: Tensor) -> Unserved | None:
     if isinstance(temperature, Tensor):
         if temperature.dim() or temperature.dtype not in FLOATS or temperature.device != like.device:
             return Unserved("a temperature tensor that has dimensions, is elsewhere or is not floating point")
-        if like.device.type != "cpu" or torch.compiler.is_compiling():
+        if not readable(temperature):
             return None
         temperature = float(temperature.detach())
     if not is_number(temperature) or not 1e-8 <= abs(temperature) <= 1e8:  # type: ignore[arg-type]

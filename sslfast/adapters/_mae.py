@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import FLOATS
+from .._checks import FLOATS, readable
 from ..masking.dropin import by_noise
 from ..masking.patches import embed_patches
 from ..masking.tokens import gather_tokens, scatter_tokens
-from ..ops._tokens import readable
 from ..ops.masked_patch_loss import masked_patch_loss
 from ._serve import Unserved, unserved_tensors
 

@@ -16,6 +16,7 @@ import solo.losses
 import torch
 from torch import Tensor
 
+from .._checks import readable
 from ..losses.barlow_twins import barlow_twins
 from ..losses.group_nt_xent import group_members, group_nt_xent
 from ..losses.info_nce import info_nce
@@ -23,7 +24,6 @@ from ..losses.moco import moco
 from ..losses.nt_xent import nt_xent
 from ..losses.vibcreg import vibcreg
 from ..losses.vicreg import vicreg
-from ..ops._tokens import readable
 from ._mae import patch_loss
 from ._serve import Package, Unserved, served, unserved_matrices, unserved_tensors
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import accumulator, check_integers, check_keys
+from .._checks import accumulator, check_integers, check_keys, readable
 from ..ops.similarity_logsigmoid import similarity_logsigmoid
 from ..ops.similarity_lse import SimilarityTerms, similarity_terms
 from ..reference.second_moment import SecondMoment
@@ -143,7 +143,7 @@ class GatherScope(Scope):
             "whether q or scale needs a gradient": learns(q) or _learns(scale),
         }
         sizes = sizes_of(self.ranks, "similarity_terms", k, traits, check)
-        if positives is not None and positives.device.type == "cpu":
+        if positives is not None and readable(positives):
             low, high = (int(x) for x in torch.aminmax(positives))
             if low < -1 or high >= sum(sizes):
                 raise ValueError(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import accumulator, check_matrix, check_same
+from .._checks import accumulator, check_matrix, check_same, without_autocast
 from ..ops.second_moment import FORMS, SCALES, dual_is_cheaper
 from ..reference.second_moment import SecondMoment
 from .agreement import named, sizes_of
@@ -44,7 +44,7 @@ def second_moment(ranks: Ranks, a: Tensor, b: Tensor | None, options: Options) -
         RuntimeError: the inputs of another rank were refused there.
     """
     sizes = _agreed(ranks, a, b, options)
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a):
         rows = torch.stack([a] if b is None else [a, b])  # [V, n, D]
         x = rows.to(accumulator(a))
         z, columns = _standardised(x, sizes, ranks, options)
@@ -185,7 +185,7 @@ class _Primal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         z, moments = ctx.saved_tensors
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z):
             if torch.is_grad_enabled():
                 return _differentiable_gradient(grad, z, ctx.ranks, ctx.cross), None, None
             grad = ctx.ranks.all_reduce(grad)
@@ -227,7 +227,7 @@ class _Dual(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, every, grams, diagonal = ctx.saved_tensors
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z):
             if torch.is_grad_enabled():
                 return (_differentiable_gradient(grad, z, ctx.ranks, ctx.cross), *(None,) * 6)
             grad = ctx.ranks.all_reduce(grad).view(-1, 1, 1)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_integers, check_keys, check_matrix
+from .._checks import check_integers, check_keys, check_matrix, readable
 from ..ops.l2_normalize import l2_normalize
 from ._inputs import check_fits, in_one_dtype
 
@@ -66,7 +66,7 @@ def _checked_positives(positives: Tensor, q: Tensor, k: Tensor) -> Tensor:
             f"positives must have shape ({q.shape[0]},) or ({q.shape[0]}, P), got {tuple(positives.shape)}"
         )
     check_integers("positives", positives.flatten(), positives.numel(), q.device)
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(positives):
         low, high = (int(x) for x in torch.aminmax(positives))
         if low < -1 or high >= k.shape[0]:
             raise ValueError(f"positives must be rows of k, 0 to {k.shape[0] - 1}, or -1 for none; got {low} to {high}")
@@ -104,5 +104,4 @@ def check_options(
 
 def _some_missing(positives: Tensor) -> bool:
     """Whether a positive is −1, where reading it costs nothing."""
-    readable = positives.device.type == "cpu" and not torch.compiler.is_compiling()
-    return readable and bool((positives < 0).any())
+    return readable(positives) and bool((positives < 0).any())

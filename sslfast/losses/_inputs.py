@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._checks import accumulator, check_matrix, check_same, check_temperature, scalar_tensor
+from .._checks import (
+    accumulator,
+    autocasts,
+    check_matrix,
+    check_same,
+    check_temperature,
+    scalar_tensor,
+    without_autocast,
+)
 from ..distributed.scope import check_strategy
 from ..ops.l2_normalize import l2_normalize
 
@@ -36,7 +44,7 @@ def check_fits(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
 def in_one_dtype(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors as they are; inside an autocast region, which mixes them, in the widest of their dtypes."""
     present = [t for t in tensors if isinstance(t, Tensor)]
-    if not present or not torch.is_autocast_enabled(present[0].device.type):
+    if not present or not autocasts(present[0]):
         return tensors
     widest = present[0].dtype
     for t in present:
@@ -57,7 +65,7 @@ def two_views(name0: str, z0: Tensor, name1: str, z1: Tensor, normalize: bool) -
 def row_dots(a: Tensor, b: Tensor) -> Tensor:
     """``a_i·b_ip`` of ``a`` [M, D] and ``b`` [M, P, D], as [M, P] in the accumulator's dtype."""
     kind = accumulator(a)
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a):
         return torch.bmm(b.to(kind), a.to(kind).unsqueeze(2)).squeeze(2)
 
 

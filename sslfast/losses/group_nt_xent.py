@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import accumulator, check_integers, check_matrix
+from .._checks import accumulator, check_integers, check_matrix, without_autocast
 from ..distributed.scope import Scope, scope_of
 from ..ops.l2_normalize import l2_normalize
 from ._inputs import inverse
@@ -82,7 +82,7 @@ def group_members(groups: Tensor) -> dict[int, Tensor]:
 
 def _log_positives(scope: Scope, z: Tensor, scale: Tensor, members: dict[int, Tensor]) -> Tensor:
     """[rows of all ranks], log-sum-exp of each row's positives."""
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z):
         rows = scope.gather(z).to(accumulator(z))
         found = rows.new_full((len(rows),), float("-inf"))
         for size, group in members.items():

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .._checks import accumulator, check_matrix
+from .._checks import accumulator, check_matrix, readable
 from ..distributed.scope import Scope, scope_of
 from ..ops.l2_normalize import l2_normalize
 from ._inputs import check_gather, two_views
@@ -104,7 +104,7 @@ def _are_unit(scope: Scope, squares: Tensor) -> bool:
 
     That is on a GPU, which would be waited for, in a graph, and over ranks, where all would have to choose alike.
     """
-    looks = type(scope) is Scope and squares.is_cpu and not torch.compiler.is_compiling()
+    looks = type(scope) is Scope and readable(squares)
     return looks and bool((squares.detach() > 0.99).all())  # 16-bit rows are of norm 1 within 2⁻⁸
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._checks import FLOATS
+from .._checks import FLOATS, autocasts, readable
 from ..ops.similarity_lse import similarity_terms
 from ._inputs import check_fits
 
@@ -79,9 +79,8 @@ def _checked(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None
         raise ValueError(f"hidden must be [B, S, D] or [S, D], and not empty, got shape {tuple(hidden.shape)}")
     if weight.dim() != 2 or weight.shape[0] == 0:
         raise ValueError(f"weight must be [V, D], V at least 1, got shape {tuple(weight.shape)}")
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and torch.float64 not in (hidden.dtype, weight.dtype):
-        narrow = torch.get_autocast_dtype(kind)
+    if autocasts(hidden) and torch.float64 not in (hidden.dtype, weight.dtype):
+        narrow = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(narrow), weight.to(narrow)
     check_fits("weight", weight, "hidden", hidden)
     if labels.dtype not in (torch.int64, torch.int32):
@@ -101,7 +100,7 @@ def _capacity(labels: Tensor, classes: int, ignore_index: int, capacity: int | N
     if capacity is not None and capacity < 1:
         raise ValueError(f"capacity must be at least 1, got {capacity}")
     count = (labels != ignore_index).sum()
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+    if not readable(labels):
         return (labels.numel() if capacity is None else capacity), count
     known = int(count)
     if known:

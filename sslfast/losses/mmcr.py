@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import FLOATS, accumulator, check_same
+from .._checks import FLOATS, accumulator, check_same, without_autocast
 from ..distributed.scope import scope_of
 from ._inputs import check_gather, in_one_dtype
 
@@ -118,7 +118,7 @@ def mmcr(online: Tensor, momentum: Tensor, lmda: float = 5e-3, *, gather_distrib
     check_same("online", first, "momentum", second)
     scope = scope_of(gather_distributed)
     shard = scope.shard(first.flatten(1))
-    with torch.autocast(first.device.type, enabled=False):
+    with without_autocast(first):
         z = torch.cat([first, second], dim=1).double()  # [B, 2k, D]
         views, d = z.shape[1:]
         spread_of_views = _root_trace(z @ z.mT if views <= d else z.mT @ z)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _library
-from .._checks import accumulator
+from .._checks import accumulator, without_autocast
 from ..ops.similarity_lse import similarity_terms
 from ._classes import LabelledRows, Matches, labelled_rows
 from ._inputs import inverse, softplus
@@ -157,7 +157,7 @@ class _Pairs(torch.autograd.Function):
         dq, dk = torch.zeros_like(q) if need_q else None, torch.zeros_like(k) if need_k else None
         dlse = torch.zeros_like(negatives) if need_lse else None
         total = scaled.new_zeros(())
-        with torch.autocast(scaled.device.type, enabled=False):
+        with without_autocast(scaled):
             for start, end, left, right in blocks.edges:
                 is_pair = blocks.is_pair(start, end, left, right)
                 above = negatives[start:end, None] - q[start:end] @ k[left:right].T

@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from .._checks import FLOATS, accumulator, check_integers
+from .._checks import FLOATS, accumulator, check_integers, without_autocast
 from ..distributed.scope import Scope, Shard, scope_of
 from ..ops.l2_normalize import l2_normalize
 from ..ops.similarity_lse import SimilarityTerms
@@ -84,7 +84,7 @@ def _positive_sums(
     if mask is not None:
         weights = mask.to(z.dtype)
         here = weights[:, shard.offset : shard.offset + shard.local]
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z):
             return weights @ scope.gather(per_sample), views * weights.sum(1), here.diagonal()
     return per_sample, views * own, own
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import accumulator, check_matrix
+from .._checks import accumulator, check_matrix, without_autocast
 from ..distributed.scope import scope_of
 from ..ops.l2_normalize import l2_normalize
 from ._inputs import check_gather, two_views
@@ -77,7 +77,7 @@ def tico(
     if shard.total < 2:
         raise ValueError(f"tico needs at least two rows, got {shard.total}")
     kind = accumulator(z_a)
-    with torch.autocast(z_a.device.type, enabled=False):
+    with without_autocast(z_a):
         a, b = l2_normalize(z_a.to(kind)), l2_normalize(z_b.to(kind))
         rows = a.detach()
         moment = scope.total(rows.T @ rows) / shard.total  # [D, D]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from .._checks import accumulator, check_matrix
+from .._checks import accumulator, check_matrix, without_autocast
 from ..ops.l2_normalize import l2_normalize
 from ._inputs import two_views
 
@@ -78,7 +78,7 @@ def whiten(
     if running is not None and running[1].shape != (d, d):
         raise ValueError(f"x must have num_features={running[1].shape[0]} features, got {d}")
     x = x.to(accumulator(x))
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         mean: Tensor | None = None
         if running is not None and not training:
             centred = x - running[0].view(1, 1, -1).to(x.dtype)

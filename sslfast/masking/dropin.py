@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import FLOATS
-from ..ops._tokens import check_tokens, readable
+from .._checks import FLOATS, readable
+from ..ops._tokens import check_tokens
 from ..ops.gather_tokens import select_and_gather
 from ..ops.scatter_tokens import replace_tokens
 

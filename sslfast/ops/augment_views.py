@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _library, _native, reference
+from .._checks import readable
 from .view_params import COLUMNS
 
 BACKENDS = ("cpu", "cuda", "reference")
@@ -92,7 +93,7 @@ def check_images(images: Sequence[Tensor]) -> int:
 
 def _check_params(images: Sequence[Tensor], params: Tensor, widest_kernel: int, blur_kernel: int) -> None:
     """Crops inside their images, and no blur wider than allowed; only where reading them waits for no device."""
-    if not params.is_cpu or torch.compiler.is_compiling() or params.numel() == 0:
+    if not readable(params) or params.numel() == 0:
         return
     table = params.numpy()  # its operations cost a fifth of torch's on a few numbers
     sizes = np.array([image.shape[-2:] for image in images], dtype=np.float32)  # [B or 1, 2]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _library, reference
+from .._checks import readable
 from . import _devices
 from .random_mask import check_key, check_samples
 
@@ -100,7 +101,7 @@ def block_mask(
             f"counts must be [{len(samples)}] of float64 on {samples.device}, got {tuple(counts.shape)} of "
             f"{counts.dtype} on {counts.device}"
         )
-    if counts.is_cpu and len(counts) and not torch.compiler.is_compiling():
+    if len(counts) and readable(counts):
         wrong = counts[~((counts >= 0) & (counts <= math.prod(grid)))]
         if len(wrong):
             raise ValueError(f"counts must be between 0 and the {math.prod(grid)} patches, got {float(wrong[0])}")

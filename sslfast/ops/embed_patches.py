@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _backends, _library, reference
-from .._checks import FLOATS, accumulator
+from .._checks import FLOATS, accumulator, autocasts, without_autocast
 from . import _devices
 from .gather_patches import channel_numbers, check_ids, check_images, check_values, length_of, patch_sides
 
@@ -85,14 +85,14 @@ def by_reference(
     """The reference with the kernels' precision: sums over 16-bit weights are float32, also under autocast."""
     kind = accumulator(weight)
     bias, position, prefix = (None if t is None else t.to(kind) for t in (bias, position, prefix))
-    with torch.autocast(images.device.type, enabled=False):
+    with without_autocast(images):
         wide = reference.embed_patches(images, ids, weight.to(kind), bias, position, prefix, patch, mean, std)
         return wide.to(weight.dtype)
 
 
 def _image_gradient(ctx: Any, grad: Tensor, images: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
     """d images: g·weight of each row, divided by std, at the row's patch."""
-    with torch.autocast(images.device.type, enabled=False):
+    with without_autocast(images):
         rows = grad[:, grad.shape[1] - ids.shape[1] :].to(accumulator(weight)) @ weight.to(accumulator(weight))
     size = images.shape[1:] if images.dim() == 5 else (images.shape[1], 1, *images.shape[2:])
     found = torch.ops.sslfast.scatter_patches(rows, ids, size, ctx.patch, [1 / s for s in ctx.std], False)
@@ -239,7 +239,7 @@ def embed_patches(
             )
         weight = weight.flatten(1)
     position, prefix = _without_batch(position), _without_batch(prefix)
-    if torch.is_autocast_enabled(images.device.type) and weight.dtype != torch.float64:
+    if autocasts(images) and weight.dtype != torch.float64:
         kind = torch.get_autocast_dtype(images.device.type)
         weight = weight.to(kind)
         bias, position, prefix = (None if t is None else t.to(kind) for t in (bias, position, prefix))

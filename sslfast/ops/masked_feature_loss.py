@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _library, _native, reference
-from .._checks import FLOATS, accumulator
+from .._checks import FLOATS, accumulator, readable, without_autocast
 
 BACKENDS = ("cpu", "cuda", "reference")
 LOSSES = ("smooth_l1", "mse")
@@ -63,7 +63,7 @@ def by_reference(
     """The reference with the kernels' precision, also inside an autocast region."""
     wide = accumulator(pred)
     name = "mse" if kind == SQUARED else "smooth_l1"
-    with torch.autocast(pred.device.type, enabled=False):
+    with without_autocast(pred):
         given = eps if layer_norm else None
         return reference.masked_feature_loss(pred.to(wide), teacher.to(wide), ids, name, beta, given)
 
@@ -157,7 +157,7 @@ def _checked(pred: Tensor, teacher: Tensor, ids: Tensor) -> tuple[Tensor, Tensor
     if tuple(pred.shape) not in wanted:
         shapes = " or ".join(str(list(shape)) for shape in sorted(wanted, key=len, reverse=True))
         raise ValueError(f"pred must be {shapes} for these ids and this teacher, got {list(pred.shape)}")
-    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+    if ids.numel() and readable(ids):
         low, high = (int(i) for i in torch.aminmax(ids))
         if low < 0 or high >= length:
             raise ValueError(f"ids must be positions of the teacher, 0 to {length - 1}, got {low} to {high}")

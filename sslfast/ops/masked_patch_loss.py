@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _library, _native, reference
-from .._checks import FLOATS, accumulator
+from .._checks import FLOATS, accumulator, readable, without_autocast
 from .gather_patches import channel_numbers, check_images, length_of, patch_sides
 
 BACKENDS = ("cpu", "cuda", "reference")
@@ -85,7 +85,7 @@ def by_reference(
 ) -> Tensor:
     """The reference with the kernels' precision, bytes as shares of 255, also inside an autocast region."""
     wide = accumulator(pred)
-    with torch.autocast(pred.device.type, enabled=False):
+    with without_autocast(pred):
         x = images.to(wide) / 255 if images.dtype == torch.uint8 else images.to(wide)
         return reference.masked_patch_loss(
             x, pred.to(wide), index, patch, LOSSES[kind], TARGETS[target], mean, std, channels_inner
@@ -137,21 +137,21 @@ def _checked_index(masks: Any, pred: Tensor, count: int) -> Tensor:
     batch, rows = pred.shape[:2]
     if index.dim() != 2 or index.shape[0] != batch:
         raise ValueError(f"masks must be [{batch}, {count}], or ids [{batch}, M], got shape {tuple(index.shape)}")
-    readable = index.device.type == "cpu" and not torch.compiler.is_compiling()
+    looks = readable(index)
     if index.dtype == torch.int64:
-        if readable and index.numel():
+        if looks and index.numel():
             low, high = (int(i) for i in torch.aminmax(index))
             if low < 0 or high >= count:
                 raise ValueError(f"masks must hold patches, 0 to {count - 1}, got {low} to {high}")
         if rows == index.shape[1]:
-            if readable and index.shape[1] > 1:
+            if looks and index.shape[1] > 1:
                 ordered = index.sort(dim=1).values
                 if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
                     raise ValueError("masks must not hold a patch of an image twice (a mask is of bool, not of int64)")
             return index
         _check_rows(rows, count, f"{count} patches, or of the {index.shape[1]} masked ones")
         mask = torch.zeros(batch, count, dtype=torch.bool, device=index.device).scatter_(1, index, True)
-        if readable and int(mask.sum()) != index.numel():
+        if looks and int(mask.sum()) != index.numel():
             raise ValueError("masks must not hold a patch of an image twice")
         return mask
     if index.dtype != torch.bool and not index.dtype.is_floating_point:
@@ -162,7 +162,7 @@ def _checked_index(masks: Any, pred: Tensor, count: int) -> Tensor:
     if index.dtype == torch.bool:
         return index
     mask = index != 0
-    if readable and not torch.equal(mask.to(index.dtype), index):
+    if looks and not torch.equal(mask.to(index.dtype), index):
         raise ValueError("masks must be of 0 (kept) and 1 (masked) where they are floating point")
     return mask
 

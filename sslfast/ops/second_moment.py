@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _library, _native, reference
-from .._checks import accumulator, check_matrix, check_same
+from .._checks import accumulator, check_matrix, check_same, without_autocast
 from ..reference.second_moment import SecondMoment
 
 BACKENDS = ("cpu", "triton", "reference")
@@ -81,7 +81,7 @@ def _backward_fake(
 def by_reference(a: Tensor, b: Tensor | None, cross: bool, center: bool, scale: str, eps: float) -> SecondMoment:
     """The reference with the kernels' precision: sums of 16-bit inputs are float32, also inside an autocast region."""
     kind = accumulator(a)
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a):
         wide = None if b is None else b.to(kind)
         return reference.second_moment(a.to(kind), wide, cross=cross, center=center, scale=scale, eps=eps)
 

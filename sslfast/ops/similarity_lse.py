@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _native
-from .._checks import accumulator, check_integers, check_keys, scalar_tensor
+from .._checks import accumulator, check_integers, check_keys, readable, scalar_tensor
 from ._similarity_operators import by_reference
 
 BACKENDS = ("cpu", "triton", "reference")
@@ -73,7 +73,7 @@ def _self_tile_cache(z: Tensor) -> int:
 
 def _check_positives(positives: Tensor, q: Tensor, k: Tensor) -> None:
     check_integers("positives", positives, q.shape[0], q.device)
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(positives):
         low, high = (int(x) for x in torch.aminmax(positives))
         if low < -1 or high >= k.shape[0]:
             raise ValueError(

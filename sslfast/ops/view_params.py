@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _library, reference
+from .._checks import readable
 from . import _devices
 
 BACKENDS = ("cpu", "cuda", "reference")
@@ -87,7 +88,7 @@ def view_params(
                 f"size must be [{len(ids)}, 2] of int64 on {ids.device}, got {tuple(size.shape)} of {size.dtype} on "
                 f"{size.device}"
             )
-        if size.is_cpu and not torch.compiler.is_compiling() and len(ids):
+        if len(ids) and readable(size):
             _check_sides(int(size.min()), int(size.max()))
     else:
         _check_sides(min(size), max(size))
