@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _library, reference
+from .._checks import readable
 from . import _devices
 
 BACKENDS = ("cpu", "cuda", "reference")
@@ -131,7 +132,7 @@ def mask_tokens(
         _check_rows("special", special, torch.bool, input_ids, 2)
     if word_ids is not None:
         _check_rows("word_ids", word_ids, torch.int64, input_ids, 2)
-        if word_ids.is_cpu and word_ids.numel() and not torch.compiler.is_compiling():
+        if word_ids.numel() and readable(word_ids):
             largest = int(word_ids.max())
             if largest >= LONGEST:
                 raise ValueError(f"word_ids must be below {LONGEST}, got {largest}")
