@@ -1,6 +1,7 @@
 """Microbenchmarks: time and peak memory of every operation beside plain PyTorch, ``torch.compile`` and peer packages.
 
-    python -m benchmarks [op ...] [--quick] [--output DIR] [--device cpu|cuda]
+    python -m benchmarks [op ...] [--quick] [--output DIR] [--device cpu|cuda] [--only TEXT] [--providers NAME,...]
+                         [--seconds S] [--no-memory]
     python -m benchmarks.plot [--results DIR] [--readme README.md]
     python -m benchmarks.scripts [script ...]        whole training scripts, without and with sslfast.patch
 
@@ -28,3 +29,7 @@ alone.
 
 class Unavailable(RuntimeError):
     """A provider cannot run here, for the reason in the message: a counted, named skip."""
+
+
+class Failed(RuntimeError):
+    """A measurement failed, for the reason in the message."""

@@ -18,8 +18,18 @@ from torch import Tensor
 from sslfast import reference
 from sslfast.adapters import _serve
 
-from . import Unavailable, bench_barlow_twins, bench_clip, bench_nt_xent, bench_vicreg, contrastive, peers, redundancy
-from .harness import Case, Failed, Work, require_backend, work
+from . import (
+    Failed,
+    Unavailable,
+    bench_barlow_twins,
+    bench_clip,
+    bench_nt_xent,
+    bench_vicreg,
+    contrastive,
+    peers,
+    redundancy,
+)
+from .harness import Case, Work, require_backend, work
 from .machine import available_bytes
 
 Loss = Callable[..., Tensor]

@@ -39,18 +39,18 @@ def photographs(count: int, side: int) -> Tensor:
 
 
 def views(case: Case) -> list[ViewSpec]:
-    """One view as SimCLR makes it, of small images as its paper does on CIFAR-10 (half the strength, no blur); or
-    DINO's two global and eight local views.
+    """One view, or two, as SimCLR makes it, of small images as its paper does on CIFAR-10 (half the strength, no blur);
+    or DINO's two global and eight local views.
     """
     shape = case.shape
     semantics = "pil" if shape["pil"] else "torchvision"
     common = ViewSpec(jitter_p=0.8, grey_p=0.2, mean=IMAGENET_MEAN, std=IMAGENET_STD, semantics=semantics)
-    if shape["views"] == 1:
+    if shape["views"] <= 2:
         s = 1.0 if shape["size"] > 32 else 0.5
         view = replace(
             common, size=shape["size"], brightness=0.8 * s, contrast=0.8 * s, saturation=0.8 * s, hue=0.2 * s
         )
-        return [replace(view, blur_p=0.5, blur_kernel=23) if shape["size"] > 32 else view]
+        return [replace(view, blur_p=0.5, blur_kernel=23) if shape["size"] > 32 else view] * shape["views"]
     dino = replace(common, interpolation="bicubic", brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
     large = replace(dino, size=shape["size"], scale=(0.4, 1.0))
     small = replace(dino, size=96 * shape["size"] // 224, scale=(0.05, 0.4), blur_p=0.5, blur_kernel=9)

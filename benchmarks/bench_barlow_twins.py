@@ -31,6 +31,7 @@ BENCHMARK = Redundancy(
     fused=lambda case: lambda z_a, z_b: sslfast.barlow_twins(z_a, z_b, LAMBDA),
     pairs=sizes,
     share=3.0,
+    forward=1.0,
     tiny={"N": 32, "D": 64},
     peers={"lightly": lambda case: peers.lightly_loss("barlow_twins_loss", "BarlowTwinsLoss", lambda_param=LAMBDA)},
 )

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import sslfast
 
+from . import chunked, pair_peers
 from .contrastive import Benchmark, Loss, number, views
 from .harness import Case
 
@@ -33,7 +34,16 @@ BENCHMARK = Benchmark(
     fused=lambda case: sslfast.clip,
     pairs=lambda shape: (shape["N"], shape["N"]),
     share=4.0,
+    forward=1.0,
     tiny={"N": 64, "D": 32},
+    chunked=lambda case: chunked.clip,
+    peers={
+        "open_clip_torch": pair_peers.open_clip_clip,
+        "torch-linear-ce": pair_peers.torch_clip,
+        "liger-kernel": pair_peers.liger_clip,
+        "memeff": lambda case: pair_peers.memeff_clip(1 / SCALE),
+    },
+    without_scale=["memeff"],
 )
 PROVIDERS, TINY = BENCHMARK.providers, BENCHMARK.tiny
 cases, setup, truth = BENCHMARK.cases, BENCHMARK.setup, BENCHMARK.truth

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import sslfast
 
-from . import peers
+from . import chunked, peers
 from .contrastive import Benchmark, Loss, views
 from .harness import Case
 
@@ -36,7 +36,9 @@ BENCHMARK = Benchmark(
     fused=lambda case: lambda z0, z1: sslfast.dcl(z0, z1, TEMPERATURE),
     pairs=lambda shape: (2 * shape["N"], 2 * shape["N"]),
     share=2.0,
+    forward=0.5,
     tiny={"N": 64, "D": 32},
+    chunked=lambda case: lambda z0, z1: chunked.dcl(z0, z1, TEMPERATURE),
     peers={"lightly": lambda case: peers.lightly_loss("dcl_loss", "DCLLoss", temperature=TEMPERATURE)},
 )
 PROVIDERS, TINY = BENCHMARK.providers, BENCHMARK.tiny

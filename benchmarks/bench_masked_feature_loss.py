@@ -51,7 +51,7 @@ BENCHMARK = Benchmark(
     problem=_problem,
     published=_published,
     fused=_fused,
-    cost=_cost,
+    whole_cost=_cost,
     tiny={"S": 2, "B": 3, "L": 11, "K": 4, "D": 20},
     pictures=False,
 )

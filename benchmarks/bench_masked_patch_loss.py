@@ -45,7 +45,7 @@ BENCHMARK = Benchmark(
     problem=_problem,
     published=_published,
     fused=_fused,
-    cost=_cost,
+    whole_cost=_cost,
     tiny={"B": 2, "side": 48, "patch": 16, "K": 4},
 )
 PROVIDERS, BASELINES, TINY = BENCHMARK.providers, BENCHMARK.baselines, BENCHMARK.tiny

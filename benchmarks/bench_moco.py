@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import sslfast
 
+from . import chunked
 from .contrastive import Benchmark, Loss, generator, views
 from .harness import Case
 
@@ -37,6 +38,11 @@ def _fused(case: Case) -> Loss:
     return lambda q: sslfast.moco(q, k, queue, TEMPERATURE, normalize=False)
 
 
+def _chunked(case: Case) -> Loss:
+    k, queue = _keys(case)
+    return lambda q: chunked.moco(q, k, queue, TEMPERATURE)
+
+
 BENCHMARK = Benchmark(
     op="moco",
     sweep=[{"N": n, "K": 65536, "D": 128} for n in (256, 1024)],
@@ -46,7 +52,9 @@ BENCHMARK = Benchmark(
     fused=_fused,
     pairs=lambda shape: (shape["N"], shape["K"]),
     share=2.0,
+    forward=1.0,
     tiny={"N": 64, "K": 256, "D": 32},
+    chunked=_chunked,
 )
 PROVIDERS, TINY = BENCHMARK.providers, BENCHMARK.tiny
 cases, setup, truth = BENCHMARK.cases, BENCHMARK.setup, BENCHMARK.truth

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,8 @@ from torch import Tensor
 import sslfast
 from sslfast import reference
 
-from . import peers
+from . import chunked, peers
+from .contrastive import in_form
 from .harness import Case, Work, require_backend, work
 from .machine import available_bytes
 
@@ -56,10 +56,12 @@ def _views(case: Case) -> tuple[Tensor, Tensor]:
 def setup(case: Case, provider: str) -> Work:
     """The closure of one provider on two views, [N, D] each."""
     z0, z1 = _views(case)
-    if provider == "sslfast":
-        backend = "triton" if case.device == "cuda" else "cpu"
-        require_backend(lambda: sslfast.nt_xent(z0.detach()[:2], z1.detach()[:2], TEMPERATURE), backend)
-    return work(_function(provider), (z0, z1), case.mode)
+    if not provider.startswith("sslfast"):
+        return work(_function(provider), (z0, z1), case.mode)
+    backend = "triton" if case.device == "cuda" else "cpu"
+    require_backend(lambda: sslfast.nt_xent(z0.detach()[:2], z1.detach()[:2], TEMPERATURE), backend)
+    found, form = work(_function("sslfast"), (z0, z1), case.mode), provider.partition("-")[2]
+    return in_form(found, form) if form else found
 
 
 def _function(provider: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -71,7 +73,7 @@ def _function(provider: str) -> Callable[[Tensor, Tensor], Tensor]:
         compiled = torch.compile(reference.nt_xent, fullgraph=True, dynamic=False)
         return lambda z0, z1: compiled(z0, z1, TEMPERATURE)
     if provider == "chunked":
-        return lambda z0, z1: chunked_nt_xent(z0, z1, TEMPERATURE)
+        return lambda z0, z1: chunked.nt_xent(z0, z1, TEMPERATURE)
     return peers.nt_xent(provider, TEMPERATURE)
 
 
@@ -79,7 +81,7 @@ def truth(case: Case) -> tuple[Tensor, ...]:
     """The reference in float64 on the same views; where its matrices would not fit, the chunked form of it."""
     views = tuple(z.detach().double().requires_grad_() for z in _views(case))
     small = MATRICES * _matrix_bytes(case, itemsize=8) <= MATRIX_BYTES_TIMED
-    exact = reference.nt_xent if small else chunked_nt_xent
+    exact = reference.nt_xent if small else chunked.nt_xent
     return work(lambda z0, z1: exact(z0, z1, TEMPERATURE), views, case.mode)()
 
 
@@ -119,58 +121,3 @@ def why_skip(case: Case, provider: str, metric: str) -> str | None:
         if on_cpu and stored > 0.7 * available_bytes():
             return f"{size}, more than is free"
     return None
-
-
-# -------------------------------------------------------------- the strong baseline: library products, chunk by chunk
-
-
-class _Chunked(torch.autograd.Function):
-    """NT-Xent of normalised rows by ``torch.mm`` on blocks of rows and an epilogue in plain PyTorch.
-
-    With cosines the similarities lie in [−m, m], m = 1/|τ|, so exponentials relative to m need no running maximum
-    (sound while 2/|τ| stays far from the 87 at which float32 underflows). Backward, from the symmetry of S:
-    dz_i = (g/(2Nτ)) · (Σ_j (P_ij + P_ji) z_j − 2 z_p(i)),   P_ij + P_ji = exp(s_ij − m)·(c_i + c_j),
-    c_i = 1/Σ_j exp(s_ij − m).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, temperature: float) -> Tensor:
-        ctx.temperature, ctx.top = temperature, 1 / abs(temperature)
-        sums = torch.empty(len(z), dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)  # [2N]
-        for rows in _blocks(z):
-            sums[rows] = _exponentials(z, rows, temperature, ctx.top).sum(1)
-        ctx.save_for_backward(z, sums)
-        positive = (z * z.roll(len(z) // 2, 0)).sum(1, dtype=sums.dtype) / temperature
-        return (sums.log() + ctx.top - positive).mean()
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None]:
-        z, sums = ctx.saved_tensors
-        inverse = sums.reciprocal()
-        pulled = torch.empty_like(z, dtype=sums.dtype)  # [2N, D]
-        for rows in _blocks(z):
-            weights = _exponentials(z, rows, ctx.temperature, ctx.top)
-            weights *= inverse[rows, None] + inverse
-            pulled[rows] = torch.mm(weights.to(z.dtype), z).to(sums.dtype)
-        pulled -= 2 * z.roll(len(z) // 2, 0)
-        return (pulled * (grad_loss / (len(z) * ctx.temperature))).to(z.dtype), None
-
-
-def _blocks(z: Tensor) -> list[slice]:
-    """Blocks of rows whose similarities to all rows are at most 2²⁶ numbers."""
-    step = max(1, 2**26 // len(z))
-    return [slice(first, min(first + step, len(z))) for first in range(0, len(z), step)]
-
-
-def _exponentials(z: Tensor, rows: slice, temperature: float, top: float) -> Tensor:
-    """``exp(s_ij − top)`` of some rows against all, [rows, 2N], zero where ``j = i``."""
-    s = torch.mm(z[rows], z.T).to(torch.promote_types(z.dtype, torch.float32))
-    s = s.div_(temperature).sub_(top).exp_()
-    s.diagonal(rows.start).zero_()
-    return s
-
-
-def chunked_nt_xent(z0: Tensor, z1: Tensor, temperature: float) -> Tensor:
-    """NT-Xent of two views ([N, D] each) without the whole matrix, from library products; |temperature| ≥ 0.05."""
-    z = torch.nn.functional.normalize(torch.cat([z0, z1]), dim=1)
-    return _Chunked.apply(z, temperature)

@@ -56,7 +56,7 @@ BENCHMARK = Benchmark(
     problem=_problem,
     published=_published,
     fused=_fused,
-    cost=_cost,
+    whole_cost=_cost,
     tiny={"B": 3, "L": 11, "D": 20, "K": 4, "learned": 0},
     pictures=False,
 )

@@ -36,6 +36,7 @@ BENCHMARK = Redundancy(
     fused=lambda case: _by("auto"),
     pairs=sizes,
     share=3.0,
+    forward=1.0,
     tiny={"N": 32, "D": 64},
     peers={"primal": lambda case: _by("primal"), "dual": lambda case: _by("dual")},
 )

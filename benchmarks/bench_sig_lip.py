@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import sslfast
 
+from . import chunked, pair_peers
 from .contrastive import Benchmark, Loss, number, views
 from .harness import Case
 
@@ -30,7 +31,10 @@ BENCHMARK = Benchmark(
     fused=lambda case: sslfast.sig_lip,
     pairs=lambda shape: (shape["N"], shape["N"]),
     share=3.0,
+    forward=1.0,
     tiny={"N": 64, "D": 32},
+    chunked=lambda case: chunked.sig_lip,
+    peers={"open_clip_torch": pair_peers.open_clip_sig_lip, "siglip-kernel": pair_peers.siglip_kernel},
 )
 PROVIDERS, TINY = BENCHMARK.providers, BENCHMARK.tiny
 cases, setup, truth = BENCHMARK.cases, BENCHMARK.setup, BENCHMARK.truth

@@ -7,6 +7,7 @@ from torch import Tensor
 
 import sslfast
 
+from . import chunked
 from .contrastive import Benchmark, Loss, generator, views
 from .harness import Case
 
@@ -38,6 +39,11 @@ def _fused(case: Case) -> Loss:
     return lambda z: sslfast.sup_con(z[:, None], labels, temperature=TEMPERATURE, base_temperature=TEMPERATURE)
 
 
+def _chunked(case: Case) -> Loss:
+    labels = _labels(case)
+    return lambda z: chunked.sup_con(z, labels, CLASSES, TEMPERATURE)
+
+
 BENCHMARK = Benchmark(
     op="sup_con",
     sweep=[{"N": n, "D": 128} for n in (256, 1024, 4096, 8192)],
@@ -47,7 +53,9 @@ BENCHMARK = Benchmark(
     fused=_fused,
     pairs=lambda shape: (shape["N"], shape["N"]),
     share=2.0,
+    forward=0.5,
     tiny={"N": 64, "D": 32},
+    chunked=_chunked,
 )
 PROVIDERS, TINY = BENCHMARK.providers, BENCHMARK.tiny
 cases, setup, truth = BENCHMARK.cases, BENCHMARK.setup, BENCHMARK.truth

@@ -35,6 +35,7 @@ BENCHMARK = Redundancy(
     fused=lambda case: lambda z_a, z_b: sslfast.vicreg(z_a, z_b, eps=EPS),
     pairs=sizes,
     share=3.0,
+    forward=1.0,
     tiny={"N": 32, "D": 64},
     peers={"lightly": lambda case: peers.lightly_loss("vicreg_loss", "VICRegLoss", eps=EPS)},
 )

@@ -9,7 +9,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,23 +122,30 @@ class Peaks:
 
     all: tuple[Peak, ...]
 
+    def gflops(self, dtype: str) -> float | None:
+        """10⁹ operations a second in ``dtype``; ``None`` where that was not measured."""
+        return next((p.value for p in self.all if p.kind == "gflops" and p.dtype == dtype), None)
+
     def bound_ms(self, flops: float, bytes_moved: float, dtype: str) -> float | None:
         """``max(flops / peak, bytes / bandwidth)`` in milliseconds; ``None`` without a peak for ``dtype``.
 
         What does not count operations needs no peak of them.
         """
-        rates = [p.value for p in self.all if p.kind == "gflops" and p.dtype == dtype]
+        rate = self.gflops(dtype)
         bandwidths = [p.value for p in self.all if p.kind == "gb_per_s"]
-        if not bandwidths or (flops and not rates):
+        if not bandwidths or (flops and not rate):
             return None
-        return max(flops / rates[0] if flops else 0.0, bytes_moved / bandwidths[0]) / 1e6
+        return max(flops / rate if rate else 0.0, bytes_moved / bandwidths[0]) / 1e6
 
 
 def measure_peaks(device: str) -> Peaks:
-    """Measure the arithmetic peak of each benchmarked dtype and the bandwidth of a copy (bytes read plus written)."""
+    """Measure the arithmetic peak of each benchmarked dtype and the bandwidth of a copy (bytes read plus written).
+
+    On a GPU also that of ``tf32``, which is no dtype of a case: float32 rows are held to float32.
+    """
     if device == "cuda":
-        products = [_mm_peak(device, 8192, dtype) for dtype in (torch.bfloat16, torch.float32)]
-        return Peaks((*products, _copy_peak(device, 1024)))
+        products = [_mm_peak(device, 8192, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+        return Peaks((*products, _tf32_peak(8192), _copy_peak(device, 1024)))
     return Peaks((_tile_peak() or _mm_peak(device, 2048, torch.float32), _copy_peak(device, 256)))
 
 
@@ -167,6 +174,15 @@ def _mm_peak(device: str, size: int, dtype: torch.dtype) -> Peak:
     out = torch.empty_like(a)
     rate = 2.0 * size**3 / _best_seconds(device, lambda: torch.mm(a, b, out=out)) / 1e9
     return Peak("torch.mm", "gflops", str(dtype).removeprefix("torch."), {"m": size, "n": size, "k": size}, rate)
+
+
+def _tf32_peak(size: int) -> Peak:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        return replace(_mm_peak("cuda", size, torch.float32), dtype="tf32")
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _copy_peak(device: str, mebibytes: int) -> Peak:

@@ -18,7 +18,7 @@ from sslfast.masking import Masks, random_masks
 
 from .augmentation import photographs
 from .contrastive import generator
-from .harness import Case, Work, require_backend
+from .harness import WHOLE, Case, Work, require_backend
 
 # Of (what is given, *what learns): first the value that is differentiated, then results without a gradient.
 Function = Callable[..., tuple[Tensor, ...]]
@@ -47,7 +47,7 @@ class Problem:
 class Benchmark:
     """One operation beside the code that it replaces.
 
-    ``own`` names that code, ``published`` and ``fused`` are the two functions of a case, and ``cost`` counts what
+    ``own`` names that code, ``published`` and ``fused`` are the two functions of a case, and ``whole_cost`` counts what
     forward and backward together need. ``batch`` is the size of the shape that is 256 on a GPU.
     """
 
@@ -57,7 +57,7 @@ class Benchmark:
     problem: Callable[[Case], Problem]
     published: Callable[[Case], Function]
     fused: Callable[[Case], Function]
-    cost: Callable[[Case], tuple[float, float]]
+    whole_cost: Callable[[Case], tuple[float, float]]
     tiny: dict[str, int]
     pictures: bool = True
     mode: str = "both"
@@ -84,24 +84,40 @@ class Benchmark:
             small = replace(case, shape=self.tiny)
             backend = "cuda" if case.device == "cuda" else "cpu"
             require_backend(self._work(self.fused(small), self.problem(small)), backend)
-            return self._work(self.fused(case), self.problem(case))
+            return self._work(self.fused(case), self.problem(case), case.mode)
         function = self.published(case)
         if provider == "compile":
             function = torch.compile(function, fullgraph=True, dynamic=False)
-        return self._work(function, self.problem(case))
+        return self._work(function, self.problem(case), case.mode)
 
-    def _work(self, function: Function, problem: Problem) -> Work:
-        def run(_: None) -> tuple[Tensor, ...]:
+    def _work(self, function: Function, problem: Problem, mode: str = "both") -> Work:
+        def forward(_: None) -> tuple[Tensor, ...]:
             value, *others = function(problem.given, *problem.learn)
-            gradients = torch.autograd.grad(value, problem.learn, problem.grad) if problem.learn else ()
-            return (value.detach(), *others, *gradients)
+            return (value.detach(), *others)
 
-        return Work(lambda: None, run, tolerance=self.tolerance)
+        def gradients(value: Tensor) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(value, problem.learn, problem.grad) if problem.learn else ()
+
+        def both(_: None) -> tuple[Tensor, ...]:
+            value, *others = function(problem.given, *problem.learn)
+            return (value.detach(), *others, *gradients(value))
+
+        def in_mode(mode: str) -> Work:
+            return self._work(function, problem, mode)
+
+        if mode == "backward":
+            prepare = lambda: function(problem.given, *problem.learn)[0]  # noqa: E731
+            return Work(prepare, gradients, tolerance=self.tolerance, in_mode=in_mode)
+        return Work(lambda: None, forward if mode == "forward" else both, tolerance=self.tolerance, in_mode=in_mode)
 
     def truth(self, case: Case) -> tuple[Tensor, ...]:
         """The published code in float64 on the same numbers."""
         results = self._work(self.published(case), self.problem(case).exact())()
         return tuple(result.double() for result in results)
+
+    def cost(self, case: Case) -> tuple[float, float]:
+        """What forward and backward together need; of one of them alone nothing is claimed."""
+        return self.whole_cost(case) if case.mode in WHOLE else (0.0, 0.0)
 
     def why_skip(self, case: Case, provider: str, metric: str) -> str | None:
         """Nothing but photographs may be missing."""

@@ -20,7 +20,7 @@ from . import Unavailable
 
 # Provider names that are distributions; their rows carry the version. The first three have losses.
 PEERS = ("lightly", "pytorch-metric-learning", "memeff")
-VERSIONED = (*PEERS, "torchvision", "pillow", "kornia")
+VERSIONED = (*PEERS, "torchvision", "pillow", "kornia", "open_clip_torch", "liger-kernel", "siglip-kernel")
 
 _kept: list[torch.library.Library] = []  # a Library that is collected takes its operators with it
 
@@ -48,6 +48,18 @@ def _import(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise Unavailable(f"{module.partition('.')[0]} is not importable: {error}") from error
+
+
+def _needs_gpu(package: str) -> None:
+    if not torch.cuda.is_available():
+        raise Unavailable(f"{package} runs on a CUDA GPU only")
+
+
+def _import_memeff() -> Any:
+    """memeff, whose products of float32 are TF32 unless told otherwise: not the same work."""
+    _needs_gpu("memeff")
+    os.environ.setdefault("MEMEFF_INPUT_PRECISION", "ieee")
+    return _import("memeff")
 
 
 def _import_torchvision() -> None:
@@ -103,10 +115,7 @@ def _memeff_nt_xent(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
 
     ``margin=2`` switches its mask for false negatives off; ``stable=False`` makes its gradient that of the value.
     """
-    if not torch.cuda.is_available():
-        raise Unavailable("memeff runs on a CUDA GPU only")
-    os.environ.setdefault("MEMEFF_INPUT_PRECISION", "ieee")  # its default for float32 is TF32: not the same work
-    memeff = _import("memeff")
+    memeff = _import_memeff()
     loss = memeff.MemoryEfficientQwen3Loss(temperature, margin=2.0, use_qq_negatives=True, stable=False)
     return lambda z0, z1: 0.5 * (loss(z0, z1) + loss(z1, z0))
 

@@ -153,7 +153,8 @@ def markdown(op: str, rows: Sequence[Row]) -> str:
     timed = [row for row in rows if row["metric"] == "time_ms"]
     if not timed:
         return ""
-    providers = sorted(dict.fromkeys(row["provider"] for row in timed), key=lambda name: name == "sslfast")
+    tried = [row for row in rows if row["metric"] in ("time_ms", "out_of_memory")]
+    providers = sorted(dict.fromkeys(row["provider"] for row in tried), key=lambda name: name == "sslfast")
     cases = list(dict.fromkeys((row["dtype"], row["shape"]) for row in rows))
     sizes = list(json.loads(cases[0][1]))
     several_dtypes = len({dtype for dtype, _ in cases}) > 1
@@ -167,7 +168,10 @@ def markdown(op: str, rows: Sequence[Row]) -> str:
     for dtype, shape in cases:
         cell = {(row["provider"], row["metric"]): row for row in rows if (row["dtype"], row["shape"]) == (dtype, shape)}
         text = _rate_text if unit == "views/s" else _time_text
-        times = [text(cell.get((provider, "time_ms"))) for provider in providers]
+        times = [
+            "out of memory" if (provider, "out_of_memory") in cell else text(cell.get((provider, "time_ms")))
+            for provider in providers
+        ]
         ours = cell.get(("sslfast", "time_ms"), {})
         speedup = ours.get("speedup_over_best_of_eager_compile")
         share = ours.get("share_of_bound")
@@ -222,7 +226,7 @@ def _caption(rows: Sequence[Row], timed: Sequence[Row], several_dtypes: bool) ->
     call = first["mode"] == CALL
     what = ("views a second" if _has_rates(first) else "one call") if call else "forward and backward"
     providers = {row["provider"] for row in timed}
-    any_other = call or "unpatched" in providers or "eager" not in providers
+    any_other = call or "unpatched" in providers or "eager" not in providers or bool(first["driver"])
     others = "the others" if any_other else "eager and torch.compile"
     return (
         f"**{where}**: {versions}, {dtype}{what}. "

@@ -36,7 +36,8 @@ class Redundancy(Benchmark):
         """Operations; bytes: two views read, two gradients written, once."""
         longer, shorter = self.pairs(case.shape)
         views = 4.0 * case.shape["N"] * case.shape["D"]
-        return self.share * 2.0 * longer * shorter * shorter, views * case.torch_dtype.itemsize
+        passes = 0.5 if case.mode == "forward" else 1.0
+        return self.units(case) * 2.0 * longer * shorter * shorter, passes * views * case.torch_dtype.itemsize
 
     def why_skip(self, case: Case, provider: str, metric: str) -> str | None:
         """Where the plain formulas' D × D matrices do not fit, or take minutes."""

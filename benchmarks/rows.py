@@ -7,11 +7,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+# ``tflops``: the operations that the task needs at least, over the time; ``share_of_peak``: of the library's product.
+# Metrics are ``time_ms``, ``peak_mib`` and ``out_of_memory``, and ``gflops`` and ``gb_per_s`` of the machine's peaks.
 Row = dict[str, Any]
 COLUMNS = (
     *("op", "provider", "mode", "dtype", "shape", "metric", "p20", "p50", "p80", "rounds", "share_of_bound"),
-    *("speedup_over_best_of_eager_compile", "device", "threads", "driver", "torch", "triton", "sslfast", "commit"),
-    "command",
+    *("speedup_over_best_of_eager_compile", "tflops", "share_of_peak"),
+    *("device", "threads", "driver", "torch", "triton", "sslfast", "commit", "command"),
 )
 
 

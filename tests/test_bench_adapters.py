@@ -13,7 +13,20 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import Unavailable, adapters, bench_import_time, harness, plot, rows, scripts
+from bench_common import MACHINE, NO_TIME, PEAKS
+from benchmarks import (
+    Failed,
+    Unavailable,
+    adapters,
+    bench_import_time,
+    equality,
+    harness,
+    memory,
+    plot,
+    rows,
+    runner,
+    scripts,
+)
 from sslfast.adapters import _serve
 
 losses = pytest.mark.parametrize("theirs", adapters.ALL, ids=lambda t: f"{t.package}-{t.name}")
@@ -39,7 +52,7 @@ def test_both_sides_compute_the_same(theirs: adapters.Theirs) -> None:
     assert all(t.dtype == torch.float64 for t in truth) and len(truth) == 1 + len(theirs.inputs(case))
     own, fast = (bench.setup(case, provider) for provider in (adapters.UNPATCHED, adapters.PATCHED))
     for work in (own, fast):
-        assert harness.disagreement(work(), truth) < 2 * harness.AGREEMENT["float32"]
+        assert equality.disagreement(work(), truth) < 2 * equality.AGREEMENT["float32"]
     flops, moved = bench.cost(case)
     assert flops >= 2 * 2 * 16 * 16 * 24 and moved >= 4 * 16 * 24 * 4
 
@@ -59,7 +72,7 @@ def test_the_sides_are_the_package_s_code_and_sslfast_s(theirs: adapters.Theirs)
 def test_the_plain_formula_of_small_batches_is_the_package_s(theirs: adapters.Theirs) -> None:
     present(theirs)
     case, bench = tiny(theirs, "small_batches"), harness.discover()["small_batches"]
-    assert harness.disagreement(bench.setup(case, adapters.EAGER)(), bench.truth(case)) < 1e-5
+    assert equality.disagreement(bench.setup(case, adapters.EAGER)(), bench.truth(case)) < 1e-5
 
 
 def test_what_sslfast_leaves_to_the_package_is_not_timed_as_sslfast(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +91,7 @@ def test_what_sslfast_leaves_to_the_package_is_not_timed_as_sslfast(monkeypatch:
         work = bench.setup(case, adapters.PATCHED)
     assert set(seen) <= {(16, 24)}  # nothing of the problem's size before its memory is measured
     for _ in range(2):  # the second time it has been said already
-        with pytest.raises(harness.Failed, match="a reason"):
+        with pytest.raises(Failed, match="a reason"):
             work.proof()
     assert bench.setup(case, adapters.UNPATCHED).proof is None
 
@@ -103,21 +116,19 @@ def test_every_declared_case_finds_its_loss() -> None:
 
 
 def test_the_table_names_package_and_loss(tmp_path: Path) -> None:
-    from test_benchmarks import MACHINE, PEAKS
-
-    runner = harness.Runner(MACHINE, PEAKS, quick=True)
+    made = runner.Runner(MACHINE, PEAKS, NO_TIME)
     for n in (4, 8, 16, 32):
         case = tiny(adapters.LIGHTLY_VICREG, "small_batches", n)
         for provider, factor in ((adapters.UNPATCHED, 3.0), (adapters.EAGER, 0.5), (adapters.PATCHED, 1.0)):
             times = [factor * n / 4] * 5
-            runner.report.rows.append(runner._row(case, provider, "time_ms", times, None, 0.5 / factor))
-            runner.report.rows.append(runner._row(case, provider, "peak_mib", [factor], None, None))
+            made.report.rows.append(made._row(case, provider, "time_ms", times, None, 0.5 / factor))
+            made.report.rows.append(made._row(case, provider, "peak_mib", [factor], None, None))
     other = {"package": "nowhere", "N": 4, "D": 24}
     for i in range(5):
         case = harness.Case("small_batches", {**other, "loss": f"Loss{i}"})
-        runner.report.rows.append(runner._row(case, adapters.PATCHED, "time_ms", [1.0], None, None))
+        made.report.rows.append(made._row(case, adapters.PATCHED, "time_ms", [1.0], None, None))
     path = tmp_path / "cpu.csv"
-    rows.write_csv(path, runner.report.rows)
+    rows.write_csv(path, made.report.rows)
     table = plot.tables([path])["small_batches"]
     assert "| package | loss | N | D | the package's own [ms] | eager PyTorch [ms] | sslfast [ms] | speed-up |" in table
     assert "speed-up over the best of the others" in table
@@ -142,10 +153,10 @@ def test_memory_warms_up_with_the_same_loss(
         return adapters.Patched.setup(bench.BENCHMARK, case, provider)
 
     monkeypatch.setattr(bench, "setup", setup)
-    monkeypatch.setattr(harness.machine_module, "peak_extra_bytes", lambda device, run: len(run()))
+    monkeypatch.setattr(memory.machine_module, "peak_extra_bytes", lambda device, run: len(run()))
     request = json.dumps({"case": asdict(case), "provider": adapters.UNPATCHED})
     monkeypatch.setattr(sys, "argv", ["worker", request])
-    harness.memory_worker()
+    memory.memory_worker()
     assert json.loads(capsys.readouterr().out) == {"bytes": 3}  # value and two gradients
     assert seen == [case.shape, {**case.shape, "N": 16, "D": 24}]
 
@@ -153,8 +164,8 @@ def test_memory_warms_up_with_the_same_loss(
 def test_imports_are_processes_that_end_well() -> None:
     (case,) = bench_import_time.cases("cpu", quick=True)
     for provider in bench_import_time.PROVIDERS:
-        assert harness.disagreement(bench_import_time.setup(case, provider)(), bench_import_time.truth(case)) == 0
-    assert harness.disagreement(bench_import_time.setup(case, "nowhere")(), bench_import_time.truth(case)) > 0
+        assert equality.disagreement(bench_import_time.setup(case, provider)(), bench_import_time.truth(case)) == 0
+    assert equality.disagreement(bench_import_time.setup(case, "nowhere")(), bench_import_time.truth(case)) > 0
 
 
 # ------------------------------------------------------------------------------------------------------- whole scripts

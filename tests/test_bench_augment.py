@@ -10,18 +10,12 @@ import pytest
 import torch
 
 import sslfast
-from benchmarks import Unavailable, augmentation, harness, machine, peers, plot, rows
+from bench_common import MACHINE, NO_TIME, PEAKS
+from benchmarks import Unavailable, augmentation, equality, harness, memory, peers, plot, rows, runner
 from benchmarks import bench_augment_views as bench
 from sslfast.augment import IMAGENET_MEAN, IMAGENET_STD, ViewSpec
 
 SIZES = {"images": 4, "batch": 4, "source": 56, "size": 40, "views": 1, "threads": 1, "pil": 0}
-MACHINE = machine.Machine("AMD EPYC", 2, "", "2.13.0", "3.7.0", "0.1.0", "abc", "python -m benchmarks")
-PEAKS = machine.Peaks(
-    (
-        machine.Peak("tile_peak", "gflops", "float32", {"m": 8}, 500.0),
-        machine.Peak("copy", "gb_per_s", "uint8", {"MiB": 1}, 50.0),
-    )
-)
 # (provider, a case it is measured in); DINO's local views are 24 pixels wide where its global ones are 56.
 PLACES = [
     ("torchvision", {"batch": 1}),
@@ -62,7 +56,7 @@ def test_what_each_provider_proves(provider: str, sizes: dict[str, int]) -> None
     work, truth = bench.setup(case, provider), bench.truth(case)
     assert len(truth) == case.shape["views"] and all(view.dtype == torch.float64 for view in truth)
     # sslfast's own is that of float32, which the kernel keeps and PyTorch's interpolation does not.
-    assert harness.disagreement(work.proof(), truth) <= (work.tolerance or bench.ROUNDED)
+    assert equality.disagreement(work.proof(), truth) <= (work.tolerance or bench.ROUNDED)
 
 
 # Column and what is added: flip (not kornia's: its crop and flip are the reference's), saturation, hue, grey, blur.
@@ -82,7 +76,7 @@ def test_a_step_done_otherwise_is_not_taken_for_equal(
     table[0, :, column] = 1 - table[0, :, column] if column in (4, 13) else table[0, :, column] + change
     monkeypatch.setattr(bench, "choices", lambda case, count: types.SimpleNamespace(table=table))
     work = bench.setup(case, provider)
-    assert harness.disagreement(work.proof(), truth) > work.tolerance
+    assert equality.disagreement(work.proof(), truth) > work.tolerance
 
 
 FIXED = ViewSpec(40, scale=(1, 1), ratio=(1, 1), flip_p=1, mean=IMAGENET_MEAN, std=IMAGENET_STD)
@@ -116,7 +110,7 @@ def test_the_timed_pipelines_do_each_step_of_the_spec(
     work = bench.setup(case, provider)
     (made,) = work()
     truth = bench.truth(case)[0] if kornia else bench.truth(case)[0][-1]
-    assert harness.disagreement([made], [truth]) <= 4e-2
+    assert equality.disagreement([made], [truth]) <= 4e-2
 
 
 # --------------------------------------------------------------------------------------------------- what a run is like
@@ -207,12 +201,11 @@ def random_bench(proof: float) -> types.SimpleNamespace:
     )
 
 
-def run(fake: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> harness.Report:
-    monkeypatch.setattr(harness, "peak_mib", lambda case, provider: 1.5)
-    runner = harness.Runner(MACHINE, PEAKS, quick=True)
-    runner.seconds = 0.0
-    runner.run_case(fake, tiny())
-    return runner.report
+def run(fake: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> runner.Report:
+    monkeypatch.setattr(memory, "peak_mib", lambda case, provider: 1.5)
+    made = runner.Runner(MACHINE, PEAKS, NO_TIME)
+    made.run_case(fake, tiny())
+    return made.report
 
 
 def test_a_run_that_draws_is_judged_by_its_proof(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,12 +223,12 @@ def test_a_run_that_draws_is_judged_by_its_proof(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_table_has_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = harness.Runner(MACHINE, PEAKS, quick=True)
+    made = runner.Runner(MACHINE, PEAKS, NO_TIME)
     case = tiny(batch=1, images=64, views=10)
     for provider, scale, ratio in (("torchvision", 8.0, 1.0), ("sslfast", 0.5, 16.0)):
-        runner.report.rows.append(runner._row(case, provider, "time_ms", [80 * scale] * 3, 0.25, ratio))
-        runner.report.rows.append(runner._row(case, provider, "peak_mib", [3.0], None, None))
-    rows = [{key: str(value) for key, value in row.items()} for row in runner.report.rows]
+        made.report.rows.append(made._row(case, provider, "time_ms", [80 * scale] * 3, 0.25, ratio))
+        made.report.rows.append(made._row(case, provider, "peak_mib", [3.0], None, None))
+    rows = [{key: str(value) for key, value in row.items()} for row in made.report.rows]
     text = plot.markdown("augment_views", rows)
     label = plot.provider_text(peers.label("torchvision"))
     sizes = " | ".join(case.shape)
@@ -254,15 +247,14 @@ def test_rates_say_their_spread_low_to_high() -> None:
 def test_the_whole_way_on_a_tiny_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     available("torchvision")
     monkeypatch.setattr(harness, "MIN_ROUNDS", 1)
-    monkeypatch.setattr(harness, "peak_mib", lambda case, provider: 1.5)
-    runner = harness.Runner(MACHINE, PEAKS, quick=True)
-    runner.seconds = 0.0
+    monkeypatch.setattr(memory, "peak_mib", lambda case, provider: 1.5)
+    made = runner.Runner(MACHINE, PEAKS, NO_TIME)
     for case in (tiny(batch=1), tiny(batch=1, pil=1), tiny()):
-        runner.run_case(bench, case)
-    assert not runner.report.errors
+        made.run_case(bench, case)
+    assert not made.report.errors
     timed = {
-        (row["provider"].partition("-")[0], row["shape"]) for row in runner.report.rows if row["metric"] == "time_ms"
+        (row["provider"].partition("-")[0], row["shape"]) for row in made.report.rows if row["metric"] == "time_ms"
     }
     assert {provider for provider, _ in timed} >= {"torchvision", "pillow", "sslfast"}
-    shares = [row["share_of_bound"] for row in runner.report.rows if row["provider"] == "sslfast"]
+    shares = [row["share_of_bound"] for row in made.report.rows if row["provider"] == "sslfast"]
     assert all(0 < float(share) < 1 for share in shares if share)

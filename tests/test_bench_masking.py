@@ -14,6 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import sslfast
+from bench_common import MACHINE, NO_TIME, PEAKS
 from benchmarks import (
     bench_block_mask,
     bench_embed_patches,
@@ -23,19 +24,14 @@ from benchmarks import (
     bench_masked_feature_loss,
     bench_masked_patch_loss,
     bench_scatter_tokens,
+    equality,
     harness,
-    machine,
     masking,
+    memory,
     plot,
+    runner,
 )
 
-MACHINE = machine.Machine("AMD EPYC", 2, "", "2.13.0", "3.7.0", "0.1.0", "abc", "python -m benchmarks")
-PEAKS = machine.Peaks(
-    (
-        machine.Peak("tile_peak", "gflops", "float32", {"m": 8}, 500.0),
-        machine.Peak("copy", "gb_per_s", "uint8", {"MiB": 1}, 50.0),
-    )
-)
 BENCHES = (
     bench_embed_patches,
     bench_gather_patches,
@@ -77,8 +73,8 @@ def test_both_sides_compute_the_published_function(bench: ModuleType, sizes: dic
         assert bench.why_skip(case, provider, "time_ms") is None
         work = bench.setup(case, provider)
         # Twice what a timing asks: tiny problems average out less.
-        allowed = 2 * (work.tolerance or harness.AGREEMENT["float32"])
-        assert harness.disagreement(work(), truth) < allowed, provider
+        allowed = 2 * (work.tolerance or equality.AGREEMENT["float32"])
+        assert equality.disagreement(work(), truth) < allowed, provider
 
 
 @pytest.mark.parametrize(("bench", "sizes"), PLACES, ids=name)
@@ -90,11 +86,19 @@ def test_whatever_sslfast_leaves_out_is_seen(bench: ModuleType, sizes: dict[str,
     for key in {*problem.given} - constants:
         given = {**problem.given, key: reverse(problem.given[key])}
         got = benchmark._work(benchmark.fused(case), replace(problem, given=given))()
-        assert harness.disagreement(got, truth) > 1e-3, key
+        assert equality.disagreement(got, truth) > 1e-3, key
     for index in range(len(problem.learn)):
         learn = [masking.leaf(reverse(x)) if i == index else x for i, x in enumerate(problem.learn)]
         got = benchmark._work(benchmark.fused(case), replace(problem, learn=tuple(learn)))()
-        assert harness.disagreement(got, truth) > 1e-3, index
+        assert equality.disagreement(got, truth) > 1e-3, index
+
+
+@pytest.mark.parametrize("bench", BENCHES, ids=name)
+def test_forward_and_backward_apart_are_the_parts_of_both(bench: ModuleType) -> None:
+    for provider in (bench.BENCHMARK.own, "sslfast"):
+        work = bench.setup(tiny(bench), provider)
+        parts = [result for mode in ("forward", "backward") for result in work.apart(mode)()]
+        assert all(torch.equal(a, b) for a, b in zip(work(), parts, strict=True))
 
 
 def reverse(x: torch.Tensor) -> torch.Tensor:
@@ -102,17 +106,16 @@ def reverse(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_wrong_provider_is_an_error_and_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "peak_mib", lambda case, provider: 1.5)
+    monkeypatch.setattr(memory, "peak_mib", lambda case, provider: 1.5)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(harness, "MIN_ROUNDS", 1)
 
-    def run(benchmark: masking.Benchmark) -> harness.Report:
+    def run(benchmark: masking.Benchmark) -> runner.Report:
         for member in ("setup", "truth", "cost", "why_skip"):
             monkeypatch.setattr(bench_scatter_tokens, member, getattr(benchmark, member))
-        runner = harness.Runner(MACHINE, PEAKS, quick=True)
-        runner.seconds = 0.0
-        runner.run_case(bench_scatter_tokens, tiny(bench_scatter_tokens))
-        return runner.report
+        made = runner.Runner(MACHINE, PEAKS, NO_TIME)
+        made.run_case(bench_scatter_tokens, tiny(bench_scatter_tokens))
+        return made.report
 
     right = bench_scatter_tokens.BENCHMARK
 
@@ -148,7 +151,7 @@ DRAWN = [
 def test_what_is_drawn_is_as_frequent_as_it_should_be(bench: ModuleType, case: harness.Case, provider: str) -> None:
     assert bench.why_skip(case, provider, "time_ms") is None
     work, torch_state, python_state = bench.setup(case, provider), torch.get_rng_state(), random.getstate()
-    assert harness.disagreement(work.proof(), bench.truth(case)) <= work.tolerance
+    assert equality.disagreement(work.proof(), bench.truth(case)) <= work.tolerance
     assert torch.equal(torch.get_rng_state(), torch_state) and random.getstate() == python_state
     first, second = work(), work()
     assert [x.shape for x in first] == [x.shape for x in second]
@@ -172,7 +175,7 @@ def test_blocks_elsewhere_are_not_taken_for_equal(wrong: Callable, monkeypatch: 
     right = bench_block_mask.beit_masks
     monkeypatch.setattr(bench_block_mask, "beit_masks", lambda *arguments: wrong(right(*arguments)))
     work = bench_block_mask.setup(BLOCKS, "beit")
-    assert harness.disagreement(work.proof(), bench_block_mask.truth(BLOCKS)) > work.tolerance
+    assert equality.disagreement(work.proof(), bench_block_mask.truth(BLOCKS)) > work.tolerance
 
 
 def _specials_too(inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -193,7 +196,7 @@ def test_words_masked_otherwise_are_not_taken_for_equal(wrong: Callable, monkeyp
     right = bench_mask_tokens.hf_mask_tokens
     monkeypatch.setattr(bench_mask_tokens, "hf_mask_tokens", lambda *arguments: wrong(*right(*arguments)))
     work = bench_mask_tokens.setup(WORDS, "transformers")
-    assert harness.disagreement(work.proof(), bench_mask_tokens.truth(WORDS)) > work.tolerance
+    assert equality.disagreement(work.proof(), bench_mask_tokens.truth(WORDS)) > work.tolerance
 
 
 # --------------------------------------------------------------------------------------------------------------- cases
@@ -252,11 +255,11 @@ def test_a_gpu_runs_the_same_cases_in_batches_of_256(bench: ModuleType) -> None:
 
 def rows(op: str, shape: dict[str, int], mode: str, times: dict[str, tuple[float, float]]) -> list[harness.Row]:
     """Rows of (milliseconds, ratio to the best baseline) by provider."""
-    runner, case = harness.Runner(MACHINE, PEAKS, quick=True), harness.Case(op, shape, mode=mode)
+    made, case = runner.Runner(MACHINE, PEAKS, NO_TIME), harness.Case(op, shape, mode=mode)
     for provider, (time, ratio) in times.items():
-        runner.report.rows.append(runner._row(case, provider, "time_ms", [time] * 3, 0.25, ratio))
-        runner.report.rows.append(runner._row(case, provider, "peak_mib", [time], None, None))
-    return [{key: str(value) for key, value in row.items()} for row in runner.report.rows]
+        made.report.rows.append(made._row(case, provider, "time_ms", [time] * 3, 0.25, ratio))
+        made.report.rows.append(made._row(case, provider, "peak_mib", [time], None, None))
+    return [{key: str(value) for key, value in row.items()} for row in made.report.rows]
 
 
 def test_the_table_says_how_much_faster_than_the_published_code() -> None:
