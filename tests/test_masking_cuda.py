@@ -199,6 +199,45 @@ def test_an_id_that_is_not_allowed_gives_nan() -> None:
         assert found.isnan().all(1).tolist() == [True, False, False, True] and not found[1:3].any()
 
 
+def test_ids_that_are_not_allowed_give_nan_in_every_run() -> None:
+    """A repeated id: NaN in the gradient of its token; no permutation: in those of all of the image's tokens."""
+    twice = torch.tensor([[0, 3, 3, 1], [2, 0, 1, 3]], device="cuda")
+    x = torch.randn(2, 4, 40, device="cuda", requires_grad=True)
+    token = torch.zeros(40, device="cuda")
+
+    def gradients() -> list[Tensor]:
+        rows = ops.gather_tokens(x, twice)
+        restored = ops.scatter_tokens(x[:, :3], twice, token)
+        images = (
+            scatter_patches(x[..., :4], twice, size=(1, 4, 4), patch_size=2).unflatten(2, (2, 2)).unflatten(4, (2, 2))
+        )
+        return [
+            torch.autograd.grad(rows.sum(), x)[0].isnan().all(2),
+            torch.autograd.grad(restored.sum(), x)[0].isnan().all(2),
+            images.detach().isnan().all(5).all(3).flatten(1),
+        ]
+
+    expected = [
+        [[False, False, False, True], [False] * 4],
+        [[True, True, True, False], [False] * 4],
+        [[False, False, False, True], [False] * 4],
+    ]
+    for _ in range(3):
+        assert [t.tolist() for t in gradients()] == expected
+
+
+def test_the_device_of_the_tensors_not_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    ids = torch.randint(0, 2**62, (7,))
+    expected = masking.random_masks(ids, (14, 14), **KEY).ids_keep
+    for current, other in ((0, 1), (1, 0)):
+        with torch.cuda.device(current):
+            assert torch.equal(masking.random_masks(ids.to(f"cuda:{other}"), (14, 14), **KEY).ids_keep.cpu(), expected)
+            assert torch.equal(masking.random_masks(ids.cuda(), (14, 14), **KEY).ids_keep.cpu(), expected)
+            assert torch.cuda.current_device() == current
+
+
 # ---------------------------------------------------------------------------------------------------------- patches
 
 MANY = "many channels"

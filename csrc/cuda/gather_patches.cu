@@ -1,6 +1,6 @@
 // Patches of images as rows of numbers on the GPU, and back. Gather: a group of lanes a row, straight from the pixels
 // of the kept patches, four numbers a thread. Scatter: a group of lanes a line of the image, every pixel written once,
-// zeros where no patch lies. Memory traffic is the bound; so that index arithmetic stays below it, divisions are by
+// zeros where no patch lies, NaN where more than one does. Memory traffic is the bound; so that index arithmetic stays below it, divisions are by
 // multiplication, and from one number to the next a place is counted on.
 #include <type_traits>
 
@@ -270,6 +270,8 @@ __global__ void __launch_bounds__(kBlock, 5)
       }
 #pragma unroll
       for (int e = 0; e < kPack; ++e) narrow(A(widen(in.element[e])) * scale, &pack.element[e]);
+    } else if (k == kRepeated) {
+      pack = filled<T, kPack>(A(bits_to_float(0x7fc00000u)));
     }
     reinterpret_cast<Pack<T, kPack>*>(to)[p] = pack;
   }

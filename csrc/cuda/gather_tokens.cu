@@ -1,6 +1,7 @@
 // Kept tokens with their positions and a prefix on the GPU. Forward: a group of lanes a row of the result, which is
 // written once. Backward: ids of a row are distinct, so a small inverse map turns the scatter into a walk over rows of
-// x, each written once and without atomics; sums over the batch come from the same walk (token_rows.h).
+// x, each written once and without atomics (NaN where an id is repeated); sums over the batch come from the same walk
+// (token_rows.h).
 #include <tuple>
 #include <vector>
 
@@ -44,6 +45,7 @@ __global__ void __launch_bounds__(kBlock, 6)
 
 // Rows P … P + L − 1 of the walk are tokens of x, read from the gradient's row P + inverse[l]; rows before are prefix.
 struct InverseMap {
+  static constexpr bool kSpoils = true;  // where an id is repeated
   int64_t batch, length, prefixes, features;
   int64_t image, row;      // strides of the gradient
   const int32_t* inverse;  // [S, B, L]
@@ -52,7 +54,7 @@ struct InverseMap {
     const int64_t i = s * batch + b;
     if (r < prefixes) return i * image + r * row;
     const int64_t k = inverse[i * length + r - prefixes];
-    return k < 0 ? -1 : i * image + (prefixes + k) * row;
+    return k < 0 ? k : i * image + (prefixes + k) * row;  // kNowhere and kRepeated as they are
   }
   __device__ int64_t to(int64_t b, int64_t r) const {
     return r < prefixes ? -1 : (b * length + r - prefixes) * features;
@@ -62,6 +64,7 @@ struct InverseMap {
 
 // Row by row as they stand, zeros for the id −1: x was packed; and what holds the token, where there was no x.
 struct PackedMap {
+  static constexpr bool kSpoils = false;
   int64_t kept, prefixes, features;
   int64_t image, row;
   const int64_t* ids;  // [B, K]

@@ -1,9 +1,12 @@
 // Tokens back in their places, the mask token elsewhere, positions and a prefix, on the GPU. Forward: a group of lanes
 // a row of the result, which is written once. Backward: each row of the gradient belongs to one row of x or to the
-// token, so both are read where they lie and nothing is read twice but for the sums of a position (token_rows.h).
+// token, so both are read where they lie and nothing is read twice but for the sums of a position (token_rows.h). An
+// ids_restore that is no permutation would leave rows of x without a gradient, or two to write one: such an image's
+// tokens get NaN.
 #include <tuple>
 #include <vector>
 
+#include "inverse_ids.h"
 #include "token_rows.h"
 
 namespace sslfast {
@@ -21,14 +24,14 @@ struct Scatter {
 };
 
 // Which row of x (beyond the passed ones) stands at token l of image b: ids_restore, or a mask under which x[b, l] is
-// replaced; −1 where the mask token stands.
+// replaced; −1 where the mask token stands, below that where an id is not allowed.
 struct Restore {
   const int64_t* index;
   int64_t length, kept;
 
   __device__ int64_t row_of_x(int64_t b, int64_t l) const {
     const int64_t k = index[b * length + l];
-    return k < kept ? k : -1;
+    return k < 0 || k >= length ? -2 : (k < kept ? k : -1);
   }
 };
 struct Replace {
@@ -54,6 +57,9 @@ __global__ void __launch_bounds__(kBlock, 6)
     from = x.at(b, r - size.prefixes);
   } else {
     const int64_t k = index.row_of_x(b, r - before);
+    if (k < -1) {
+      return write_row<T, kPack>(size.lanes, nullptr, nullptr, bits_to_float(0x7fc00000u), out + row * size.features);
+    }
     if (k >= 0) from = x.at(b, size.passed + k);
   }
   const bool placed = position != nullptr && r >= size.unplaced;
@@ -64,6 +70,7 @@ __global__ void __launch_bounds__(kBlock, 6)
 // The walk is over rows of the gradient: all of them where their sums are wanted, else those that came from x.
 template <typename Index>
 struct ScatterMap {
+  static constexpr bool kSpoils = false;
   Index index;
   int64_t length, kept, passed, prefixes, features;
   int64_t image, row;  // strides of the gradient
@@ -181,6 +188,10 @@ void gradients(ScatterGradients& g, const Index& index) {
     };
     if (has_prefix) keep_sum(0, g.dprefix);
     if (has_position) keep_sum(unplaced, g.dposition);
+  }
+  if (std::is_same_v<Index, Restore> && has_x && g.dx.numel() > 0) {
+    spoil_kernel<T><<<static_cast<unsigned>(g.batch), kInverseThreads, 0, g.stream>>>(
+        g.length, const_data<int64_t>(g.index), g.passed, g.passed + g.kept, g.features, mutable_data<T>(g.dx));
   }
   if (g.needs[1]) sum_token<T>(g.batch * g.length, map, on, g.grad, g.dtoken, g.stream);
 }

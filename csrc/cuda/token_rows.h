@@ -115,6 +115,14 @@ __device__ Pack<T, kPack> rounded(const A* sum) {
   return pack;
 }
 
+template <typename T, int kPack>
+__device__ Pack<T, kPack> filled(Accumulator<T> value) {
+  Pack<T, kPack> pack;
+#pragma unroll
+  for (int e = 0; e < kPack; ++e) narrow(value, &pack.element[e]);
+  return pack;
+}
+
 // out = from + position, either of which may be absent (null): a row whose `from` is absent is `fill` throughout.
 template <typename T, int kPack>
 __device__ void write_row(const Lanes& lanes, const T* __restrict__ from, const T* __restrict__ position, float fill,
@@ -125,10 +133,7 @@ __device__ void write_row(const Lanes& lanes, const T* __restrict__ from, const 
   auto* to = reinterpret_cast<P*>(out);
   const int step = 1 << lanes.log;
   if (from == nullptr) {
-    A value[kPack];
-#pragma unroll
-    for (int e = 0; e < kPack; ++e) value[e] = A(fill);
-    const P pack = rounded<T, A, kPack>(value);
+    const P pack = filled<T, kPack>(A(fill));
     for (int64_t p = lanes.lane(); p < lanes.packs; p += step) to[p] = pack;
   } else if (position == nullptr) {
 #pragma unroll 4
@@ -158,7 +163,7 @@ inline Pieces pieces_of(int64_t items, int64_t wanted) {
 }
 
 // Where the gradient of row r of image b comes from and goes to; a Map tells it:
-//   from(s, b, r, summed) → offset of the row in the gradient (of mask s), or −1;
+//   from(s, b, r, summed) → offset of the row in the gradient (of mask s), or −1; below that, where kSpoils: NaN;
 //   to(b, r)              → offset of the row of dx that it is, or −1;
 //   carried(b, r)         → whether x was read there: if not, zeros are written.
 struct Walk {
@@ -196,6 +201,7 @@ __global__ void __launch_bounds__(kBlock, 1) walk_kernel(const Walk walk, const 
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {
         if (from[j] >= 0) in[j] = reinterpret_cast<const P*>(grad + from[j])[p];
+        if (Map::kSpoils && from[j] < -1) in[j] = filled<T, kPack>(A(bits_to_float(0x7fc00000u)));
       }
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) add_pack<T, A, kPack>(in[j], value[j]);
