@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from contextlib import AbstractContextManager
 
 import torch
@@ -21,6 +22,13 @@ def accumulator(x: Tensor) -> torch.dtype:
 def readable(x: Tensor) -> bool:
     """Looking at values waits for no device, does not end a graph, and finds some: a fake tensor has none."""
     return x.is_cpu and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
+
+
+def ids_checked(ids: Tensor) -> bool:
+    """The values of ids are looked at: where they are readable, and with ``SSLFAST_CHECK_IDS=1`` on a GPU too."""
+    if ids.is_cuda and os.environ.get("SSLFAST_CHECK_IDS", "0") not in ("", "0"):
+        return not torch.compiler.is_compiling() and not isinstance(ids, FakeTensor)
+    return readable(ids)
 
 
 def autocasts(x: Tensor) -> bool:

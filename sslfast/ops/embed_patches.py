@@ -195,8 +195,8 @@ def embed_patches(
 
     Args:
         images: [B, C, H, W], or [B, C, T, H, W] of films; uint8 (divided by 255) or floating point; any strides.
-        ids: [B, K] int64: kept patches in raster order, 0 to L − 1, none twice in a row; −1 gives a row of zeros. On
-            the CPU this is checked; on a GPU it is for the caller to see to. None: all L patches in order.
+        ids: [B, K] int64: kept patches in raster order, 0 to L − 1, none twice in a row; −1 gives a row of zeros.
+            This is checked on the CPU, and on a GPU with ``SSLFAST_CHECK_IDS=1``. None: all L patches in order.
         weight: [D, C·pt·ph·pw], or a convolution's [D, C, (pt,) ph, pw]; float32, float64, bfloat16 or float16.
         bias: [D]. Default None.
         patch_size: p or (ph, pw); (pt, ph, pw) of films. Divides the sides.
@@ -247,8 +247,9 @@ def embed_patches(
     _check_parameters(images, weight, images.shape[1] * math.prod(patch), length, others)
     preferred = "cuda" if images.device.type == "cuda" else "cpu"
     backend = _backends.select("embed_patches", preferred, lambda name: why_not(name, images))
-    if backend == "reference":
+    if backend != "cpu":
         check_values(ids, length)
+    if backend == "reference":
         return by_reference(images, ids, weight, bias, position, prefix, patch, means, deviations)
     if backend == "cuda":
         return _composed(images, ids, weight, bias, position, prefix, patch, means, deviations)

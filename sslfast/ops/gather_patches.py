@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _library, reference
-from .._checks import FLOATS, readable
+from .._checks import FLOATS, ids_checked
 from . import _devices
 
 BACKENDS = ("cpu", "cuda", "reference")
@@ -143,8 +143,8 @@ def check_ids(ids: Tensor, batch: int, device: torch.device) -> None:
 
 
 def check_values(ids: Tensor, length: int) -> None:
-    """What the kernels check themselves, for the reference: from −1 to L − 1, none twice in a row; CPU only."""
-    if not readable(ids) or ids.numel() == 0:
+    """From −1 to L − 1, none twice in a row: what the CPU's kernels check themselves, for the reference and a GPU."""
+    if not ids_checked(ids) or ids.numel() == 0:
         return
     low, high = int(ids.min()), int(ids.max())
     if low < -1 or high >= length:
@@ -190,8 +190,9 @@ def gather_patches(
 
     Args:
         images: [B, C, H, W], or [B, C, T, H, W] of films; uint8 (divided by 255) or floating point; any strides.
-        ids: [B, K] int64: patches in raster order, 0 to L − 1, none twice in a row; −1 gives a row of zeros. On the
-            CPU this is checked; on a GPU it is for the caller to see to. Default None: all L patches in order.
+        ids: [B, K] int64: patches in raster order, 0 to L − 1, none twice in a row; −1 gives a row of zeros. This is
+            checked on the CPU, and on a GPU with ``SSLFAST_CHECK_IDS=1``; elsewhere an id out of range gives NaN, and
+            a repeated one a gradient of NaN. Default None: all L patches in order.
         patch_size: p or (ph, pw); (pt, ph, pw) of films. Divides the sides.
         mean, std: one number a channel (at most 64 channels), or one for all. Default: 0 and 1.
         order: of a row's numbers: "channels_first", (c, t, y, x), as a convolution's weight has them (default), or
@@ -221,9 +222,9 @@ def gather_patches(
         raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {kind}")
     preferred = "cuda" if images.device.type == "cuda" else "cpu"
     backend = _backends.select("gather_patches", preferred, lambda name: why_not(name, images))
+    if ids is not None and backend != "cpu":
+        check_values(ids, length_of([1, *images.shape[2:]][-3:], patch))
     if backend == "reference":
-        if ids is not None:
-            check_values(ids, length_of([1, *images.shape[2:]][-3:], patch))
         return reference.gather_patches(images, ids, patch, means, deviations, inner, kind)
     return torch.ops.sslfast.gather_patches(images, ids, patch, means, deviations, inner, kind)
 
@@ -273,9 +274,9 @@ def scatter_patches(
     inner = is_inner(order)
     preferred = "cuda" if patches.device.type == "cuda" else "cpu"
     backend = _backends.select("scatter_patches", preferred, lambda name: why_not(name, patches))
+    if ids is not None and backend != "cpu":
+        check_values(ids, length)
     if backend == "reference":
-        if ids is not None:
-            check_values(ids, length)
         images = reference.scatter_patches(patches, ids, whole, patch, (), inner)
     else:
         images = torch.ops.sslfast.scatter_patches(patches, ids, whole, patch, [], inner)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _library, reference
-from .._checks import readable
+from .._checks import ids_checked
 from . import _devices
 from ._tokens import check_index, check_tokens, in_accumulator, linear_second_order, table
 
@@ -99,10 +99,10 @@ def by_reference(
 
 
 def check_ids(name: str, ids: Tensor, length: int | None) -> None:
-    """Ids from −1 to ``length`` − 1, distinct in a row but for −1; looked at only where that waits for nothing."""
-    if not readable(ids) or ids.numel() == 0:
+    """Ids from −1 to ``length`` − 1, distinct in a row but for −1."""
+    if not ids_checked(ids) or ids.numel() == 0:
         return
-    order = np.sort(ids.detach().numpy().reshape(-1, ids.shape[-1]), axis=1)
+    order = np.sort(ids.detach().cpu().numpy().reshape(-1, ids.shape[-1]), axis=1)
     smallest, largest = int(order[:, 0].min()), int(order[:, -1].max())
     if smallest < -1 or (length is not None and largest >= length):
         allowed = "at least −1" if length is None else f"from −1 (no token) to {length - 1}"
@@ -131,7 +131,8 @@ def gather_tokens(
     Args:
         x: [B, L, D] tokens, float32, float64, bfloat16 or float16, any strides; ``None``: every row is ``token``.
         ids: [B, K] int64, or [S, B, K] for S masks of the same tokens; 0 … L − 1, distinct within a row, or −1 for a
-            row of zeros (padding). Checked on the CPU outside ``torch.compile`` only.
+            row of zeros (padding). Checked on the CPU, and on a GPU with ``SSLFAST_CHECK_IDS=1``, outside
+            ``torch.compile``; elsewhere an id out of range gives NaN, a repeated one a gradient of NaN.
         position: [L, D] or [1, L, D], added to each token; not to the prefix.
         prefix: [P, D] or [1, P, D], the first rows of each image (class token plus its position, registers).
         token: [D] or [1, 1, D], in place of ``x``; needs ``position``.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _library, reference
-from .._checks import readable
+from .._checks import ids_checked
 from . import _devices
 from ._tokens import check_index, check_tokens, in_accumulator, linear_second_order, table
 
@@ -97,10 +97,10 @@ def by_reference(
 
 
 def _check_restore(restore: Tensor) -> None:
-    """Each row holds 0 … L − 1 once each; only where reading them waits for nothing."""
-    if not readable(restore) or restore.numel() == 0:
+    """Each row holds 0 … L − 1 once each."""
+    if not ids_checked(restore) or restore.numel() == 0:
         return
-    order = np.sort(restore.detach().numpy(), axis=1)
+    order = np.sort(restore.detach().cpu().numpy(), axis=1)
     wrong = order != np.arange(restore.shape[1])
     if wrong.any():
         row = int(np.argwhere(wrong)[0][0])
@@ -125,9 +125,10 @@ def scatter_tokens(
 
     Args:
         x: [B, passed + K, D], float32, float64, bfloat16 or float16, any strides.
-        ids_restore: [B, L] int64, a permutation of 0 … L − 1 in each row (checked on the CPU outside
-            ``torch.compile``): token l is row ``ids_restore[b, l]`` of the K kept ones, or masked where that is K or
-            more.
+        ids_restore: [B, L] int64, a permutation of 0 … L − 1 in each row: token l is row ``ids_restore[b, l]`` of the
+            K kept ones, or masked where that is K or more. Checked on the CPU, and on a GPU with
+            ``SSLFAST_CHECK_IDS=1``, outside ``torch.compile``; elsewhere an id out of range gives a row of NaN, and
+            an image whose row is no permutation a gradient of NaN.
         mask_token: [D] or [1, 1, D].
         position: [L, D] or [1, L, D], added to the tokens; or with P + passed + L rows, for the leading rows too.
         prefix: [P, D] or [1, P, D], written before all others.
