@@ -13,13 +13,7 @@ def why_not(op: str, like: str, backend: str, tensor: Tensor) -> str | None:
     An operation's own ``why_not(backend, tensor)`` is this with its names filled in.
     """
     if backend == "cpu":
-        return (
-            _native.why_missing.get("_C")
-            if tensor.is_cpu
-            else f"it takes CPU tensors, and {like} is on {tensor.device}"
-        )
+        return _native.why_no_cpu(tensor.device, like)
     if backend == "cuda":
-        if not tensor.is_cuda:
-            return f"it takes CUDA tensors, and {like} is on {tensor.device}"
-        return _native.why_missing.get("_C_cuda")
+        return _native.why_no_cuda(tensor.device, like)
     return f"{op} has no {backend} implementation"

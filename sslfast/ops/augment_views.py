@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _backends, _library, _native, reference
+from .. import _backends, _library, reference
 from .._checks import readable
+from . import _devices
 from .view_params import COLUMNS
 
 BACKENDS = ("cpu", "cuda", "reference")
@@ -51,12 +52,7 @@ _library.define(
 
 def why_not(backend: str, images: Sequence[Tensor]) -> str | None:
     """The reason ``backend`` cannot augment ``images``, or ``None`` if it can."""
-    device = images[0].device
-    if backend == "cpu":
-        return _native.why_missing.get("_C") if device.type == "cpu" else f"it takes CPU tensors, got {device}"
-    if backend == "cuda":
-        return _native.why_missing.get("_C_cuda") if device.type == "cuda" else f"it takes CUDA tensors, got {device}"
-    return f"augment_views has no {backend} implementation"
+    return _devices.why_not("augment_views", "images", backend, images[0])
 
 
 def check_images(images: Sequence[Tensor]) -> int:

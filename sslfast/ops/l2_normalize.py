@@ -6,15 +6,18 @@ the norm was below ``eps`` (there the divisor is a constant).
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _backends, _library, _native, reference
+from .. import _backends, _library, reference
 from .._checks import accumulator, check_matrix
+from . import _devices
 
 BACKENDS = ("cpu", "cuda", "reference")
+why_not = functools.partial(_devices.why_not, "l2_normalize", "x")
 EPS = 1e-12
 
 
@@ -48,15 +51,6 @@ def _backward(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Tensor
 _library.define("l2_normalize(Tensor x, float eps) -> (Tensor y, Tensor inv_norm)", _forward_fake)
 _library.define("l2_normalize_backward(Tensor grad_y, Tensor x, Tensor inv_norm, float eps) -> Tensor", _backward_fake)
 _library.autograd("l2_normalize", _backward, _setup_context)
-
-
-def why_not(backend: str, x: Tensor) -> str | None:
-    """The reason ``backend`` cannot normalise ``x``, or ``None`` if it can."""
-    if backend == "cpu":
-        return _native.why_missing.get("_C") if x.is_cpu else f"it takes CPU tensors, and x is on {x.device}"
-    if backend == "cuda":
-        return _native.why_missing.get("_C_cuda") if x.is_cuda else f"it takes CUDA tensors, and x is on {x.device}"
-    return f"l2_normalize has no {backend} implementation"
 
 
 def by_reference(x: Tensor, eps: float = EPS) -> Tensor:

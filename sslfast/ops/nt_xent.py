@@ -177,7 +177,7 @@ _library.autograd("nt_xent_triton", _triton_backward, _triton_setup_context)
 def why_not(backend: str, z: Tensor) -> str | None:
     """The reason ``backend`` cannot serve inputs like ``z``, or ``None`` if it can."""
     if backend == "cpu":
-        return _native.why_missing.get("_C") if z.device.type == "cpu" else f"the inputs are on {z.device}"
+        return _native.why_no_cpu(z.device, "z0")
     if backend == "triton":
         if z.dtype == torch.float64:
             return "the Triton kernel takes float32, bfloat16 and float16, not float64"

@@ -13,144 +13,26 @@ form. Centring and scaling happen before the products and on the way out of the 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from .. import _backends, _library, _native, reference
-from .._checks import accumulator, check_matrix, check_same, without_autocast
+from .. import _backends, _native
+from .._checks import check_matrix, check_same
 from ..reference.second_moment import SecondMoment
+from ._second_moment_operators import PENALTIES, SCALES, Loss, by_reference
 
 BACKENDS = ("cpu", "triton", "reference")
-SCALES = ("none", "variance", "norm")
 FORMS = ("auto", "primal", "dual")
 # Primal form: at most so many numbers of M stay in memory from forward to backward (44 MiB in float32); beyond them
 # its tiles are computed again.
 KEPT = 11 << 20
-
-
-def _moments_shape(a: Tensor, b: Tensor | None, cross: bool, dual: bool, keep: bool) -> tuple[int, ...]:
-    if not keep:
-        return (0,)
-    views = 1 if b is None else 2
-    n, d = a.shape
-    return (views, n, n) if dual else (1 if cross else views, d, d)
-
-
-def _fake(
-    a: Tensor, b: Tensor | None, cross: bool, center: bool, scale: int, eps: float, dual: bool, keep: bool
-) -> tuple[Tensor, ...]:
-    kind, d = accumulator(a), a.shape[1]
-    views = 1 if b is None else 2
-    matrices = 1 if cross else views
-    return (
-        a.new_empty((matrices,), dtype=kind),
-        a.new_empty((matrices, d), dtype=kind),
-        a.new_empty((), dtype=kind),
-        a.new_empty((views, d), dtype=kind),
-        a.new_empty((views, d), dtype=kind),
-        a.new_empty(_moments_shape(a, b, cross, dual, keep), dtype=kind),
-    )
-
-
-def _backward_fake(
-    grad_off: Tensor,
-    grad_diagonal: Tensor,
-    grad_distance: Tensor,
-    a: Tensor,
-    b: Tensor | None,
-    diagonal: Tensor,
-    mean: Tensor,
-    factor: Tensor,
-    moments: Tensor,
-    cross: bool,
-    center: bool,
-    scale: int,
-    eps: float,
-    dual: bool,
-    need_a: bool,
-    need_b: bool,
-) -> tuple[Tensor, Tensor]:
-    return (
-        a.new_empty(a.shape if need_a else (0,)),
-        a.new_empty(a.shape if need_b else (0,)),
-    )
-
-
-def by_reference(a: Tensor, b: Tensor | None, cross: bool, center: bool, scale: str, eps: float) -> SecondMoment:
-    """The reference with the kernels' precision: sums of 16-bit inputs are float32, also inside an autocast region."""
-    kind = accumulator(a)
-    with without_autocast(a):
-        wide = None if b is None else b.to(kind)
-        return reference.second_moment(a.to(kind), wide, cross=cross, center=center, scale=scale, eps=eps)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    a, b, *ctx.options, _ = inputs
-    _, diagonal, _, mean, factor, moments = output
-    ctx.save_for_backward(a, b, diagonal, mean, factor, moments)
-    ctx.mark_non_differentiable(mean, factor, moments)
-    ctx.set_materialize_grads(False)  # else a backward fills zeros of the size of `moments`
-
-
-def _backward_by(name: str) -> Any:
-    def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
-        a, b, diagonal, mean, factor, moments = ctx.saved_tensors
-        likes = (diagonal.new_zeros(diagonal.shape[0]), diagonal, diagonal.new_zeros(()))
-        grads = [like.new_zeros(like.shape) if g is None else g for g, like in zip(given[:3], likes, strict=True)]
-        cross, center, scale, eps, dual = ctx.options
-        needed = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*grads, a, b)):
-
-            def function(a: Tensor, b: Tensor | None) -> SecondMoment:
-                return by_reference(a, b, cross, center, SCALES[scale], eps)
-
-            return (*_library.second_order(function, (a, b), needed, grads), *(None,) * 6)
-        da, db = getattr(torch.ops.sslfast, f"{name}_backward")(
-            *grads, a, b, diagonal, mean, factor, moments, *ctx.options, *needed
-        )
-        return (da if needed[0] else None, db if needed[1] else None, *(None,) * 6)
-
-    return backward
-
-
-for _name in ("second_moment", "second_moment_triton"):
-    _library.define(
-        f"{_name}(Tensor a, Tensor? b, bool cross, bool center, int scale, float eps, bool dual, bool keep) ->"
-        " (Tensor off_diagonal, Tensor diagonal, Tensor distance, Tensor mean, Tensor factor, Tensor moments)",
-        _fake,
-    )
-    _library.define(
-        f"{_name}_backward(Tensor grad_off, Tensor grad_diagonal, Tensor grad_distance, Tensor a, Tensor? b,"
-        " Tensor diagonal, Tensor mean, Tensor factor, Tensor moments, bool cross, bool center, int scale, float eps,"
-        " bool dual, bool need_a, bool need_b) -> (Tensor da, Tensor db)",
-        _backward_fake,
-    )
-    _library.autograd(_name, _backward_by(_name), _setup_context)
-
-
-def _triton(a: Tensor, b: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    from ..kernels import second_moment as kernel
-
-    return kernel.second_moment(a.contiguous(), None if b is None else b.contiguous(), *rest)
-
-
-def _triton_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    from ..kernels import second_moment as kernel
-
-    grads, (a, b), rest = arguments[:3], arguments[3:5], arguments[5:]
-    return kernel.second_moment_backward(*grads, a.contiguous(), None if b is None else b.contiguous(), *rest)
-
-
-_library.implement("second_moment_triton", _triton, "CUDA", "CPU")
-_library.implement("second_moment_triton_backward", _triton_backward, "CUDA", "CPU")
+_NO_LOSS = Loss()
 
 
 def why_not(backend: str, a: Tensor) -> str | None:
     """The reason ``backend`` cannot serve inputs like ``a``, or ``None`` if it can."""
     if backend == "cpu":
-        return _native.why_missing.get("_C") if a.device.type == "cpu" else f"the inputs are on {a.device}"
+        return _native.why_no_cpu(a.device, "a")
     if backend == "triton":
         if a.dtype == torch.float64:
             return "the Triton kernel takes float32, bfloat16 and float16, not float64"
@@ -223,14 +105,61 @@ def second_moment(
         raise ValueError(f"form must be one of {', '.join(map(repr, FORMS))}, got {form!r}")
     if not isinstance(eps, (int, float)) or not eps > 0:
         raise ValueError(f"eps must be a positive number, got {eps!r}")
-    preferred = "triton" if a.device.type == "cuda" else "cpu"
-    backend = _backends.select("second_moment", preferred, lambda name: why_not(name, a))
+    backend = _backends.select("second_moment", _preferred(a), lambda name: why_not(name, a))
     if backend == "reference":
         return by_reference(a, b, cross, center, scale, eps)
-    n, d = a.shape
-    dual = dual_is_cheaper(n, d) if form == "auto" else form == "dual"
-    learns = torch.is_grad_enabled() and (a.requires_grad or (b is not None and b.requires_grad))
-    matrices = 1 if b is None or cross else 2
-    keep = learns and (dual or matrices * d * d <= KEPT)
-    operator = torch.ops.sslfast.second_moment_triton if backend == "triton" else torch.ops.sslfast.second_moment
+    if backend == "triton":
+        return SecondMoment(*_triton(a, b, cross, center, scale, eps, form, _NO_LOSS)[1:4])
+    dual = _is_dual(a, form)
+    keep = _learns(a, b) and (dual or _fits(a, b, cross))
+    operator = torch.ops.sslfast.second_moment
     return SecondMoment(*operator(a, b, cross, center, SCALES.index(scale), eps, dual, keep)[:3])
+
+
+def _preferred(a: Tensor) -> str:
+    return "triton" if a.device.type == "cuda" else "cpu"
+
+
+def _is_dual(a: Tensor, form: str) -> bool:
+    return dual_is_cheaper(*a.shape) if form == "auto" else form == "dual"
+
+
+def _learns(a: Tensor, b: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (a.requires_grad or (b is not None and b.requires_grad))
+
+
+def _fits(a: Tensor, b: Tensor | None, cross: bool) -> bool:
+    """Whether all of M may be in memory."""
+    return (1 if b is None or cross else 2) * a.shape[1] ** 2 <= KEPT
+
+
+def _triton(
+    a: Tensor, b: Tensor | None, cross: bool, center: bool, scale: str, eps: float, form: str, loss: Loss
+) -> tuple[Tensor, ...]:
+    dual = _is_dual(a, form)
+    weights = [loss.off, loss.distance, loss.columns]
+    options = cross, center, SCALES.index(scale), eps, dual, PENALTIES.index(loss.penalty), loss.floor, weights
+    outputs: tuple[Tensor, ...] = torch.ops.sslfast.second_moment_triton(
+        a, b, *options, dual or _fits(a, b, cross), _learns(a, b)
+    )
+    return outputs
+
+
+def moment_loss(
+    a: Tensor,
+    b: Tensor | None,
+    loss: Loss,
+    *,
+    cross: bool = False,
+    center: bool = True,
+    scale: str = "none",
+    eps: float = 1e-5,
+    form: str = "auto",
+) -> Tensor | None:
+    """A weighted sum of :func:`second_moment`'s sums and of a penalty, in the launches of the sums alone.
+
+    The arguments, which are not checked again, are those of :func:`second_moment`; ``None`` where no such kernel
+    serves them: then it is for the caller to add up :func:`second_moment`'s sums.
+    """
+    backend = _backends.select("second_moment", _preferred(a), lambda name: why_not(name, a))
+    return _triton(a, b, cross, center, scale, eps, form, loss)[0] if backend == "triton" else None

@@ -48,7 +48,7 @@ class SimilarityTerms(NamedTuple):
 def why_not(backend: str, q: Tensor) -> str | None:
     """The reason ``backend`` cannot serve inputs like ``q``, or ``None`` if it can."""
     if backend == "cpu":
-        return _native.why_missing.get("_C") if q.device.type == "cpu" else f"the inputs are on {q.device}"
+        return _native.why_no_cpu(q.device, "q")
     if backend == "triton":
         if q.dtype == torch.float64:
             return "the Triton kernel takes float32, bfloat16 and float16, not float64"
