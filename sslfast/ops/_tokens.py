@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _library
-from .._checks import FLOATS, accumulator
+from .._checks import FLOATS, accumulator, autocasts
 
 
 def check_tokens(name: str, x: Tensor) -> None:
@@ -51,15 +51,10 @@ def table(name: str, rows: Tensor | None, like: Tensor, dims: int = 2) -> Tensor
     if rows.device != like.device:
         raise ValueError(f"{name} must be on the tokens' device {like.device}, got {rows.device}")
     if rows.dtype != like.dtype:
-        if rows.dtype not in FLOATS or not torch.is_autocast_enabled(like.device.type):
+        if rows.dtype not in FLOATS or not autocasts(like):
             raise TypeError(f"{name} must have the tokens' dtype {like.dtype}, got {rows.dtype}")
         rows = rows.to(like.dtype)
     return rows.reshape(rows.shape[rows.dim() - dims :])
-
-
-def readable(x: Tensor) -> bool:
-    """Looking at values waits for no device and does not end a graph."""
-    return x.is_cpu and not torch.compiler.is_compiling()
 
 
 def in_accumulator(function: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> Tensor:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backends, _library, _native, reference
-from .._checks import FLOATS, accumulator, readable, without_autocast
+from .. import _backends, _library, reference
+from .._checks import FLOATS, accumulator, ids_checked, without_autocast
+from . import _devices
 
 BACKENDS = ("cpu", "cuda", "reference")
 LOSSES = ("smooth_l1", "mse")
@@ -70,15 +71,9 @@ def by_reference(
 
 def why_not(backend: str, pred: Tensor) -> str | None:
     """The reason ``backend`` cannot serve ``pred``, or ``None`` if it can."""
-    if backend == "cpu":
-        return _native.why_missing.get("_C") if pred.is_cpu else f"it takes CPU tensors, and pred is on {pred.device}"
-    if backend == "cuda":
-        if not pred.is_cuda:
-            return f"it takes CUDA tensors, and pred is on {pred.device}"
-        if pred.shape[-1] * accumulator(pred).itemsize > LARGEST_ON_CUDA:
-            return f"a row of {pred.shape[-1]} features does not fit the shared memory of a block"
-        return _native.why_missing.get("_C_cuda")
-    return f"masked_feature_loss has no {backend} implementation"
+    if backend == "cuda" and pred.is_cuda and pred.shape[-1] * accumulator(pred).itemsize > LARGEST_ON_CUDA:
+        return f"a row of {pred.shape[-1]} features does not fit the shared memory of a block"
+    return _devices.why_not("masked_feature_loss", "pred", backend, pred)
 
 
 def masked_feature_loss(
@@ -97,7 +92,8 @@ def masked_feature_loss(
         pred: [S, B, K, D], the predictions for S masks of each of B images; or [S·B, K, D], mask by mask, as I-JEPA
             concatenates them; or [B, K, D] for one mask. float32, float64, bfloat16 or float16; any strides.
         teacher: [B, L, D], any of these dtypes; receives no gradient. A slice of rows is read where it lies.
-        ids: [S, B, K] or [B, K] int64, positions 0 to L − 1 (only read on the CPU).
+        ids: [S, B, K] or [B, K] int64, positions 0 to L − 1. Checked on the CPU, and on a GPU with
+            ``SSLFAST_CHECK_IDS=1``; elsewhere one out of range gives NaN.
         loss: "smooth_l1" (default; ``d²/(2·beta)`` up to ``|d| = beta``, then ``|d| − beta/2``) or "mse".
         beta: of the smooth L1 loss (default 1); 0 makes it the L1 loss.
         layer_norm: normalise each of the teacher's rows over its D features, without scale and shift (default).
@@ -157,7 +153,7 @@ def _checked(pred: Tensor, teacher: Tensor, ids: Tensor) -> tuple[Tensor, Tensor
     if tuple(pred.shape) not in wanted:
         shapes = " or ".join(str(list(shape)) for shape in sorted(wanted, key=len, reverse=True))
         raise ValueError(f"pred must be {shapes} for these ids and this teacher, got {list(pred.shape)}")
-    if ids.numel() and readable(ids):
+    if ids.numel() and ids_checked(ids):
         low, high = (int(i) for i in torch.aminmax(ids))
         if low < 0 or high >= length:
             raise ValueError(f"ids must be positions of the teacher, 0 to {length - 1}, got {low} to {high}")

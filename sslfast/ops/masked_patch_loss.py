@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backends, _library, _native, reference
-from .._checks import FLOATS, accumulator, readable, without_autocast
+from .. import _backends, _library, reference
+from .._checks import FLOATS, accumulator, ids_checked, without_autocast
+from . import _devices
 from .gather_patches import channel_numbers, check_images, length_of, patch_sides
 
 BACKENDS = ("cpu", "cuda", "reference")
@@ -94,15 +95,9 @@ def by_reference(
 
 def why_not(backend: str, pred: Tensor) -> str | None:
     """The reason ``backend`` cannot serve ``pred``, or ``None`` if it can."""
-    if backend == "cpu":
-        return _native.why_missing.get("_C") if pred.is_cpu else f"it takes CPU tensors, and pred is on {pred.device}"
-    if backend == "cuda":
-        if not pred.is_cuda:
-            return f"it takes CUDA tensors, and pred is on {pred.device}"
-        if pred.shape[-1] * accumulator(pred).itemsize > LARGEST_ON_CUDA:
-            return f"a patch of {pred.shape[-1]} values does not fit the shared memory of a block"
-        return _native.why_missing.get("_C_cuda")
-    return f"masked_patch_loss has no {backend} implementation"
+    if backend == "cuda" and pred.is_cuda and pred.shape[-1] * accumulator(pred).itemsize > LARGEST_ON_CUDA:
+        return f"a patch of {pred.shape[-1]} values does not fit the shared memory of a block"
+    return _devices.why_not("masked_patch_loss", "pred", backend, pred)
 
 
 class _Images(NamedTuple):
@@ -137,7 +132,7 @@ def _checked_index(masks: Any, pred: Tensor, count: int) -> Tensor:
     batch, rows = pred.shape[:2]
     if index.dim() != 2 or index.shape[0] != batch:
         raise ValueError(f"masks must be [{batch}, {count}], or ids [{batch}, M], got shape {tuple(index.shape)}")
-    looks = readable(index)
+    looks = ids_checked(index)
     if index.dtype == torch.int64:
         if looks and index.numel():
             low, high = (int(i) for i in torch.aminmax(index))
@@ -197,8 +192,9 @@ def masked_patch_loss(
             their ids; ``n`` values a patch; float32, float64, bfloat16 or float16. A slice of rows, as of a sequence
             without its class token, is read where it lies.
         masks: [B, L] bool, True where masked; or the same in floating point, 1 where masked (MAE's); or ids [B, M]
-            int64 of the masked patches, without repetition (only read on the CPU); or :class:`Masks`.
-            As many ids as patches with ``pred`` of as many rows: row k is patch ``ids[b, k]``.
+            int64 of the masked patches, without repetition; or :class:`Masks`. Values are checked on the CPU, and on
+            a GPU with ``SSLFAST_CHECK_IDS=1``. As many ids as patches with ``pred`` of as many rows: row k is patch
+            ``ids[b, k]``.
         patch_size: p or (ph, pw) for images, (pt, ph, pw) for video; divides the size.
         loss: "mse" (default) or "l1".
         target: "pixels" (default); "mae", the patch's pixels less their mean, divided by ``sqrt(var + 1e-6)``;
