@@ -1,0 +1,101 @@
+"""CUDA kernels on the CPU: ``csrc/cuda/*.cu`` compiled by g++, threads as fibres in any order (``emulator.h``).
+
+    with Emulated("random", seed=1) as kernels:
+        sslfast.l2_normalize(x)  # a tensor on the CPU
+    assert kernels.calls["l2_normalize"]
+
+What it does not see: instructions that only nvcc makes (``__CUDA_ARCH__``, products and sums as one operation),
+registers, coalescing, and how warps run at the same time.
+"""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import functools
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sslfast  # noqa: F401  (whose schemas the operators have)
+
+from .build import HERE, ROOT, SANITIZERS, build, compiler
+from .rewrite import NAMESPACE
+
+__all__ = ["ORDERS", "SANITIZERS", "Emulated", "build", "compiler", "load", "operators", "selftest"]
+
+ORDERS = ("forward", "reverse", "random")
+LIBRARY = "SSLFAST_EMULATED"  # environment variable: a library that is built already, such as one with a sanitizer
+
+_lib: list[torch.library.Library] = []
+
+
+def operators(csrc: Path = ROOT / "csrc") -> set[str]:
+    """The names that the CUDA sources register."""
+    return {name for path in sorted((csrc / "cuda").glob("*.cu")) for name in registered(path)}
+
+
+def registered(path: Path) -> list[str]:
+    return re.findall(r'\bm\.impl\(\s*"(\w+)"', path.read_text())
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """Builds and loads the library; its operators are those of ``torch.ops.sslfast_emulated``."""
+    library = torch.library.Library(NAMESPACE, "DEF")
+    for name in sorted(operators()):
+        library.define(str(getattr(torch.ops.sslfast, name).default._schema).partition("::")[2])
+    for name in registered(HERE / "selftest.cu"):
+        library.define(f"{name}(Tensor x) -> Tensor")
+    _lib.append(library)
+    path = os.environ.get(LIBRARY) or str(build())
+    torch.ops.load_library(path)
+    return ctypes.CDLL(path)
+
+
+class Emulated(TorchDispatchMode):
+    """While it is entered, CUDA kernels serve the operators of ``sslfast`` on CPU tensors.
+
+    Args:
+        order: in which blocks, and the threads of a block between two barriers, run: one of ``ORDERS``.
+        seed: of a random order.
+
+    Attributes:
+        calls: how often each operator was called.
+    """
+
+    def __init__(self, order: str = "forward", seed: int = 0) -> None:
+        super().__init__()
+        self.order, self.seed = ORDERS.index(order), seed
+        self.calls: collections.Counter[str] = collections.Counter()
+
+    def __enter__(self) -> Emulated:
+        load().emulator_set_order(self.order, ctypes.c_uint(self.seed))
+        super().__enter__()
+        return self
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace == "sslfast" and name in _names():
+            self.calls[name] += 1
+            func = getattr(getattr(torch.ops, NAMESPACE), name).default
+        return func(*args, **(kwargs or {}))
+
+
+@functools.cache
+def _names() -> set[str]:
+    return operators()
+
+
+def selftest(name: str, x: torch.Tensor, order: str = "forward", seed: int = 0) -> torch.Tensor:
+    """A kernel of ``selftest.cu``."""
+    load().emulator_set_order(ORDERS.index(order), ctypes.c_uint(seed))
+    result: torch.Tensor = getattr(getattr(torch.ops, NAMESPACE), f"selftest_{name}")(x)
+    return result

@@ -1,0 +1,115 @@
+"""Building the emulated operators with g++ and torch's headers, once for each state of the sources."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+from .rewrite import rewritten
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+OUT = ROOT / "build" / "cuda_emulator"
+
+# Quick to compile is what counts. As nvcc does, every product and sum is rounded alone where a source asks for it:
+# contraction is off everywhere, so that orders of threads are compared and not of instructions.
+FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+FLAGS += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Wno-unknown-pragmas"]
+SANITIZERS = {
+    # A vector that does not lie on a multiple of its size: x86 reads it, a GPU does not.
+    "address": ["-fsanitize=address,alignment", "-fno-sanitize-recover=alignment", "-fno-omit-frame-pointer"],
+    "thread": ["-fsanitize=thread"],
+}
+
+
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def build(sanitizer: str | None = None, csrc: Path = ROOT / "csrc", out: Path = OUT) -> Path:
+    """The library with every operator of ``csrc/cuda``, and the kernels of ``selftest.cu``.
+
+    What has been compiled before is used again, by its contents. Of several processes one builds and the others wait.
+
+    Raises:
+        RuntimeError: g++ is missing, or what it says.
+    """
+    gxx = compiler()
+    if gxx is None:
+        raise RuntimeError("g++ is missing")
+    out = out / (sanitizer or "plain")
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build(gxx, sanitizer, csrc, out)
+
+
+def _build(gxx: str, sanitizer: str | None, csrc: Path, out: Path) -> Path:
+    kernels = [*sorted((csrc / "cuda").glob("*.cu")), HERE / "selftest.cu"]
+    headers = {path: path.read_text() for path in sorted((csrc / "cuda").glob("*.h"))}
+    plain = {path: path.read_text() for path in [*sorted(csrc.glob("*.h")), *sorted((csrc / "common").glob("*.h"))]}
+    own = {path: path.read_text() for path in sorted(HERE.rglob("*.h"))}
+    instrument = SANITIZERS.get(sanitizer or "", [])
+    version = subprocess.check_output([gxx, "--version"], text=True)
+    common = digest(version, torch.__version__, *FLAGS, *instrument, *headers.values(), *plain.values(), *own.values())
+
+    sources = out / "csrc"
+    for path, text in headers.items():
+        write(sources / "cuda" / path.name, rewritten(path, text))
+    for path, text in plain.items():
+        write(sources / path.relative_to(csrc), text)
+    include = [f"-I{HERE / 'include'}", f"-I{HERE}", f"-I{sources}"]
+    include += [flag for d in cpp_extension.include_paths() for flag in ("-isystem", d)]
+
+    jobs: list[tuple[Path, list[str]]] = []  # objects, and how they are made
+    for path in kernels:
+        text = rewritten(path, path.read_text())
+        target = out / f"{path.stem}-{digest(common, text)}.o"
+        source = sources / "cuda" / f"{path.stem}.cpp"
+        write(source, text)
+        jobs.append((target, [*FLAGS, *instrument, *include, str(source)]))
+    scheduler = HERE / "scheduler.cpp"
+    told = [f"-D{sanitizer.upper()}_SANITIZER"] if sanitizer else []
+    target = out / f"scheduler-{digest(common, scheduler.read_text())}.o"
+    jobs.append((target, [*FLAGS, "-O2", *told, *include, str(scheduler)]))
+
+    def compile_one(job: tuple[Path, list[str]]) -> None:
+        if not job[0].exists():
+            call([gxx, *job[1], "-c", "-o", f"{job[0]}.part"])
+            os.replace(f"{job[0]}.part", job[0])
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(compile_one, jobs))
+    objects = [str(target) for target, _ in jobs]
+    library = out / f"emulated-{digest(*objects)}.so"
+    if not library.exists():
+        link = [*(f"-L{d}" for d in cpp_extension.library_paths()), "-ltorch", "-ltorch_cpu"]
+        call([gxx, "-shared", *instrument, "-o", f"{library}.part", *objects, *link])
+        os.replace(f"{library}.part", library)
+    for old in (*out.glob("*.o"), *out.glob("*.so")):
+        if str(old) not in objects and old != library:
+            old.unlink()
+    return library
+
+
+def digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def call(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
