@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import sslfast
-from helpers import within_budget
+from helpers import Rounded, roundings, within_budget
 from sslfast.distributed import Scope
 
 STRATEGIES = ("gather", "ring")
@@ -101,13 +101,17 @@ def value_and_gradients(formula: Formula, scope: Scope, inputs: Sequence[Tensor]
 
 
 @functools.cache
-def global_batch(formula: Formula, sizes: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-    """Value and gradients of one process on the global batch, by the reference in ``dtype``.
+def global_batch(formula: Formula, sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], list[Rounded]]:
+    """Value and gradients of one process on the global batch, by the reference in float64 and in ``dtype``.
 
     NT-Xent's views stand rank by rank in the distributed batch; for its value their order is irrelevant.
     """
-    with sslfast.use_backend("reference"):
-        return value_and_gradients(formula, Scope(), batch(sizes, dtype)[0])
+
+    def by_reference(dtype: torch.dtype) -> list[Tensor]:
+        with sslfast.use_backend("reference"):
+            return value_and_gradients(formula, Scope(), batch(sizes, dtype)[0])
+
+    return by_reference(torch.float64), roundings(by_reference, dtype)
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
@@ -120,7 +124,7 @@ def compare(
     name: str, found: list[Tensor], rank: int, sizes: Sequence[int], formula: Formula, dtype: torch.dtype
 ) -> None:
     """What DDP makes of the ranks' values: the mean; for a rank's own rows that is 1/W of their gradient."""
-    truth, plain = global_batch(formula, sizes, torch.float64), global_batch(formula, sizes, dtype)
+    truth, plain = global_batch(formula, sizes, dtype)
     for what, mine, true, reference in zip(("value", "x", "y", "scale", "bias"), found, truth, plain, strict=True):
         if true.dim():
             mine = mine / len(sizes)

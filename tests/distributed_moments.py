@@ -15,7 +15,7 @@ from benchmarks import peers
 from distributed_common import SIZES as BATCH_SIZES
 from distributed_common import STRATEGIES, batch, case, mean_over_ranks, raises
 from distributed_contract import needs_counter, recorded_calls, written
-from helpers import within_budget
+from helpers import roundings, within_budget
 from sslfast import reference
 from sslfast.distributed import scope_of
 from sslfast.losses.barlow_twins import BarlowTwinsLoss, barlow_twins
@@ -115,10 +115,11 @@ def second_moments_in_other_dtypes(rank: int, world: int) -> None:
     for dtype, width, cross in itertools.product((torch.float32, torch.bfloat16), (6, 40), (False, True)):
         (a, b), parts = batches(sizes, width, dtype)
         how = {"cross": cross, "center": True, "scale": "variance", "eps": 1e-5}
-        every = [
-            value_and_gradients(lambda *inputs, how=how: by_reference(*inputs, *how.values()), inputs, world)
-            for inputs in ((a.double(), b.double()), (a, b))
-        ]
+
+        def plain_step(*inputs: Tensor, how: dict[str, object] = how) -> list[Tensor]:
+            return value_and_gradients(lambda *given: by_reference(*given, *how.values()), inputs, world)
+
+        every = plain_step(a.double(), b.double()), roundings(plain_step, a, b)
         for strategy in STRATEGIES:
             with torch.autocast("cpu"):
                 found = value_and_gradients(

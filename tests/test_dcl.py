@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import Unavailable, peers
-from helpers import within_budget
+from helpers import roundings, within_budget
 from sslfast.losses.dcl import DCLLoss, DCLWLoss, dcl, dclw
 
 GRAD_LOSS = 3.0  # not 1: a backward that forgets it fails
@@ -75,7 +75,7 @@ def test_single_precision(sigma: float | None, tau: float) -> None:
     inputs = (*two_views(75, 20, torch.float32), torch.tensor(tau))
     formula = lambda z0, z1, t: plain(z0, z1, t, sigma)  # noqa: E731
     kernel = value_and_gradients(dcl if sigma is None else dclw, *inputs)
-    single = value_and_gradients(formula, *inputs)
+    single = roundings(value_and_gradients, formula, *inputs)
     truth = value_and_gradients(formula, *(t.double() for t in inputs))
     for name, k, r, t in zip(("loss", "dz0", "dz1", "dtau"), kernel, single, truth, strict=True):
         within_budget(name, k, r, t, torch.float32, 1 / tau if name in ("loss", "dtau") else 0.1)

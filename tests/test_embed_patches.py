@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import sslfast
-from helpers import LEVELS, run_at_level, within_budget
+from helpers import LEVELS, roundings, run_at_level, within_budget
 from sslfast import reference
 from sslfast.masking import embed_patches
 from test_gather_patches import DTYPES, some_ids, three
@@ -54,11 +54,13 @@ def test_tokens_and_gradients(shape: tuple, dtype: torch.dtype) -> None:
         leaves[0], ids, *leaves[1:3], position=leaves[3], prefix=leaves[4], patch_size=patch, mean=mean, std=std
     )
     grad = torch.randn(out.shape, dtype=torch.float64).to(dtype).mT.contiguous().mT
-    expected = []
-    for wide in (torch.promote_types(dtype, torch.float32), torch.float64):
+
+    def plain(wide: torch.dtype) -> list[Tensor]:
         same = [t.to(wide).requires_grad_() for t in (images, *parameters)]
         found = reference.embed_patches(same[0], ids, *same[1:], three(patch), mean, std)
-        expected.append([found, *gradients(found, same, grad)])
+        return [found, *gradients(found, same, grad)]
+
+    expected = roundings(plain, torch.promote_types(dtype, torch.float32)), plain(torch.float64)
     for name, kernel, single, truth in zip(
         ("tokens", "images", *NAMES), [out, *gradients(out, leaves, grad)], *expected, strict=True
     ):
@@ -87,11 +89,13 @@ def test_many_rows_and_threads() -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    expected = []
-    for wide in (torch.float32, torch.float64):
+
+    def plain(wide: torch.dtype) -> list[Tensor]:
         same = [t.to(wide).requires_grad_() for t in parameters]
         out = reference.embed_patches(images.to(wide), ids, *same, (1, 16, 16))
-        expected.append([out, *gradients(out, same, grad)])
+        return [out, *gradients(out, same, grad)]
+
+    expected = roundings(plain, torch.float32), plain(torch.float64)
     for name, kernel, single, truth in zip(("tokens", *NAMES), found[0], *expected, strict=True):
         within_budget(name, kernel, single, truth, torch.float32)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers import within_budget
+from helpers import roundings, within_budget
 from sslfast.losses.group_nt_xent import group_nt_xent
 from sslfast.losses.nt_xent import nt_xent
 
@@ -33,7 +33,10 @@ def test_value_and_gradients(groups, normalize, dtype):
         value = 1.7 * loss(*leaves)
         return [value, *torch.autograd.grad(value, leaves)]
 
-    truth, own = (run(lambda x, t: plain(x, ids, 1 / t, normalize), kind) for kind in (torch.float64, dtype))
+    def formula(x, t):
+        return plain(x, ids, 1 / t, normalize)
+
+    truth, own = run(formula, torch.float64), roundings(run, formula, dtype)
     found = run(lambda x, t: group_nt_xent(x, ids, t, normalize=normalize), dtype)
     for name, mine, theirs, true in zip(("value", "z", "temperature"), found, own, truth, strict=True):
         within_budget(name, mine, theirs, true, dtype, floor=10.0)

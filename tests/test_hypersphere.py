@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import Unavailable, peers
-from helpers import within_budget
+from helpers import roundings, within_budget
 from sslfast.losses.hypersphere import HypersphereLoss, alignment, hypersphere, uniformity
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -58,7 +58,7 @@ def check(
     dtype = inputs[0].dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     kernel = value_and_gradients(ours, *inputs)
-    plain = value_and_gradients(formula, *(x if normalizes else x.to(wide) for x in inputs))
+    plain = roundings(value_and_gradients, formula, *(x if normalizes else x.to(wide) for x in inputs))
     truth = value_and_gradients(formula, *(x.double() for x in inputs))
     assert kernel[0].dtype == wide and all(k.dtype == dtype for k in kernel[1:])
     for i, (k, p, t) in enumerate(zip(kernel, plain, truth, strict=True)):

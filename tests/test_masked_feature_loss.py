@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sslfast
-from helpers import DTYPES, GRAD_LOSS, LEVELS, run_at_level, value_and_gradients, within_budget
+from helpers import DTYPES, GRAD_LOSS, LEVELS, roundings, run_at_level, value_and_gradients, within_budget
 from sslfast.ops import masked_feature_loss as public
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -37,9 +37,12 @@ def check(pred: Tensor, teacher: Tensor, ids: Tensor, **options: Any) -> None:
     with sslfast.use_backend(pred.device.type):
         kernel = value_and_gradients(lambda p: public(p, teacher, ids, **options), pred)
     teacher = teacher.to(wide)  # the kernel reads the teacher in the accumulator's dtype
-    with sslfast.use_backend("reference"):
-        single = value_and_gradients(lambda p: public(p, teacher, ids, **options), pred.to(wide))
-        truth = value_and_gradients(lambda p: public(p, teacher.double(), ids, **options), pred.double())
+
+    @sslfast.use_backend("reference")
+    def plain(pred: Tensor) -> list[Tensor]:
+        return value_and_gradients(lambda p: public(p, teacher.to(p.dtype), ids, **options), pred)
+
+    single, truth = roundings(plain, pred.to(wide)), plain(pred.double())
     assert kernel[0].dtype == wide and kernel[1].dtype == pred.dtype
     within_budget("loss", kernel[0], single[0], truth[0], wide)
     within_budget("dpred", kernel[1], single[1].to(pred.dtype), truth[1], pred.dtype, GRAD_LOSS / pred.numel())

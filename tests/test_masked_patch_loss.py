@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import sslfast
-from helpers import DTYPES, GRAD_LOSS, LEVELS, run_at_level, value_and_gradients, within_budget
+from helpers import DTYPES, GRAD_LOSS, LEVELS, roundings, run_at_level, value_and_gradients, within_budget
 from sslfast.masking import forward_loss
 from sslfast.ops import masked_patch_loss as public
 from sslfast.ops.masked_patch_loss import by_reference
@@ -62,9 +62,8 @@ def check(images: Tensor, pred: Tensor, masks: Any, **options: Any) -> None:
 
     with sslfast.use_backend(images.device.type):
         kernel = value_and_gradients(function(pred.dtype), pred)
-    with sslfast.use_backend("reference"):
-        single = value_and_gradients(function(wide), pred.to(wide))
-        truth = value_and_gradients(function(torch.float64), pred.double())
+    plain = sslfast.use_backend("reference")(value_and_gradients)
+    single, truth = roundings(plain, function(wide), pred.to(wide)), plain(function(torch.float64), pred.double())
     assert kernel[0].dtype == wide and kernel[1].dtype == pred.dtype
     within_budget("loss", kernel[0], single[0], truth[0], wide)
     within_budget("dpred", kernel[1], single[1].to(pred.dtype), truth[1], pred.dtype, GRAD_LOSS / pred.numel())

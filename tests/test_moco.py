@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from helpers import within_budget
+from helpers import roundings, within_budget
 from sslfast.losses.moco import MoCoLoss, MoCoV3Loss, moco, moco_v3
 
 GRAD_LOSS = 3.0  # not 1: a backward that forgets it fails
@@ -39,7 +39,7 @@ def rows(n: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Te
 
 def within(name: str, ours, formula, inputs: tuple[Tensor, ...]) -> None:
     dtype = inputs[0].dtype
-    kernel, reference = value_and_gradients(ours, *inputs), value_and_gradients(formula, *inputs)
+    kernel, reference = value_and_gradients(ours, *inputs), roundings(value_and_gradients, formula, *inputs)
     truth = value_and_gradients(formula, *(t.double() for t in inputs))
     # dq is a sum of terms of size g/(N τ ‖q‖), dτ one of terms of size g·max|q·k|/τ².
     tau = inputs[2].item()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sslfast
-from helpers import check_loss, value_and_gradients, within_budget
+from helpers import check_loss, roundings, value_and_gradients, within_budget
 from sslfast.losses import pair_nt_xent as module
 from sslfast.losses.pair_nt_xent import pair_nt_xent
 from sslfast.losses.sup_con_keys import sup_con_keys
@@ -31,7 +31,8 @@ BATCHES = {
 
 def check_against_keys(loss, formula, z: Tensor, keys: Tensor, temperature: Tensor) -> None:
     """Value and gradients in anchors, keys and temperature."""
-    found, plain = (value_and_gradients(f, z, keys, temperature) for f in (loss, formula))
+    found = value_and_gradients(loss, z, keys, temperature)
+    plain = roundings(value_and_gradients, formula, z, keys, temperature)
     truth = value_and_gradients(formula, z.double(), keys.double(), temperature.double())
     for name, one, other, true in zip(("loss", "dz", "dkeys", "dτ"), found, plain, truth, strict=True):
         within_budget(name, one, other, true, z.dtype, 1.0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from helpers import within_budget
+from helpers import roundings, within_budget
 from sslfast.losses.ranking import DIRECTIONS, MultipleNegativesRankingLoss, multiple_negatives_ranking
 
 GRAD_LOSS = 3.0  # not 1: a backward that forgets it fails
@@ -62,7 +62,7 @@ def test_value_and_gradients(directions: tuple[str, ...], mode: str, hard: int, 
     def formula(a: Tensor, p: Tensor, scale: Tensor, negatives: Tensor | None = None) -> Tensor:
         return plain(a, p, scale, negatives, directions, mode)
 
-    kernel, single = value_and_gradients(ours, *tensors), value_and_gradients(formula, *tensors)
+    kernel, single = value_and_gradients(ours, *tensors), roundings(value_and_gradients, formula, *tensors)
     truth = value_and_gradients(formula, *(t.double() for t in tensors))
     for k, r, t in zip(kernel, single, truth, strict=True):
         within_budget(f"{directions} {mode} {tuple(t.shape)}", k, r, t, dtype, 1.0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 import sslfast
-from helpers import LEVELS, run_at_level, within_budget
+from helpers import LEVELS, roundings, run_at_level, within_budget
 from sslfast import reference
 
 module = importlib.import_module("sslfast.ops.similarity_lse")
@@ -51,13 +53,14 @@ def outputs(learn: list[Tensor], rest: dict[str, Any]) -> list[Tensor]:
     return [t for t in terms[:3] if t is not None]
 
 
-def truth_of(learn: list[Tensor], rest: dict[str, Any], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+def by_reference(learn: list[Tensor], rest: dict[str, Any], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """Values, and the gradients of their weighted sum."""
     cast = [t.detach().to(dtype).requires_grad_() for t in learn]
     q, k, scale, *bias = cast
     arguments = {name: value for name, value in rest.items() if name != "columns"}
     row, col, positive, _ = reference.similarity_terms(q, k, scale, bias=bias[0] if bias else None, **arguments)
     values = [row] + [col] * ("columns" in rest) + [positive] * ("positives" in rest)
-    return values, cast
+    return values, list(torch.autograd.grad(weighted(values), cast))
 
 
 def weighted(values: list[Tensor]) -> Tensor:
@@ -73,17 +76,15 @@ def weighted(values: list[Tensor]) -> Tensor:
 def check(learn: list[Tensor], rest: dict[str, Any], dtype: torch.dtype) -> None:
     values = outputs(learn, rest)
     weighted(values).backward()
-    truth, exact = truth_of(learn, rest, torch.float64)
-    weighted(truth).backward()
-    plain, rough = truth_of(learn, rest, dtype)
-    weighted(plain).backward()
+    truth, exact = by_reference(learn, rest, torch.float64)
+    plain, rough = roundings(by_reference, learn, rest, dtype)
     for name, value, right, own in zip(("value", "col", "positive"), values, truth, plain, strict=False):
         finite = right.isfinite()
         assert torch.equal(value.isfinite(), finite), name
         within_budget(name, value[finite], own[finite], right[finite], dtype, floor=1.0)
     for name, t, right, own in zip(("q", "k", "scale", "bias"), learn, exact, rough, strict=False):
-        assert t.grad is not None and right.grad is not None and own.grad is not None
-        within_budget(f"d{name}", t.grad, own.grad, right.grad, dtype, floor=0.1 if name == "scale" else 1e-3)
+        assert t.grad is not None
+        within_budget(f"d{name}", t.grad, own, right, dtype, floor=0.1 if name == "scale" else 1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -131,14 +132,13 @@ def test_against_itself(shape: tuple[int, int], ids: str, dtype: torch.dtype) ->
     terms = sslfast.similarity_terms(z, z, scale, row_ids=row, col_ids=row, positives=positives)
     weighted([terms.row_lse, terms.positive]).backward()
 
-    def by_reference(kind: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    def plain_terms(kind: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
         x, s = z.detach().to(kind).requires_grad_(), scale.detach().to(kind).requires_grad_()
         lse, _, positive, _ = reference.similarity_terms(x, x, s, row_ids=row, col_ids=row, positives=positives)
-        weighted([lse, positive]).backward()
-        return [lse, positive], [x.grad, s.grad]
+        return [lse, positive], list(torch.autograd.grad(weighted([lse, positive]), (x, s)))
 
-    truth, exact = by_reference(torch.float64)
-    plain, rough = by_reference(dtype)
+    truth, exact = plain_terms(torch.float64)
+    plain, rough = roundings(plain_terms, dtype)
     for name, value, right, own in zip(("lse", "positive"), (terms.row_lse, terms.positive), truth, plain, strict=True):
         finite = right.isfinite()
         assert torch.equal(value.isfinite(), finite)
@@ -153,19 +153,22 @@ def test_well_separated_positives_do_not_cancel() -> None:
     q = torch.nn.functional.normalize(torch.randn(150, 40))
     k = torch.nn.functional.normalize(q + 0.05 * torch.randn(150, 40))
     label = torch.arange(150)
-    losses, grads = [], []
-    for kind, function in ((torch.float32, sslfast), (torch.float64, reference), (torch.float32, reference)):
-        x, y = q.detach().to(kind, copy=True).requires_grad_(), k.to(kind)
-        if function is sslfast:
-            terms = sslfast.similarity_terms(x, y, 100.0, positives=label)
-            loss = terms.row_lse - terms.positive
-        else:
-            loss = torch.nn.functional.cross_entropy(100.0 * x @ y.T, label, reduction="none")
-        loss.sum().backward()
-        losses.append(loss.detach())
-        grads.append(x.grad)
-    within_budget("loss", losses[0], losses[2], losses[1], torch.float32, floor=1e-1)
-    within_budget("gradient", grads[0], grads[2], grads[1], torch.float32, floor=1e-3)
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        terms = sslfast.similarity_terms(x, y, 100.0, positives=label)
+        return terms.row_lse - terms.positive
+
+    def plain(x: Tensor, y: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(100.0 * x @ y.T, label, reduction="none")
+
+    def run(function: Callable[[Tensor, Tensor], Tensor], kind: torch.dtype) -> list[Tensor]:
+        x = q.detach().to(kind, copy=True).requires_grad_()
+        loss = function(x, k.to(kind))
+        return [loss.detach(), *torch.autograd.grad(loss.sum(), x)]
+
+    results = run(kernel, torch.float32), roundings(run, plain, torch.float32), run(plain, torch.float64)
+    for name, mine, own, right, floor in zip(("loss", "gradient"), *results, (1e-1, 1e-3), strict=True):
+        within_budget(name, mine, own, right, torch.float32, floor=floor)
 
 
 # ------------------------------------------------------------------------------------------------- only q learns
@@ -180,15 +183,16 @@ def test_only_rows_learn(shape: tuple[int, int, int], dtype: torch.dtype, scale:
     q = torch.nn.functional.normalize(torch.randn(m, d)).to(dtype).requires_grad_()
     k = torch.nn.functional.normalize(torch.randn(n, d)).to(dtype)
     bias, ids = torch.randn(n), (torch.arange(m) % 5, torch.arange(n) % 6 - 1)
-    results = []
-    for kind, by in ((dtype, sslfast), (torch.float64, reference), (dtype, reference)):
+
+    def run(by: ModuleType, kind: torch.dtype) -> tuple[Tensor, ...]:
         x = q.detach().to(kind).requires_grad_()
         wide = torch.float64 if kind == torch.float64 else torch.float32
         s = torch.tensor(scale, dtype=wide if by is sslfast else kind, requires_grad=True)
         b = bias.to(kind)
         row = by.similarity_lse(x, k.to(kind), s, bias=b, row_ids=ids[0], col_ids=ids[1])
-        weighted([row]).backward()
-        results.append((row, x.grad, s.grad))
+        return (row.detach(), *torch.autograd.grad(weighted([row]), (x, s)))
+
+    results = run(sslfast, dtype), run(reference, torch.float64), roundings(run, reference, dtype)
     finite = results[1][0].isfinite()
     assert torch.equal(results[0][0].isfinite(), finite)
     for name, value, right, own in zip(("row", "dq", "dscale"), *results, strict=True):
