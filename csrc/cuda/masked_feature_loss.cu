@@ -76,12 +76,9 @@ Tensor masked_feature_loss_cuda(Tensor pred, Tensor teacher, Tensor ids, int64_t
                                 double eps) {
   const Arguments x(pred, teacher, ids, kind, beta, layer_norm, eps);
   const torch::stable::accelerator::DeviceGuard guard(pred.get_device_index());
-  Tensor of_row = torch::stable::new_empty(pred, {x.rows.rows}, accumulator_type(pred));
-  Tensor loss = torch::stable::new_empty(of_row, {}), count = torch::stable::new_empty(of_row, {});
+  Tensor loss = torch::stable::new_empty(pred, {}, accumulator_type(pred)), count = torch::stable::new_empty(loss, {});
   dispatch_float(pred, "pred", [&](auto element) {
-    using T = decltype(element);
-    launch_loss<T>(x.source, x.rows, x.point, nullptr, mutable_data<Accumulator<T>>(of_row), loss, count,
-                   current_stream(pred));
+    launch_loss<decltype(element)>(x.source, x.rows, x.point, nullptr, loss, count, current_stream(pred));
   });
   return loss;
 }

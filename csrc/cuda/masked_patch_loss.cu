@@ -137,12 +137,9 @@ std::tuple<Tensor, Tensor> masked_patch_loss_cuda(Tensor images, Tensor pred, Te
                                                   std::vector<double> std, bool channels_inner) {
   const Arguments x(images, pred, index, patch, kind, target, mean, std, channels_inner);
   const torch::stable::accelerator::DeviceGuard guard(pred.get_device_index());
-  Tensor of_row = torch::stable::new_empty(pred, {x.rows.rows}, accumulator_type(pred));
-  Tensor loss = torch::stable::new_empty(of_row, {}), count = torch::stable::new_empty(of_row, {});
+  Tensor loss = torch::stable::new_empty(pred, {}, accumulator_type(pred)), count = torch::stable::new_empty(loss, {});
   dispatch_float(pred, "pred", [&](auto element) {
-    using T = decltype(element);
-    launch_loss<T>(x.source, x.rows, x.point, x.source.mask, mutable_data<Accumulator<T>>(of_row), loss, count,
-                   current_stream(pred));
+    launch_loss<decltype(element)>(x.source, x.rows, x.point, x.source.mask, loss, count, current_stream(pred));
   });
   return {loss, count};
 }

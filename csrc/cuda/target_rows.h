@@ -1,14 +1,18 @@
 // A block of threads a row of predictions: its target is made in shared memory, normalised there and compared. Sums go
-// to a number a row, and one block adds these up in their order, so that the same bits come out every time.
+// to a number a row. These are added up by stretches of rows, and the stretches by one block, in an order that follows
+// from the number of rows alone, so that the same bits come out every time.
 #pragma once
+#include <algorithm>
+
 #include "../common/patch_target.h"
 
 namespace sslfast {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kRowBlock = 128;   // threads of a row
-constexpr int kMeanBlock = 512;  // threads that add the rows up
+// Threads of a row, and of a stretch of rows that are added up; its rows at least, and stretches at most.
+constexpr int kRowBlock = 128, kMeanBlock = 256;
+constexpr int64_t kStretch = kMeanBlock, kMostStretches = 4 * kMeanBlock;
 
 // Predictions: row r is the image r / per_image; its elements lie side by side.
 struct PredictedRows {
@@ -82,7 +86,8 @@ __device__ A slope_of(int kind, A d, A beta) {
 // `Source` has counts(r), whether row r takes part; bad(r), whether its id is none; and fill(r, target).
 template <typename T, typename Source>
 __global__ void __launch_bounds__(kRowBlock)
-    loss_kernel(Source source, PredictedRows pred, PointLoss loss, Accumulator<T>* __restrict__ of_row) {
+    loss_kernel(Source source, PredictedRows pred, PointLoss loss, Accumulator<T>* __restrict__ of_row,
+                unsigned* __restrict__ done) {
   using A = Accumulator<T>;
   extern __shared__ __align__(16) unsigned char shared[];
   A* target = reinterpret_cast<A*>(shared);
@@ -99,7 +104,9 @@ __global__ void __launch_bounds__(kRowBlock)
     }
     sum = block_sum<kRowBlock>(sum);
   }
-  if (threadIdx.x == 0) of_row[r] = sum;
+  if (threadIdx.x != 0) return;
+  of_row[r] = sum;
+  if (r == 0) *done = 0;  // for mean_kernel, which runs after this one
 }
 
 template <typename T, typename Source>
@@ -126,22 +133,49 @@ __global__ void __launch_bounds__(kRowBlock)
   }
 }
 
-// The mean of all rows that count (`mask`, or all), and their number; of none it is 0/0, NaN.
+struct RowSums {
+  double loss, rows;
+};
+
+__device__ inline RowSums mean_block_sum(const RowSums& x) {
+  return {block_sum<kMeanBlock>(x.loss), block_sum<kMeanBlock>(x.rows)};
+}
+
+// The mean of all rows that count (`mask`, or all), and their number; of none it is 0/0, NaN. A block sums a stretch of
+// rows; the last one to be done, as `done` (0 before) tells it, adds up what all of them found.
 template <typename A>
 __global__ void __launch_bounds__(kMeanBlock)
-    mean_kernel(const A* __restrict__ of_row, const uint8_t* __restrict__ mask, int64_t rows, int width,
-                A* __restrict__ loss, A* __restrict__ count) {
-  double sum = 0, counted = 0;
-  for (int64_t r = threadIdx.x; r < rows; r += kMeanBlock) {
-    sum += of_row[r];
-    counted += mask && !mask[r] ? 0.0 : 1.0;
+    mean_kernel(const A* __restrict__ of_row, const uint8_t* __restrict__ mask, const PredictedRows pred,
+                int64_t stretch, RowSums* sums, unsigned* done, A* __restrict__ loss, A* __restrict__ count) {
+  const int64_t begin = blockIdx.x * stretch, end = begin + stretch < pred.rows ? begin + stretch : pred.rows;
+  RowSums all{0, 0};
+#pragma unroll 4
+  for (int64_t r = begin + threadIdx.x; r < end; r += kMeanBlock) {
+    all.loss += of_row[r];
+    all.rows += mask && !mask[r] ? 0.0 : 1.0;
   }
-  sum = block_sum<kMeanBlock>(sum);
-  counted = block_sum<kMeanBlock>(counted);
-  if (threadIdx.x == 0) {
-    *loss = static_cast<A>(sum / (counted * width));
-    *count = static_cast<A>(counted);
+  all = mean_block_sum(all);
+  if (gridDim.x > 1) {
+    __shared__ bool last;
+    if (threadIdx.x == 0) {
+      sums[blockIdx.x] = all;
+      __threadfence();
+      last = atomicAdd(done, 1u) + 1 == gridDim.x;
+    }
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+    const volatile RowSums* found = sums;  // written by other blocks of this launch: not from a cache
+    all = {0, 0};
+    for (unsigned i = threadIdx.x; i < gridDim.x; i += kMeanBlock) {
+      all.loss += found[i].loss;
+      all.rows += found[i].rows;
+    }
+    all = mean_block_sum(all);
   }
+  if (threadIdx.x != 0) return;
+  *loss = static_cast<A>(all.loss / (all.rows * pred.width));
+  *count = static_cast<A>(all.rows);
 }
 
 // `x` [images, rows, width] with the elements of a row side by side: itself, or a copy.
@@ -162,15 +196,22 @@ inline PredictedRows rows_of(const Tensor& x) {
 
 template <typename T, typename Source>
 void launch_loss(const Source& source, const PredictedRows& pred, const PointLoss& point, const uint8_t* mask,
-                 Accumulator<T>* of_row, Tensor& loss, Tensor& count, cudaStream_t stream) {
+                 Tensor& loss, Tensor& count, cudaStream_t stream) {
   using A = Accumulator<T>;
+  const int64_t stretch = std::max(kStretch, (pred.rows + kMostStretches - 1) / kMostStretches);
+  const int64_t stretches = std::max<int64_t>((pred.rows + stretch - 1) / stretch, 1);
+  Tensor of_row = torch::stable::new_empty(loss, {pred.rows}),
+         done = torch::stable::new_empty(loss, {1}, ScalarType::Int);
+  Tensor sums = torch::stable::new_empty(loss, {stretches, 2}, ScalarType::Double);
+  auto* finished = static_cast<unsigned*>(done.mutable_data_ptr());
   if (pred.rows > 0) {
-    loss_kernel<T, Source>
-        <<<static_cast<unsigned>(pred.rows), kRowBlock, sizeof(A) * pred.width, stream>>>(source, pred, point, of_row);
+    loss_kernel<T, Source><<<static_cast<unsigned>(pred.rows), kRowBlock, sizeof(A) * pred.width, stream>>>(
+        source, pred, point, mutable_data<A>(of_row), finished);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  mean_kernel<A><<<1, kMeanBlock, 0, stream>>>(of_row, mask, pred.rows, pred.width, mutable_data<A>(loss),
-                                               mutable_data<A>(count));
+  mean_kernel<A><<<static_cast<unsigned>(stretches), kMeanBlock, 0, stream>>>(
+      const_data<A>(of_row), mask, pred, stretch, static_cast<RowSums*>(sums.mutable_data_ptr()), finished,
+      mutable_data<A>(loss), mutable_data<A>(count));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -115,6 +115,8 @@ def losses() -> Iterator[Case]:
         name = f"masked_feature_loss {size} {kind or 'smooth_l1'}, {name_of(teacher)}, {name_of(dtype)}"
         operators = ("masked_feature_loss", "masked_feature_loss_backward")
         yield case(name, operators, partial(of_features, size, kind, teacher, dtype))
+    size = (1, 3, 90, 87, 3)  # more rows than one block adds up
+    yield case(f"masked_feature_loss {size}", operators, partial(of_features, size, {}, torch.float32, torch.float32))
 
 
 # ------------------------------------------------------------------------------------------------------------ views
