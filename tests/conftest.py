@@ -6,6 +6,7 @@ With pytest-xdist (``-n``) tests run in several processes; what is counted here 
 from __future__ import annotations
 
 import collections
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -28,7 +29,8 @@ if not HAS_GPU:
     # Triton reads it when it is first imported, which importing torch or sslfast does not do.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from sslfast import _backends, ops  # noqa: E402  (after the variables above)
+import interpreter  # noqa: E402  (after the variables above)
+from sslfast import _backends, ops  # noqa: E402
 
 TESTS = Path(__file__).parent
 
@@ -94,29 +96,10 @@ def shared_by(test: str) -> str | None:
     return file if file in ("test_packaging.py", "test_distributed.py") else None
 
 
-def exact_products() -> None:
-    """The Triton interpreter multiplies in float64 and rounds once, in place of NumPy's float32 product.
-
-    That one rounds as the processor's BLAS does, for one shape otherwise than for another; where a backward recomputes
-    what a forward has seen, at a temperature of 0.01, a test then passes on one processor and fails on the next.
-    """
-    from triton.runtime import interpreter
-
-    multiply = interpreter.InterpreterBuilder.create_dot
-
-    def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
-        if d.data.dtype != np.float32 or a.data.dtype not in (np.float16, np.float32):
-            return multiply(self, a, b, d, *options)
-        product = np.matmul(a.data, b.data, dtype=np.float64) + d.data
-        return interpreter.TensorHandle(product.astype(np.float32), d.dtype.scalar)
-
-    interpreter.InterpreterBuilder.create_dot = create_dot
-
-
 def pytest_configure(config: pytest.Config) -> None:
     _backends.select = _choose_and_record
     if CAN_RUN["triton"] and not HAS_GPU:
-        exact_products()
+        interpreter.install()
     processes = getattr(config.option, "numprocesses", None)
     if processes:  # before they start. Two threads at least: how a kernel divides its work is tested by every test.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(2, cores() // processes)))
@@ -136,6 +119,16 @@ def seeded() -> Iterator[None]:
     np.random.seed(0)
     torch.manual_seed(0)
     yield
+
+
+@pytest.fixture(autouse=True)
+def strict(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each test has its own orders of the programs of a launch; tests of Triton kernels find NaN in fresh memory."""
+    interpreter.seed(request.node.nodeid)
+    with contextlib.ExitStack() as stack:
+        if not HAS_GPU and request.path.stem.endswith("_triton"):
+            stack.enter_context(interpreter.fresh_memory_is_nan())
+        yield
 
 
 def is_full_run(config: pytest.Config) -> bool:
