@@ -34,15 +34,6 @@ GRAM = _by_row(
         100: (Config(64, 64, 64, 4, 4), Config(128, 128, 64, 8, 4), Config(64, 64, 32, 8, 3)),
     }
 )
-# Tiles of the two Gram matrices of a pair in one program.
-PAIR = _by_row(
-    {
-        80: (Config(64, 64, 64, 4, 3), Config(64, 64, 64, 4, 3), Config(64, 64, 32, 8, 3)),
-        86: (Config(64, 64, 64, 4, 3), Config(64, 64, 64, 4, 3), Config(64, 64, 32, 8, 3)),
-        90: (Config(64, 64, 64, 4, 4), Config(64, 64, 64, 4, 4), Config(64, 64, 32, 8, 3)),
-        100: (Config(64, 64, 64, 4, 4), Config(64, 64, 64, 4, 4), Config(64, 64, 32, 8, 3)),
-    }
-)
 # Tiles of the gradient [N, D]: Ŷ·offdiag(M) or ŶŶᵀ·X̂.
 PRODUCT = _by_row(
     {

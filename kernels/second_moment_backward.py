@@ -1,4 +1,9 @@
-"""Gradients of second_moment: see ``second_moment.py`` for the notation and the formulas."""
+"""Gradients of second_moment through the columns: see ``second_moment.py`` for the notation and the formulas.
+
+The products of the backward are in memory, as float32 [N, D]. To them come the terms of the diagonals, then the column
+sums that centring and scaling take out. As in ``second_moment_columns.py`` a program has COLS columns, and takes all
+their rows or those of one chunk, whose sums a second launch merges.
+"""
 
 from __future__ import annotations
 
@@ -9,228 +14,277 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _second_moment_configs
-from ._common import architecture, dot_precision, upcast
-from ._second_moment_configs import PRODUCT
-from ._tiles import padded
-
-# A tile of the last elementwise pass.
-ROWS, COLS = 32, 64
-# Row blocks of tiles that run at the same time, so that they share what they load.
-GROUP = tl.constexpr(8)
-
-
-@triton.jit
-def _place(X, row0, col0, height, width, stride, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Addresses of ``X[row0 : row0 + ROWS, col0 : col0 + COLS]``, and which of them are inside [height, width].
-
-    X may have more than 2^31 elements, so the corner is a 64-bit number; within a tile 32 bits do, and half the
-    registers.
-    """
-    rows, cols = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
-    corner = X + (tl.cast(row0, tl.int64) * stride + col0)
-    return corner + (rows * stride + cols), (rows < height - row0) & (cols < width - col0)
+from ._common import upcast
+from ._matrices import load_float, load_tile, place, store_tile
+from .second_moment_columns import (
+    CHUNKS,
+    HINGE,
+    IDENTITY,
+    NOTHING,
+    PARTIAL,
+    REST,
+    WARPS,
+    WHOLE,
+    Columns,
+    Options,
+    chunks_of,
+    deviation,
+    is_transposed,
+    stride_of,
+    tile_of,
+)
 
 
 @triton.jit
-def load_tile(X, row0, col0, height, width, stride, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """``X[row0 : row0 + ROWS, col0 : col0 + COLS]``, zero outside [height, width]."""
-    at, inside = _place(X, row0, col0, height, width, stride, ROWS, COLS)
-    return tl.load(at, mask=inside, other=0.0)
+def _given(Grad, offset, GradLoss, weight):
+    """The gradient in one number: what came for itself, and what came for the loss."""
+    grad = 0.0
+    if Grad is not None:
+        grad += tl.load(Grad + offset).to(tl.float32)
+    if GradLoss is not None:
+        grad += weight * tl.load(GradLoss).to(tl.float32)
+    return grad
 
 
 @triton.jit
-def store_tile(X, tile, row0, col0, height, width, stride):
-    """The part of ``tile`` inside [height, width] at ``X[row0 : …, col0 : …]``."""
-    at, inside = _place(X, row0, col0, height, width, stride, tile.shape[0], tile.shape[1])
-    tl.store(at, tile, mask=inside)
-
-
-@triton.jit
-def load_standardized(
-    X, Mean, Factor, row0, col0, height, width, stride,
-    ROWS: tl.constexpr, COLS: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """``x`` and ``x̂ = (x − mean)·factor`` of a tile in float32, zero outside [height, width]."""
-    at, inside = _place(X, row0, col0, height, width, stride, ROWS, COLS)
-    x = tl.load(at, mask=inside, other=0.0)
-    if UPCAST:
-        x = x.to(tl.float32)
-    x = x.to(tl.float32)
-    cols = col0 + tl.arange(0, COLS)
-    mean = tl.load(Mean + cols, mask=cols < width, other=0.0)
-    factor = tl.load(Factor + cols, mask=cols < width, other=0.0)
-    return x, tl.where(inside, (x - mean[None, :]) * factor[None, :], 0.0)
-
-
-@triton.jit(do_not_specialize=["N", "C", "terms", "left8", "right8"])
-def _second_moment_product_kernel(
-    Left,  # [N, ·]: Ŷ, or G_Y without its diagonal
-    Right,  # [terms, ·]: offdiag(M), or X̂; this many columns of it
-    Scale,  # []
-    X,  # [N, D]
-    Mean,  # [D]
-    Factor,  # [D]
-    Y,  # [N, D] or None where it is X
-    YMean,  # [D], with Y
-    YFactor,  # [D], with Y
-    ColumnTerm,  # [D]: times ŷ
-    RowTerm,  # [N] or None: times x̂
-    DHat,  # [N, D]: gradient in x̂
-    Sums,  # [3, blocks, D]: Σ dx̂, Σ dx̂·x̂ and Σ x̂ over the rows of each block
-    N,
-    D,
-    C,
-    terms,
-    left8,
-    right8,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+def _diagonal_gradient(
+    GradDiagonal, GradLoss, Diagonal, matrix, cols, N, D, row_stride, column_stride, weight, PENALTY: tl.constexpr
 ):
-    """dx̂ = scale·Left·Right + ŷ·column term + row term·x̂ in columns [0, C) of the D that a row of X has."""
-    blocks, across = tl.cdiv(N, BLOCK_M), tl.cdiv(C, BLOCK_N)
-    block, column = tl.swizzle2d(tl.program_id(0) // across, tl.program_id(0) % across, blocks, across, GROUP)
-    row0, col0 = block * BLOCK_M, column * BLOCK_N
-    # Rows of both factors start at 16-byte boundaries; the product with 8 lets the compiler know.
-    left, right, columns = left8 * 8, right8 * 8, tl.cdiv(C, 8) * 8
-    d = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(0, terms, BLOCK_K):
-        a = load_tile(Left, row0, first, N, left, left, BLOCK_M, BLOCK_K)
-        b = load_tile(Right, first, col0, terms, columns, right, BLOCK_K, BLOCK_N)
-        d = tl.dot(a, b, d, input_precision=PRECISION)
-    d = d * tl.load(Scale)
-
-    cols = col0 + tl.arange(0, BLOCK_N)
-    _, x = load_standardized(X, Mean, Factor, row0, col0, N, C, D, BLOCK_M, BLOCK_N, UPCAST)
-    column_term = tl.load(ColumnTerm + cols, mask=cols < C, other=0.0)[None, :]
-    if Y is not None:
-        _, y = load_standardized(Y, YMean, YFactor, row0, col0, N, C, D, BLOCK_M, BLOCK_N, UPCAST)
-        d += y * column_term
-    else:
-        d += x * column_term
-    if RowTerm is not None:
-        rows = row0 + tl.arange(0, BLOCK_M)
-        d += x * tl.load(RowTerm + rows, mask=rows < N, other=0.0)[:, None]
-    store_tile(DHat, d, row0, col0, N, C, D)
-    at, plane = Sums + tl.cast(block, tl.int64) * D + cols, tl.cast(blocks, tl.int64) * D
-    tl.store(at, tl.sum(d, 0), mask=cols < C)
-    tl.store(at + plane, tl.sum(d * x, 0), mask=cols < C)
-    tl.store(at + 2 * plane, tl.sum(x, 0), mask=cols < C)
+    """The gradient in M_ii of one matrix."""
+    grad = tl.zeros(cols.shape, tl.float32)
+    if GradDiagonal is not None:
+        at = GradDiagonal + matrix * row_stride + cols.to(tl.int64) * column_stride
+        grad += tl.load(at, mask=cols < D, other=0.0)
+    if GradLoss is not None:
+        loss = weight * tl.load(GradLoss).to(tl.float32)
+        if PENALTY == IDENTITY:
+            diagonal = tl.load(Diagonal + matrix * D + cols, mask=cols < D, other=0.0)
+            grad += loss * (2.0 * (diagonal / N.to(tl.float32) - 1.0) / N.to(tl.float32))
+        elif PENALTY != NOTHING and PENALTY != HINGE:
+            grad += loss
+    return grad
 
 
 @triton.jit
-def _second_moment_input_gradient_kernel(
-    DHat,  # [N, D]: gradient in x̂
-    Totals,  # [3, D]: its column sums, those of dx̂·x̂, and those of x̂
-    X,  # [N, D]
-    Mean,  # [D]
-    Factor,  # [D]
-    Other,  # [N, D] or None: the other batch, where the distance has a gradient
-    GradDistance,  # [], with Other
-    DX,  # [N, D]
+def _tile(
+    Product, X, Y, Trace, row0, end, col0, N, D, width, x_stride, scale, weight, column_term,
+    x_mean, x_factor, y_mean, y_factor, CROSS: tl.constexpr, DUAL: tl.constexpr, TRANSPOSED: tl.constexpr,
+    UPCAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """A tile of dx̂ = scale·product + ŷ·column term + weight·trace·x̂, of x and of x̂."""
+    x, inside = load_float(X, row0, col0, end, D, x_stride, ROWS, COLS, TRANSPOSED, UPCAST)
+    hat = tl.where(inside, (x - x_mean[None, :]) * x_factor[None, :], 0.0)
+    d = load_tile(Product, row0, col0, end, D, width, ROWS, COLS) * scale
+    if CROSS:
+        y, inside = load_float(Y, row0, col0, end, D, x_stride, ROWS, COLS, TRANSPOSED, UPCAST)
+        d += tl.where(inside, (y - y_mean[None, :]) * y_factor[None, :], 0.0) * column_term[None, :]
+    else:
+        d += hat * column_term[None, :]
+    if DUAL:
+        rows = row0 + tl.arange(0, ROWS)
+        d += hat * (weight * tl.load(Trace + rows, mask=rows < N, other=0.0))[:, None]
+    return d, x, hat
+
+
+@triton.jit
+def _merged(Partial, chunks, col0, D, CHUNKS: tl.constexpr, COLS: tl.constexpr):
+    """The sums over all rows from those of the chunks [3, chunks, D]."""
+    plane = chunks.to(tl.int64) * D
+    d_sums, alongs = tl.zeros((CHUNKS, COLS), tl.float32), tl.zeros((CHUNKS, COLS), tl.float32)
+    lefts = tl.zeros((CHUNKS, COLS), tl.float32)
+    for first in range(0, chunks, CHUNKS):
+        at, inside = place(Partial, first, col0, chunks, D, D, CHUNKS, COLS)
+        d_sums += tl.load(at, mask=inside, other=0.0)
+        alongs += tl.load(at + plane, mask=inside, other=0.0)
+        lefts += tl.load(at + 2 * plane, mask=inside, other=0.0)
+    return tl.sum(d_sums, 0), tl.sum(alongs, 0), tl.sum(lefts, 0)
+
+
+@triton.jit(do_not_specialize=["N", "share", "chunks", "width8", "trace", "first_view"])
+def _second_moment_gradient_kernel(
+    Product,  # [views asked for, N, 8·width8] float32: what M without its diagonal contributes, but for a factor
+    A,  # [N, D]
+    B,  # [N, D]; A where there is none
+    Stats,  # [·, D] of the columns
+    Diagonal,  # [R, D]
+    Trace,  # [P, trace]: the power of two that is in the product; if DUAL, the diagonal of the Gram matrix
+    GradLoss,  # [] or None
+    GradOff,  # [R] or None
+    GradDiagonal,  # [R, D] or None
+    GradDistance,  # [] or None
+    Partial,  # [views asked for, 3, chunks, D]: Σ dx̂, Σ dx̂·x̂ and Σ x̂ of each chunk; None if WHOLE
+    GradA,  # [N, D]; any where not asked for
+    GradB,  # [N, D]; any where not asked for
     N,
     D,
+    x_stride,
+    dx_stride,
+    grad_off_stride,
+    grad_diagonal_row,
+    grad_diagonal_column,
+    share,
+    chunks,
+    width8,
+    trace,
+    first_view,
     eps,
+    floor,
+    off_weight,
+    distance_weight,
+    penalty_weight,
+    VIEWS: tl.constexpr,
+    CROSS: tl.constexpr,
     CENTER: tl.constexpr,
     SCALE: tl.constexpr,
+    DUAL: tl.constexpr,
+    PENALTY: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    PHASE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    DX_TRANSPOSED: tl.constexpr,
+    UPCAST: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
-    UPCAST: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
-    """dx = factor·(dx̂ − mean of dx̂ − x̂·w·Σ dx̂·x̂) + 2·grad_distance·(x − other)."""
-    row0, col0 = tl.program_id(0) * ROWS, tl.program_id(1) * COLS
-    cols = col0 + tl.arange(0, COLS)
-    x, hat = load_standardized(X, Mean, Factor, row0, col0, N, D, D, ROWS, COLS, UPCAST)
-    d = load_tile(DHat, row0, col0, N, D, D, ROWS, COLS)
-    factor = tl.load(Factor + cols, mask=cols < D, other=0.0)
-    if SCALE != 0:
-        along = tl.load(Totals + D + cols, mask=cols < D, other=0.0)
-    if CENTER:
-        d_mean = tl.load(Totals + cols, mask=cols < D, other=0.0) / N
-        d -= d_mean[None, :]
-        if SCALE != 0:
-            # Σ x̂ is what rounding of the mean left, of a mean far from zero too much to pass over.
-            left = tl.load(Totals + 2 * D + cols, mask=cols < D, other=0.0)
-            along -= d_mean * left
-            hat -= (left / N)[None, :]
-    if SCALE != 0:
-        # A column whose norm is below eps is divided by eps, a constant; the same division made its factor.
-        along = along / N if SCALE == 1 else tl.where(factor == tl.div_rn(1.0, eps), 0.0, along)
-        d -= hat * along[None, :]
-    d *= factor[None, :]
-    if Other is not None:
-        other = load_tile(Other, row0, col0, N, D, D, ROWS, COLS)
-        if UPCAST:
-            other = other.to(tl.float32)
-        d += (x - other.to(tl.float32)) * (2.0 * tl.load(GradDistance))
-    store_tile(DX, d, row0, col0, N, D, D)
+    """dx = factor·(dx̂ − mean of dx̂ − x̂·w·Σ dx̂·x̂) + 2·h·(x − mean) + 2·g·(x − other).
 
-
-class Batch(NamedTuple):
-    """A batch [N, D] and what standardizes its columns, [D] each."""
-
-    x: Tensor
-    mean: Tensor
-    factor: Tensor
-
-    def columns(self, first: int) -> Batch:
-        return Batch(self.x[:, first:], self.mean[first:], self.factor[first:])
-
-
-def as_operand(moments: Tensor, first: int, kind: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """``moments`` without the entries (first + j, j), in ``kind``, and the power of two that is then in them.
-
-    A second moment is a sum over rows (or features) and may pass float16's 65504: the largest is brought to 2^13 …
-    2^14. The smaller ones stay normal numbers down to 2^−27 of it.
+    h is the gradient in Σ of a column's squared deviations, g that of the distance. Program (c, r, v): the c-th COLS
+    columns of a view; of the rows, the r-th ``share``.
     """
-    factor = None
-    if kind == torch.float16:
-        largest = moments.abs().nan_to_num(0.0, 0.0).amax()
-        factor = torch.ldexp(torch.ones_like(largest), 14 - torch.frexp(largest).exponent.clamp(min=-100))
-        moments = moments * factor
-    operand = padded(moments.to(kind, copy=True, memory_format=torch.contiguous_format))
-    operand.diagonal(-first).mul_(0.0)  # not zero_: NaN and infinity give NaN, as their difference with themselves
-    return operand, factor
+    SUMS: tl.constexpr = CENTER or SCALE != 0
+    col0, view = tl.program_id(0) * COLS, tl.program_id(2) + first_view
+    cols = col0 + tl.arange(0, COLS)
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, N)
+    width = width8 * 8
+    Product += tl.program_id(2) * (N.to(tl.int64) * width)
+    X, Y, DX = tl.where(view == 0, A, B), tl.where(view == 0, B, A), tl.where(view == 0, GradA, GradB)
+    # M of a cross is one matrix; Gram matrices multiply the other view.
+    matrix = 0 if CROSS else view
+    gram = 1 - view if CROSS and DUAL else matrix
+    x_mean = tl.load(Stats + view * D + cols, mask=cols < D, other=0.0)
+    x_factor = tl.load(Stats + (VIEWS + view) * D + cols, mask=cols < D, other=0.0)
+    y_mean, y_factor = x_mean, x_factor
+    if CROSS:
+        y_mean = tl.load(Stats + (1 - view) * D + cols, mask=cols < D, other=0.0)
+        y_factor = tl.load(Stats + (VIEWS + 1 - view) * D + cols, mask=cols < D, other=0.0)
+    weight = _given(GradOff, matrix * grad_off_stride, GradLoss, off_weight) * (2.0 if CROSS else 4.0)
+    scale = weight / tl.load(Trace + gram * trace)
+    column_term = _diagonal_gradient(
+        GradDiagonal, GradLoss, Diagonal, matrix, cols, N, D, grad_diagonal_row, grad_diagonal_column, penalty_weight,
+        PENALTY,
+    ) * (1.0 if CROSS else 2.0)  # fmt: skip
+    if DUAL:
+        rounded = tl.load(Stats + (3 * VIEWS + matrix) * D + cols, mask=cols < D, other=0.0)
+        column_term -= weight * rounded
+        Trace += gram * trace + 1
+    d_sum, along, left = tl.zeros((COLS,), tl.float32), tl.zeros((COLS,), tl.float32), tl.zeros((COLS,), tl.float32)
+    if SUMS:
+        if PHASE == REST:
+            part = Partial + tl.program_id(2) * (3 * chunks.to(tl.int64) * D)
+            d_sum, along, left = _merged(part, chunks, col0, D, CHUNKS, COLS)
+        else:
+            d_sums, alongs = tl.zeros((ROWS, COLS), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
+            lefts = tl.zeros((ROWS, COLS), tl.float32)
+            for row0 in range(begin, end, ROWS):
+                d, x, hat = _tile(
+                    Product, X, Y, Trace, row0, end, col0, N, D, width, x_stride, scale, weight, column_term,
+                    x_mean, x_factor, y_mean, y_factor, CROSS, DUAL, TRANSPOSED, UPCAST, ROWS, COLS,
+                )  # fmt: skip
+                d_sums += d
+                alongs += d * hat
+                lefts += hat
+            d_sum, along, left = tl.sum(d_sums, 0), tl.sum(alongs, 0), tl.sum(lefts, 0)
+    if PHASE == PARTIAL:
+        plane = chunks.to(tl.int64) * D
+        at = Partial + tl.program_id(2) * (3 * plane) + tl.program_id(1).to(tl.int64) * D + cols
+        tl.store(at, d_sum, mask=cols < D)
+        tl.store(at + plane, along, mask=cols < D)
+        tl.store(at + 2 * plane, left, mask=cols < D)
+    else:
+        # Σ x̂ is what rounding of the mean left, of a mean far from zero too much to pass over.
+        d_mean, hat_mean = d_sum / N.to(tl.float32), left / N.to(tl.float32)
+        if CENTER:
+            along -= d_mean * left
+        if SCALE == 1:
+            along = along / N.to(tl.float32)
+        elif SCALE == 2:
+            # A column whose norm is below eps is divided by eps, a constant.
+            square = tl.load(Stats + (2 * VIEWS + view) * D + cols, mask=cols < D, other=0.0)
+            along = tl.where(tl.sqrt_rn(square) < eps, 0.0, along)
+        spread = tl.zeros((COLS,), tl.float32)
+        if PENALTY == HINGE:
+            square = tl.load(Stats + (2 * VIEWS + view) * D + cols, mask=cols < D, other=0.0)
+            std = deviation(square, N, floor)
+            slope = (-penalty_weight * tl.load(GradLoss).to(tl.float32)) / (std * (N - 1).to(tl.float32))
+            spread = tl.where(std >= 1.0, 0.0, slope)
+        apart = 2.0 * _given(GradDistance, 0, GradLoss, distance_weight)
+        for row0 in range(begin, end, ROWS):
+            d, x, hat = _tile(
+                Product, X, Y, Trace, row0, end, col0, N, D, width, x_stride, scale, weight, column_term,
+                x_mean, x_factor, y_mean, y_factor, CROSS, DUAL, TRANSPOSED, UPCAST, ROWS, COLS,
+            )  # fmt: skip
+            if CENTER:
+                d -= d_mean[None, :]
+                hat -= hat_mean[None, :]
+            if SCALE != 0:
+                d -= hat * along[None, :]
+            d *= x_factor[None, :]
+            if PENALTY == HINGE:
+                d += (x - x_mean[None, :]) * spread[None, :]
+            if DISTANCE:
+                y, inside = load_float(Y, row0, col0, end, D, x_stride, ROWS, COLS, TRANSPOSED, UPCAST)
+                d += (x - y) * apart
+            store_tile(DX, d, row0, col0, end, D, dx_stride, DX_TRANSPOSED)
 
 
-def operand_kind(dtype: torch.dtype) -> torch.dtype:
-    """In which dtype the factors of a product are kept: that of the input, if the interpreter need not widen it."""
-    return torch.float32 if upcast(dtype) else dtype
+class Grads(NamedTuple):
+    """Gradients that came: of the loss [], off_diagonal [R], diagonal [R, D] and distance []; any strides."""
+
+    loss: Tensor | None
+    off: Tensor | None
+    diagonal: Tensor | None
+    distance: Tensor | None
 
 
-class Gradient:
-    """The gradient in one batch, from the products that make it, which may come by chunks of its columns."""
+def gradient(
+    product: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    columns: Columns,
+    trace: Tensor,
+    grads: Grads,
+    options: Options,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    """da, db: [N, D] in the dtype and layout of ``a``; [0] where not wanted.
 
-    def __init__(self, x: Batch, y: Batch | None, column_term: Tensor, row_term: Tensor | None) -> None:
-        """``dx̂ = (products) + ŷ·column_term + row_term·x̂``; ``y`` is ``None`` where it is ``x``."""
-        n, d = x.x.shape
-        self.x, self.y, self.column_term, self.row_term = x, y, column_term, row_term
-        self.config = PRODUCT[architecture(x.x), x.x.element_size(), n * d >= _second_moment_configs.LARGE]
-        self.d_hat = x.x.new_empty((n, d), dtype=torch.float32)
-        self.sums = x.x.new_empty((3, triton.cdiv(n, self.config.block_m), d), dtype=torch.float32)
-
-    def product(self, scale: Tensor, left: Tensor, right: Tensor, first: int = 0) -> None:
-        """Columns ``first`` … of dx̂ from ``scale·left·right``; ``right`` may have columns of zeros beyond D."""
-        (n, d), config = self.d_hat.shape, self.config
-        columns = min(right.shape[1], d - first)
-        _second_moment_product_kernel[(triton.cdiv(n, config.block_m) * triton.cdiv(columns, config.block_n),)](
-            left, right, scale, *self.x.columns(first), *(self.y.columns(first) if self.y else (None,) * 3),
-            self.column_term[first:], self.row_term, self.d_hat[:, first:], self.sums[:, :, first:],
-            n, d, columns, right.shape[0], left.stride(0) // 8, right.stride(0) // 8,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-            PRECISION=dot_precision(left.dtype), UPCAST=upcast(self.x.x.dtype),
-            num_warps=config.num_warps, num_stages=config.num_stages,
+    Args:
+        product: [views wanted, N, D′] float32; trace: of ``off_diagonal``.
+    """
+    (n, d), views = a.shape, 1 if b is None else 2
+    rows, cols = tile_of(d)
+    summed = options.center or options.scale != 0
+    chunks, share = chunks_of(n, d, options.dual and summed, split=not summed)
+    asked = sum(wanted)
+    partial = a.new_empty((asked, 3, chunks, d), dtype=torch.float32) if summed and chunks > 1 else None
+    da, db = (torch.empty_like(a) if w else a.new_empty(0) for w in wanted)
+    like = da if wanted[0] else db
+    off, diagonal = grads.off, grads.diagonal
+    phases = (PARTIAL, REST) if partial is not None else (WHOLE,) if summed else (REST,)
+    for phase in phases:
+        _second_moment_gradient_kernel[(triton.cdiv(d, cols), chunks, asked)](
+            product, a, a if b is None else b, columns.stats, columns.diagonal, trace, *grads, partial,
+            da if wanted[0] else db, db if wanted[1] else da,
+            n, d, stride_of(a), stride_of(like),
+            0 if off is None else off.stride(0), *((0, 0) if diagonal is None else diagonal.stride()),
+            share, chunks, columns.hat.shape[2] // 8, trace.shape[1], 0 if wanted[0] else 1,
+            options.eps, options.floor, *options.weights,
+            VIEWS=views, CROSS=options.cross, CENTER=options.center, SCALE=options.scale, DUAL=options.dual,
+            PENALTY=options.penalty if grads.loss is not None else 0,
+            DISTANCE=views == 2 and not options.cross and (grads.loss is not None or grads.distance is not None),
+            PHASE=phase.value, TRANSPOSED=is_transposed(a), DX_TRANSPOSED=is_transposed(like),
+            UPCAST=upcast(a.dtype), ROWS=rows, COLS=cols, CHUNKS=CHUNKS, num_warps=WARPS,
         )  # fmt: skip
-
-    def finish(self, other: Tensor | None, grad_distance: Tensor, center: bool, scale: int, eps: float) -> Tensor:
-        """dx [N, D] in the dtype of x, through scaling and centring; plus ``2·grad_distance·(x − other)``."""
-        n, d = self.d_hat.shape
-        dx = torch.empty_like(self.x.x)
-        _second_moment_input_gradient_kernel[(triton.cdiv(n, ROWS), triton.cdiv(d, COLS))](
-            self.d_hat, self.sums.sum(1), *self.x, other, grad_distance, dx, n, d, eps,
-            CENTER=center, SCALE=scale, ROWS=ROWS, COLS=COLS, UPCAST=upcast(self.x.x.dtype), num_warps=4,
-        )  # fmt: skip
-        return dx
+    return da, db

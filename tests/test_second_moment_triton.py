@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from helpers import same_nonfinite, within_budget
 from sslfast import _native, reference
 from sslfast.ops.second_moment import SCALES, dual_is_cheaper, second_moment
 
+op = importlib.import_module("sslfast.ops.second_moment")  # the module: the package exports the function
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REASON = _native.why_no_triton(DEVICE)
 pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -20,12 +22,20 @@ if torch.cuda.is_available():  # else these tests run in the interpreter
     pytestmark.append(pytest.mark.gpu)
 
 FORMS = ("primal", "dual")
+PRODUCTS = ("library", "tiles")
 # A batch alone, a pair, a pair across.
 MODES = {"one": (1, False), "pair": (2, False), "cross": (2, True)}
 # (rows, features): one row; one column; tiny; a Gram matrix and a moment matrix whose sums several programs share;
 # prime; aligned to the tiles; more than one tile in both.
 SHAPES = [(1, 8), (33, 1), (3, 5), (20, 300), (300, 9), (67, 97), (64, 64), (130, 75)]
 OUTPUTS = ("off_diagonal", "diagonal", "distance", "da", "db")
+
+
+def multiply_by(products: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's products or tiles', whichever are cheaper."""
+    from sslfast.kernels import second_moment as kernel
+
+    monkeypatch.setattr(kernel, "by_library", lambda *_: products == "library")
 
 
 def make(n: int, d: int, mode: str, dtype: torch.dtype = torch.float32, *, mean: float = 1.0) -> list[Tensor]:
@@ -70,9 +80,11 @@ def check(batches: list[Tensor], mode: str, form: str, floor: float = 1e-6, **op
     return kernel
 
 
+@pytest.mark.parametrize("products", PRODUCTS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_shapes(shape: tuple[int, int], form: str) -> None:
+def test_shapes(shape: tuple[int, int], form: str, products: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply_by(products, monkeypatch)
     if shape[0] == 1:
         check(make(*shape, "cross"), "cross", form, center=False, floor=1.0)
     else:
@@ -89,8 +101,13 @@ def test_options(center: bool, scale: str, mode: str, form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_16_bit(dtype: torch.dtype, mode: str, form: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "products"),
+    [(torch.bfloat16, "library"), (torch.float16, "library"), (torch.float16, "tiles")],
+    ids=str,
+)
+def test_16_bit(dtype: torch.dtype, products: str, mode: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply_by(products, monkeypatch)
     check(make(75, 84, mode, dtype), mode, form, scale="variance")
 
 
@@ -110,13 +127,18 @@ def test_a_diagonal_that_dominates() -> None:
     torch.testing.assert_close(dual.off_diagonal, primal.off_diagonal, rtol=0, atol=slack)
 
 
-@pytest.mark.parametrize("mode", ["pair", "cross"])
-def test_many_rows_for_each_program(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with very many rows: one program crosses several tiles of them, and few programs are merged."""
-    from sslfast.kernels import second_moment_statistics as kernel
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("programs", [4, 512])
+def test_rows_that_several_programs_share(programs: int, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with very many rows: two launches for the columns, of few programs with many tiles each or of many programs
+    with one."""
+    from sslfast.kernels import second_moment_columns as kernel
 
-    monkeypatch.setattr(kernel, "PASS_PROGRAMS", 2)
-    check(make(165, 11, mode), mode, "primal", scale="variance", floor=1e-2)
+    monkeypatch.setattr(kernel, "SPLIT_ROWS", 0)
+    monkeypatch.setattr(kernel, "PROGRAMS", programs)
+    monkeypatch.setattr(kernel, "CHUNKS", 2)
+    monkeypatch.setattr(kernel, "tile_of", lambda columns: (16, 16))
+    check(make(165, 40, mode, mean=10.0), mode, "primal", scale="variance", floor=1e-2)
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -140,33 +162,25 @@ def test_large_tiles(form: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> N
     """The other half of the tables, which takes results that are larger than a test can be."""
     from sslfast.kernels import _second_moment_configs
 
+    multiply_by("tiles", monkeypatch)
     monkeypatch.setattr(_second_moment_configs, "LARGE", 0)
     check(make(40, 70, mode), mode, form, scale="variance", floor=1e-2)
 
 
 @pytest.mark.parametrize(
-    ("mode", "dtype"), [*((mode, torch.float32) for mode in MODES), ("cross", torch.float16)], ids=str
+    ("mode", "dtype"), [*((mode, torch.float32) for mode in MODES), ("pair", torch.float16)], ids=str
 )
-@pytest.mark.parametrize(("form", "shape"), [("primal", (40, 150)), ("dual", (20, 40))], ids=str)
-def test_moments_that_were_not_kept(
-    form: str, shape: tuple[int, int], mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_moments_that_are_not_kept(
+    products: str, mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The backward makes M again, here in two chunks of columns; nothing but its own rounding may differ."""
+    """M by bands of 128 columns, here three, that the backward makes again."""
     from sslfast.kernels import second_moment as kernel
 
-    monkeypatch.setattr(kernel, "CHUNK", 1)
-    (a, *rest), (views, cross) = make(*shape, mode, dtype), MODES[mode]
-    options = (cross, True, SCALES.index("norm"), 1e-5, form == "dual")
-    b = rest[0] if views == 2 else None
-    results = []
-    for keep in (True, False):
-        off, diagonal, distance, *saved = kernel.second_moment(a, b, *options, keep)
-        assert (saved[2].numel() > 0) == keep
-        grads = torch.ones_like(off), torch.ones_like(diagonal), torch.ones_like(distance)
-        gradients = kernel.second_moment_backward(*grads, a, b, diagonal, *saved, *options, True, views == 2)
-        results.append((off, diagonal, distance, *gradients))
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-3, "atol": 1e-3}
-    torch.testing.assert_close(*results, **tolerance)
+    monkeypatch.setattr(op, "KEPT", 0)
+    monkeypatch.setattr(kernel, "BAND", 1)
+    multiply_by(products, monkeypatch)
+    check(make(40, 300, mode, dtype), mode, "primal", scale="norm", floor=1e-2)
 
 
 @pytest.mark.filterwarnings("ignore:.*NaN.*:RuntimeWarning", "ignore:.*encountered:RuntimeWarning")
@@ -241,14 +255,15 @@ def test_same_bits_in_every_run(mode: str, form: str) -> None:
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
-def test_opcheck() -> None:
-    for mode, (views, cross) in MODES.items():
-        a, *rest = (x.requires_grad_() for x in make(6, 5, mode))
-        b, options = rest[0] if rest else None, (cross, True, 1, 1e-5)
-        torch.library.opcheck(torch.ops.sslfast.second_moment_triton, (a, b, *options, mode == "pair", True))
-        with torch.no_grad():
-            outputs = torch.ops.sslfast.second_moment_triton(a, b, *options, False, True)
-        grads, saved = tuple(torch.ones_like(t) for t in outputs[:3]), (outputs[1], *outputs[3:])
-        inputs = (a.detach(), None if b is None else b.detach())
-        arguments = (*grads, *inputs, *saved, *options, False, True, views == 2)
+@pytest.mark.parametrize(
+    ("mode", "dual", "whole"), [("one", False, True), ("pair", True, True), ("cross", False, False)]
+)
+def test_opcheck(mode: str, dual: bool, whole: bool) -> None:
+    (views, cross), (a, *rest) = MODES[mode], make(6, 5, mode)
+    b, options = rest[0] if rest else None, (cross, True, 1, 1e-5, dual, 2, 1e-4, [0.5, 0.25, 2.0])
+    inputs = [x.clone().requires_grad_() if x is not None else None for x in (a, b)]
+    torch.library.opcheck(torch.ops.sslfast.second_moment_triton, (*inputs, *options, whole, True))
+    outputs = torch.ops.sslfast.second_moment_triton(a, b, *options, whole, True)
+    for grads in ([torch.ones_like(t) for t in outputs[:4]], [None, torch.ones_like(outputs[1]), None, None]):
+        arguments = (*grads, a, b, outputs[2], *outputs[4:], *options, True, views == 2)
         torch.library.opcheck(torch.ops.sslfast.second_moment_triton_backward, arguments)

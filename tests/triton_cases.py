@@ -69,6 +69,7 @@ class Kernel:
         sweep: numbers of features, of a kernel with products.
         constants: compile-time arguments of a kernel without products.
         num_warps: of a kernel without products.
+        dtypes: of the inputs of a kernel without products.
         exact: it is launched with ``EXACT`` of ``sslfast.kernels._tiles``.
         explicit_fma: multiply-adds are in it nevertheless: log2 is a polynomial of them.
     """
@@ -79,12 +80,18 @@ class Kernel:
     sweep: Sweep | None = None
     constants: dict[str, Any] = field(default_factory=dict)
     num_warps: int = 4
+    dtypes: tuple[str, ...] = ("fp32",)
     exact: bool = True
     explicit_fma: bool = False
 
 
-# What follows a "/" tells kernels apart that are one function by two tables. Kernels that subtract no maximum are not
-# exact: a fused multiply-add does no harm in the pairwise sigmoid loss and in second moments.
+# Of second_moment's columns: what no launch of ours changes, and the two kinds of tiles.
+COLUMNS = {"CENTER": True, "TRANSPOSED": False, "UPCAST": False, "CHUNKS": 16}
+MOMENT_TILES = {"wide": {"ROWS": 32, "COLS": 64}, "narrow": {"ROWS": 128, "COLS": 16}}
+
+# What follows a "/" tells kernels apart that are one function by two tables, or by other constants. Kernels that
+# subtract no maximum are not exact: a fused multiply-add does no harm in the pairwise sigmoid loss and in second
+# moments.
 KERNELS = {
     "nt_xent_forward": Kernel("nt_xent", table="_nt_xent_configs.FORWARD", sweep=NT_XENT),
     "nt_xent_backward": Kernel("nt_xent", table="_nt_xent_configs.BACKWARD", sweep=NT_XENT),
@@ -126,53 +133,98 @@ KERNELS = {
         exact=False,
     ),
     "second_moment_gram": Kernel(
-        "second_moment",
+        "second_moment_tiles",
         launches={
-            "dual": "B Partial DUAL=1",
-            "self": "B Partial DUAL=0",
-            "cross": "Partial DUAL=0",
-            "split": "B Moments DUAL=1",
+            "dual": "B SquareSums DUAL=1",
+            "self": "B SquareSums DUAL=0",
+            "cross": "SquareSums DUAL=0",
+            "squares": "B Moments DUAL=0",
         },
         table="_second_moment_configs.GRAM",
         sweep=SECOND_MOMENT,
         exact=False,
     ),
-    "second_moment_gram/pair": Kernel(
-        "second_moment",
-        launches={"all": "Partial DUAL=1", "split": "Moments DUAL=1"},
-        table="_second_moment_configs.PAIR",
-        sweep=SECOND_MOMENT,
-        exact=False,
-    ),
     "second_moment_product": Kernel(
-        "second_moment_backward",
-        launches={"all": "", "primal": "Y YMean YFactor RowTerm"},
+        "second_moment_tiles",
+        launches={"transposed": "TRANSPOSED=1", "plain": "TRANSPOSED=0"},
         table="_second_moment_configs.PRODUCT",
         sweep=SECOND_MOMENT,
         exact=False,
     ),
-    "second_moment_statistics": Kernel(
-        "second_moment_statistics",
-        constants={"CROSS": True, "CENTER": True, "ROWS": 32, "COLS": 64, "UPCAST": False},
-        exact=False,
-    ),
-    "second_moment_merge": Kernel(
-        "second_moment_statistics",
-        constants={"CROSS": True, "CENTER": True, "SCALE": 1, "COLS": 64, "UPCAST": False},
-        num_warps=1,
-        exact=False,
-    ),
-    "second_moment_standardize": Kernel(
-        "second_moment_statistics",
-        constants={"CROSS": True, "ROWS": 32, "COLS": 64, "UPCAST": False},
-        exact=False,
-    ),
-    "second_moment_combine": Kernel(
-        "second_moment", constants={"DUAL": True, "SYMMETRIC": True, "PAIR": True, "BLOCK": 32}, exact=False
-    ),
-    "second_moment_input_gradient": Kernel(
-        "second_moment_backward",
-        constants={"CENTER": True, "SCALE": 2, "ROWS": 32, "COLS": 64, "UPCAST": False},
+    # By kinds of losses, and by how a launch has its rows: all of a column, or those of one chunk.
+    **{
+        f"second_moment_columns/{name}": Kernel(
+            "second_moment_columns",
+            launches={"": absent},
+            constants={**COLUMNS, **kind, **tile},
+            num_warps=8,
+            dtypes=("fp32", "bf16"),
+            exact=False,
+        )
+        for tile_name, tile in MOMENT_TILES.items()
+        for name, absent, kind in (
+            (f"barlow {tile_name}", "Partial", {"CROSS": True, "SCALE": 1, "PENALTY": 1, "PHASE": 0, "DUAL": True}),
+            (f"vibcreg {tile_name}", "Partial", {"CROSS": False, "SCALE": 2, "PENALTY": 2, "PHASE": 0, "DUAL": True}),
+            (f"partial {tile_name}", "", {"CROSS": True, "SCALE": 1, "PENALTY": 1, "PHASE": 1, "DUAL": False}),
+            (f"rest {tile_name}", "", {"CROSS": True, "SCALE": 1, "PENALTY": 1, "PHASE": 2, "DUAL": False}),
+        )
+    },
+    **{
+        f"second_moment_gradient/{name}": Kernel(
+            "second_moment_backward",
+            launches={"": absent},
+            constants={**COLUMNS, "VIEWS": 2, "DX_TRANSPOSED": False, **kind, **tile},
+            num_warps=8,
+            dtypes=("fp32", "bf16"),
+            exact=False,
+        )
+        for tile_name, tile in MOMENT_TILES.items()
+        for name, absent, kind in (
+            (
+                f"barlow {tile_name}",
+                "Partial GradOff GradDiagonal GradDistance",
+                {"CROSS": True, "SCALE": 1, "PENALTY": 1, "PHASE": 0, "DUAL": True, "DISTANCE": False},
+            ),
+            (
+                f"vibcreg {tile_name}",
+                "Partial GradOff GradDiagonal GradDistance",
+                {"CROSS": False, "SCALE": 2, "PENALTY": 2, "PHASE": 0, "DUAL": True, "DISTANCE": True},
+            ),
+            (
+                f"sums {tile_name}",
+                "Partial GradLoss",
+                {"CROSS": False, "SCALE": 2, "PENALTY": 0, "PHASE": 0, "DUAL": True, "DISTANCE": True},
+            ),
+            (
+                f"partial {tile_name}",
+                "GradOff GradDiagonal GradDistance",
+                {"CROSS": True, "SCALE": 1, "PENALTY": 1, "PHASE": 1, "DUAL": False, "DISTANCE": False},
+            ),
+            (
+                f"rest {tile_name}",
+                "GradOff GradDiagonal GradDistance",
+                {"CROSS": False, "SCALE": 2, "PENALTY": 2, "PHASE": 2, "DUAL": False, "DISTANCE": True},
+            ),
+        )
+    },
+    **{
+        f"second_moment_off_diagonal/{name}": Kernel(
+            "second_moment_off_diagonal",
+            constants={"VIEWS": 2, "ROWS": 4, "BLOCK": 512, "IN_PLACE": in_place, "RANGED": ranged, **kind},
+            dtypes=dtypes,
+            exact=False,
+        )
+        for name, in_place, ranged, dtypes, kind in (
+            ("cross dual", False, False, ("bf16",), {"CROSS": True, "DUAL": True}),
+            ("cross dual in range", False, True, ("fp16",), {"CROSS": True, "DUAL": True}),
+            ("cross in range", False, True, ("fp16",), {"CROSS": True, "DUAL": False}),
+            ("pair in range", False, True, ("fp16",), {"CROSS": False, "DUAL": False}),
+            ("in place", True, False, ("fp32",), {"CROSS": True, "DUAL": True}),
+        )
+    },
+    "second_moment_totals": Kernel(
+        "second_moment_off_diagonal",
+        constants={"MATRICES": 2, "DISTANCE": True, "DUAL": True, "PENALTY": 2, "BLOCK": 1024},
         exact=False,
     ),
     "merge": Kernel("_tiles", constants={"ROWS": 32, "PARTS": 64}, explicit_fma=True),
@@ -181,9 +233,11 @@ KERNELS = {
 WITH_PRODUCTS = {name: kernel for name, kernel in KERNELS.items() if kernel.table}
 # Arguments by name. Sizes that are kept from being specialised, and these, are integers; all that is not named here is
 # a pointer to float32, or to int64 by the end of its name.
-INTEGERS = {"D", "N"}
-FLOATS = {"eps"}
-DATA = {"Z", "Q", "K", "A", "B", "X", "Y", "Left", "Right", "Hat", "Other", "DX"}  # of the inputs' type
+INTEGERS = {"D", "N", "x_stride", "dx_stride", "grad_off_stride", "grad_diagonal_row", "grad_diagonal_column"}
+FLOATS = {"eps", "floor", "off_weight", "distance_weight", "penalty_weight"}
+# Of the inputs' type.
+DATA = {"Z", "Q", "K", "A", "B", "X", "Y", "Left", "Right", "Hat", "Operand", "GradA", "GradB"}
+FLOAT64 = {"SquareSums", "ColumnSums"}
 INT32 = {"InRange"}
 
 
@@ -197,6 +251,8 @@ def argument_type(function: Any, name: str, dtype: str) -> str:
         return f"*{dtype}"
     if name in INT32:
         return "*i32"
+    if name in FLOAT64:
+        return "*fp64"
     return "*i64" if name.endswith(("Ids", "Positives", "Ranges")) else "*fp32"
 
 
@@ -225,12 +281,16 @@ def _products(kernel: str, launches: list[str], sizes: dict[str, tuple[int, ...]
     ]
 
 
+def _plain(kernel: str, architecture: int) -> list[Case]:
+    return [Case(kernel, "", architecture, dtype, 0, "") for dtype in KERNELS[kernel].dtypes]
+
+
 def quick() -> list[Case]:
     """In every run: the first launches on Hopper, by a narrow and a wide row."""
     cases = []
     for name, kernel in KERNELS.items():
         first = list(kernel.launches)[:1]
-        cases += _products(name, first, kernel.sweep.quick, 90) if kernel.sweep else [Case(name, "", 90, "fp32", 0, "")]
+        cases += _products(name, first, kernel.sweep.quick, 90) if kernel.sweep else _plain(name, 90)
     return cases
 
 
@@ -238,7 +298,7 @@ def full(architecture: int) -> list[Case]:
     cases = []
     for name, kernel in KERNELS.items():
         if kernel.sweep is None:
-            cases.append(Case(name, "", architecture, "fp32", 0, ""))
+            cases += _plain(name, architecture)
             continue
         first, *others = kernel.launches
         cases += _products(name, [first], kernel.sweep.first, architecture)

@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ..distributed.scope import STATISTICS, scope_of
+from ..distributed.scope import STATISTICS, Scope, scope_of
+from ..ops._second_moment_operators import Loss
 from ..ops.second_moment import FORMS
 from ._inputs import check_gather, two_views
+from ._moment_loss import summed
 from .vicreg import check_choice, check_eps, check_two_rows
 
 
@@ -71,6 +73,16 @@ def cross_correlation_loss(
         >>> round(off_diagonal.item(), 4)  # 12 · (1/3)²
         1.3332
     """
+    z_a, z_b, scope, rows = _checked(z_a, z_b, eps, form, gather_distributed, statistics)
+    moment = scope.second_moment(z_a, z_b, cross=True, scale="variance", eps=eps, statistics=statistics, form=form)
+    on_diagonal = (moment.diagonal / rows - 1).square().sum()
+    return CrossCorrelation(on_diagonal, moment.off_diagonal.squeeze(0) / rows**2)
+
+
+def _checked(
+    z_a: Tensor, z_b: Tensor, eps: float, form: str, gather_distributed: bool, statistics: str
+) -> tuple[Tensor, Tensor, Scope, int]:
+    """The views, the scope, and its rows."""
     z_a, z_b = two_views("z_a", z_a, "z_b", z_b, normalize=False)
     check_eps(eps)
     check_choice("form", form, FORMS)
@@ -78,9 +90,7 @@ def cross_correlation_loss(
     scope = scope_of(gather_distributed)
     rows = scope.shard(z_a).total
     check_two_rows("z_a", rows)
-    moment = scope.second_moment(z_a, z_b, cross=True, scale="variance", eps=eps, statistics=statistics, form=form)
-    on_diagonal = (moment.diagonal / rows - 1).square().sum()
-    return CrossCorrelation(on_diagonal, moment.off_diagonal.sum() / rows**2)
+    return z_a, z_b, scope, rows
 
 
 def barlow_twins(
@@ -124,11 +134,11 @@ def barlow_twins(
         >>> round(sslfast.barlow_twins(torch.eye(4), torch.eye(4), lambda_param=0.5).item(), 4)
         0.6666
     """
-    terms = cross_correlation_loss(
-        z_a, z_b, eps=eps, form=form, gather_distributed=gather_distributed, statistics=statistics
+    z_a, z_b, scope, rows = _checked(z_a, z_b, eps, form, gather_distributed, statistics)
+    loss = Loss(off=scale_loss * lambda_param / rows**2, columns=scale_loss, penalty="identity")
+    return summed(
+        scope, z_a, z_b, loss, rows=rows, cross=True, scale="variance", eps=eps, statistics=statistics, form=form
     )
-    loss = terms.on_diagonal + lambda_param * terms.off_diagonal
-    return loss if scale_loss == 1.0 else scale_loss * loss
 
 
 class BarlowTwinsLoss(nn.Module):

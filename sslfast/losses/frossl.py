@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .._checks import accumulator, check_matrix, check_same
 from ..distributed.scope import Scope, scope_of
@@ -44,8 +45,8 @@ def frossl(z_views: Sequence[Tensor], invariance_weight: float = 1.0, *, gather_
     """
     views = _checked(z_views)
     scope = scope_of(gather_distributed)
-    regularization = torch.stack([_log_norms(scope, views[i : i + 2]) for i in range(0, len(views), 2)]).sum()
-    return regularization + invariance_weight * _invariance(scope, views)
+    weight = invariance_weight * len(views) * scope.shard(views[0]).weight
+    return torch.add(_log_norms(scope, views), _distance(scope, views), alpha=weight)
 
 
 def _checked(z_views: Sequence[Tensor]) -> list[Tensor]:
@@ -62,24 +63,26 @@ def _checked(z_views: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _log_norms(scope: Scope, views: list[Tensor]) -> Tensor:
-    """``2 log(‖M‖_F / tr M)`` of the second moments of one view, or of two in one pass, summed."""
-    moment = scope.second_moment(*views, center=False, scale="norm", eps=EPS)
-    squares = moment.off_diagonal + moment.diagonal.square().sum(1)  # [R]
-    trace = moment.diagonal.detach().sum(1)  # [R]: the number of columns that are not zero
-    return (squares.log() - 2 * trace.log()).sum()
+    """``Σ_v 2 log(‖M‖_F / tr M)`` of the second moments of each view, two of them in one pass."""
+    pairs = [views[i : i + 2] for i in range(0, len(views), 2)]
+    moments = [scope.second_moment(*pair, center=False, scale="norm", eps=EPS) for pair in pairs]
+    off, diagonal = moments[0].off_diagonal, moments[0].diagonal  # [V] and [V, D]
+    if len(moments) > 1:
+        off, diagonal = (torch.cat([moment[part] for moment in moments]) for part in (0, 1))
+    trace = diagonal.detach().sum(1)  # [V]: the number of columns that are not zero
+    return ((off + diagonal.square().sum(1)) / trace.square()).log().sum()
 
 
-def _invariance(scope: Scope, views: list[Tensor]) -> Tensor:
-    """``(V/N) Σ_v ‖Ẑ_v − mean‖²``, this rank's rows."""
-    unit = []
-    for z in views:
-        z = z.to(accumulator(z))
+def _distance(scope: Scope, views: list[Tensor]) -> Tensor:
+    """``Σ_v ‖Ẑ_v − mean‖²``, this rank's rows."""
+    z = torch.stack(views)  # [V, N, D]
+    z = z.to(accumulator(z))
+    norms = torch.linalg.vector_norm(z, dim=1)  # [V, D]
+    if scope.shard(views[0]).world_size > 1:
         # A norm of norms: unlike the root of a sum of squares, its gradient at a zero column is zero.
-        norms = scope.gather(torch.linalg.vector_norm(z, dim=0, keepdim=True))  # [W, D]
-        unit.append(z / torch.linalg.vector_norm(norms, dim=0).clamp_min(EPS))
-    mean = torch.stack(unit).mean(0)  # [N, D]
-    distance = torch.stack([(z - mean).square().sum() for z in unit]).sum()
-    return len(views) * scope.shard(views[0]).weight * distance
+        norms = torch.linalg.vector_norm(scope.gather(norms.unsqueeze(0)), dim=0)  # of [W, V, D]
+    unit = z / norms.clamp_min(EPS).unsqueeze(1)
+    return F.mse_loss(unit, unit.mean(0).expand_as(unit), reduction="sum")
 
 
 class FroSSLLoss(nn.Module):

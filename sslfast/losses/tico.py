@@ -80,14 +80,15 @@ def tico(
     with without_autocast(z_a):
         a, b = l2_normalize(z_a.to(kind)), l2_normalize(z_b.to(kind))
         rows = a.detach()
-        moment = scope.total(rows.T @ rows) / shard.total  # [D, D]
+        moment = scope.total(rows.T @ rows)  # [D, D], of all rows
         if covariance is None:
-            c = (1 - beta) * moment
+            c = (1 - beta) / shard.total * moment
         else:
             _check_covariance(covariance, z_a)
-            c = beta * covariance.detach().to(kind) + (1 - beta) * moment
+            c = torch.add(beta * covariance.detach().to(kind), moment, alpha=(1 - beta) / shard.total)
         contrast: Tensor = _QuadraticForms.apply(a, c)  # type: ignore[no-untyped-call]
-        return 1.0 - shard.weight * ((a * b).sum() - rho * contrast), c
+        dots = torch.vdot(a.flatten(), b.flatten())
+        return 1.0 - shard.weight * torch.sub(dots, contrast, alpha=rho), c
 
 
 def _check_covariance(covariance: Tensor, z_a: Tensor) -> None:

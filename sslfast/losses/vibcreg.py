@@ -7,8 +7,10 @@ from torch.nn import functional as F
 
 from .._checks import accumulator
 from ..distributed.scope import scope_of
+from ..ops._second_moment_operators import Loss
 from ..ops.second_moment import FORMS
 from ._inputs import check_gather, two_views
+from ._moment_loss import fused
 from .vicreg import check_choice, check_eps, check_two_rows, variance_term
 
 # F.normalize's. A column that is exactly constant stays zero; of one that is constant up to rounding, the rounding is
@@ -64,6 +66,16 @@ def vibcreg(
     shard = scope.shard(z_a)
     check_two_rows("z_a", shard.total)
     d, kind = z_a.shape[1], accumulator(z_a)
+    loss = Loss(
+        off=cov_loss_weight / d**2,
+        distance=sim_loss_weight / (shard.total * d),
+        columns=var_loss_weight / d,
+        penalty="hinge",
+        floor=eps,
+    )
+    found = fused(scope, z_a, z_b, loss, scale="norm", eps=NORM_EPS, form=form)
+    if found is not None:
+        return found
     wide_a, wide_b = z_a.to(kind), z_b.to(kind)
     similarity = shard.weight / d * F.mse_loss(wide_a, wide_b, reduction="sum")
     variance = variance_term(scope, wide_a, shard.total, eps) + variance_term(scope, wide_b, shard.total, eps)

@@ -10,8 +10,10 @@ from torch.nn import functional as F
 
 from .._checks import accumulator, check_matrix, check_same
 from ..distributed.scope import STATISTICS, Scope, scope_of
-from ..ops.second_moment import FORMS, second_moment
+from ..ops._second_moment_operators import Loss
+from ..ops.second_moment import FORMS
 from ._inputs import check_gather, in_one_dtype
+from ._moment_loss import summed
 
 VARIANCE_REDUCTIONS = ("mean", "sum")
 
@@ -135,8 +137,9 @@ def covariance_loss(x: Tensor, *, form: str = "auto") -> Tensor:
         0.0208
     """
     check_two_rows("x", len(_checked("x", x)))
-    off = torch.cat([second_moment(place, form=form).off_diagonal for place in _places(x)])  # [P]
-    return off.mean() / ((len(x) - 1) ** 2 * x.shape[-1])
+    loss = Loss(off=1.0 / ((len(x) - 1) ** 2 * x.shape[-1]))
+    losses = [summed(Scope(), place, None, loss, rows=len(x), form=form) for place in _places(x)]
+    return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
 
 def vicreg(
@@ -193,21 +196,22 @@ def vicreg(
     check_choice("invariance", invariance, STATISTICS)
     check_choice("form", form, FORMS)
     scope = scope_of(gather_distributed)
-    rows, d = scope.shard(z_a).total, z_a.shape[-1]
+    shard, d = scope.shard(z_a), z_a.shape[-1]
+    rows = shard.total
     check_two_rows("z_a", rows)
-    variance_weight = mu_param / (2 if variance_reduction == "mean" else 1)
-
-    def loss(a: Tensor, b: Tensor) -> Tensor:
-        moment = scope.second_moment(a, b, form=form)
-        std = (moment.diagonal / (rows - 1) + eps).sqrt()  # [2, D]
-        error = moment.distance / (rows * d) if invariance == "global" else invariance_loss(a, b)
-        return (
-            lambda_param * error
-            + variance_weight / d * F.relu(1 - std).sum()
-            + nu_param / ((rows - 1) ** 2 * d) * moment.off_diagonal.sum()
-        )
-
-    losses = [loss(a, b) for a, b in zip(_places(z_a), _places(z_b), strict=True)]
+    own_error = invariance == "local" and shard.world_size > 1
+    loss = Loss(
+        off=nu_param / ((rows - 1) ** 2 * d),
+        distance=0.0 if own_error else lambda_param / (rows * d),
+        columns=mu_param / (2 if variance_reduction == "mean" else 1) / d,
+        penalty="hinge",
+        floor=eps,
+    )
+    losses = []
+    for a, b in zip(_places(z_a), _places(z_b), strict=True):
+        losses.append(summed(scope, a, b, loss, rows=rows, form=form))
+        if own_error:
+            losses[-1] = losses[-1] + lambda_param * invariance_loss(a, b)
     return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
 
