@@ -37,9 +37,10 @@ def sample_ids(ids: Ids, count: int, device: torch.device) -> Tensor:
 def _from_host(ids: Sequence[int] | int) -> Tensor:
     """Of the type that the numbers have, so that what is not a whole number is seen and not truncated."""
     try:
-        numbers = torch.from_numpy(np.array(ids, ndmin=1))
+        numbers = np.array(ids, ndmin=1)
+        tensor = torch.from_numpy(numbers)
     except (TypeError, ValueError) as error:
         raise TypeError(f"ids must be whole numbers below 2^63, got {type(ids).__name__}: {error}") from error
-    if numbers.dtype == torch.uint64 and bool((numbers.view(torch.int64) < 0).any()):
+    if numbers.dtype == np.uint64 and bool((numbers >= 2**63).any()):
         raise ValueError("ids must be whole numbers below 2^63, got larger ones")
-    return numbers
+    return tensor

@@ -6,11 +6,14 @@ libraries and the Triton launchers only add implementations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 LIB = torch.library.Library("sslfast", "DEF")
 
@@ -22,6 +25,33 @@ def constant_to_the_compiler(function: Function) -> Function:
     """``torch.compiler.assume_constant_result``, which would import the whole compiler: 0.9 s of ``import sslfast``."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def kept_on_device(function: Function) -> Function:
+    """Constants on the device that is the last argument, made once for each: a copy to a GPU would wait for it.
+
+    Where all tensors are fake they are made anew: such a one must not stay, nor a real one get in. To a compiler they
+    are constants. They are to be read only.
+    """
+
+    @functools.lru_cache(maxsize=64)
+    def kept(*arguments: Any) -> Any:
+        with torch.inference_mode(False):
+            return function(*arguments)
+
+    @constant_to_the_compiler
+    @functools.wraps(function)
+    def constants(*arguments: Any) -> Any:
+        return (function if isinstance(torch.empty(0), FakeTensor) else kept)(*arguments)
+
+    return constants  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def on_the_host() -> Iterator[None]:
+    """PyTorch's operators give real numbers on the CPU: where all tensors are fake, and whatever the default device."""
+    with unset_fake_temporarily(), torch.inference_mode(False), torch.device("cpu"):
+        yield
 
 
 def define(schema: str, fake: Callable[..., Any]) -> None:

@@ -60,7 +60,7 @@ def read_images(source: Path, most: int) -> tuple[list[Tensor], list[str], list[
 
 def pixels_of(view: Tensor, spec: ViewSpec) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
     """[h, w, 3] in [0, 1] of a normalised view [3, h, w]."""
-    mean, std = (torch.tensor(spec.channels(name, 3))[:, None, None] for name in ("mean", "std"))
+    mean, std = (torch.tensor(spec.channels(name, 3), device=view.device)[:, None, None] for name in ("mean", "std"))
     return (view * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
 
 

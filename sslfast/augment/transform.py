@@ -83,7 +83,7 @@ def _count_and_size(images: Sequence[Tensor]) -> tuple[int, tuple[int, int] | Te
     count = check_images(images)
     if len(images) == 1:
         return count, (images[0].shape[-2], images[0].shape[-1])
-    return count, towards(torch.tensor([image.shape[-2:] for image in images]), images[0].device)
+    return count, towards(torch.tensor([image.shape[-2:] for image in images], device="cpu"), images[0].device)
 
 
 def sample_params(

@@ -50,9 +50,9 @@ class MemoryQueue(nn.Module):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         check_gather(gather_distributed)
-        same_everywhere = torch.Generator().manual_seed(0)
-        rows = torch.randn(size, dim, generator=same_everywhere)
-        self.register_buffer("queue", nn.functional.normalize(rows, dim=1))
+        same_everywhere = torch.Generator("cpu").manual_seed(0)
+        rows = nn.functional.normalize(torch.randn(size, dim, generator=same_everywhere, device="cpu"), dim=1)
+        self.register_buffer("queue", rows.to(torch.get_default_device()))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
         self.gather_distributed = gather_distributed
 

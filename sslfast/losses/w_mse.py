@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import accumulator, check_matrix, without_autocast
+from .._ids import towards
 from ..ops.l2_normalize import l2_normalize
 from ._inputs import two_views
 
@@ -189,7 +190,7 @@ def whitened_pairs(
     """
     views = x.unflatten(0, (num_samples, -1))  # [V, B, D]
     for _ in range(w_iter):
-        order = torch.randperm(views.shape[1]).to(x.device)
+        order = towards(torch.randperm(views.shape[1]), x.device)
         dealt = views[:, order].unflatten(1, (-1, w_size))  # [V, S, w, D]
         # The running statistics take in sub-batch after sub-batch, all views of one before the next.
         white = whitening(dealt.transpose(0, 1).flatten(0, 1))  # [S·V, w, D]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import _native, ops, reference
-from .._library import constant_to_the_compiler
+from .._ids import towards
+from .._library import constant_to_the_compiler, kept_on_device, on_the_host
 from ..augment.pretext._draws import LOW, philox
 from ..ops.block_mask import check_blocks
 from ..ops.random_mask import check_key
@@ -63,7 +63,7 @@ def _counts(count: float | Sequence[float] | Tensor | Array, ids: Tensor | Array
         return torch.full((len(ids),), float(count), dtype=torch.float64, device=ids.device)
     else:
         _check_counts(np.asarray(count), patches)
-        counts = torch.tensor(np.asarray(count), dtype=torch.float64).to(ids.device)
+        counts = towards(torch.from_numpy(np.array(count, dtype=np.float64)), ids.device)
     if tuple(counts.shape) != (len(ids),):
         raise ValueError(f"count must be a number or one of each of the {len(ids)} images, got {tuple(counts.shape)}")
     return counts
@@ -177,7 +177,7 @@ def _filled(numbers: Sequence[float], device: torch.device) -> Tensor:
     return _constants(tuple(map(float, numbers)), device)
 
 
-@functools.lru_cache(maxsize=64)
+@kept_on_device
 def _constants(numbers: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64, device=device)
 
@@ -250,8 +250,9 @@ def ibot_masks(
 @constant_to_the_compiler
 def _bins(ratios: tuple[float, float], bins: int, patches: int) -> tuple[list[float], list[int]]:
     """Bounds of the bins of ratios, in float32 as upstream has them, and int(patches · bound) of each."""
-    bounds = torch.linspace(*ratios, bins + 1, dtype=torch.float32)
-    return bounds.tolist(), (patches * bounds).to(torch.int64).tolist()
+    with on_the_host():
+        bounds = torch.linspace(*ratios, bins + 1, dtype=torch.float32)
+        return bounds.tolist(), (patches * bounds).to(torch.int64).tolist()
 
 
 def _dino_masks(

@@ -158,7 +158,7 @@ def set_at_index(tokens: Tensor, index: Tensor, value: Tensor | float) -> Tensor
         return torch.scatter(tokens, 1, _expanded(index, tokens), value)
     # Whole rows at a time; the gradients have the same formulas as those of scatter, for repeated ids too.
     batch, length, width = tokens.shape
-    rows = (index + length * torch.arange(batch)[:, None]).reshape(-1)
+    rows = (index + length * torch.arange(batch, device=index.device)[:, None]).reshape(-1)
     return tokens.reshape(-1, width).index_copy(0, rows, value.reshape(-1, width)).view(batch, length, width)
 
 

@@ -42,7 +42,7 @@ class Masks:
     def to(self, device: torch.device | str) -> Masks:
         """The same as tensors on ``device``; copies of pinned memory to a GPU do not wait."""
         arrays = (self.ids_keep, self.ids_mask, self.ids_restore)
-        return Masks(*(towards(torch.as_tensor(a), device) for a in arrays))
+        return Masks(*(towards(a if isinstance(a, Tensor) else torch.from_numpy(a), device) for a in arrays))
 
     @classmethod
     def from_mask(cls, mask: Tensor | Array, kept: int | None = None) -> Masks:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..._library import kept_on_device, on_the_host
 from ._draws import check_images, check_whole, unit_scale
 
 # Linear sRGB to XYZ (D65), and the white point, with scikit-image's digits, which the released code converts with.
@@ -110,11 +111,10 @@ def lab_to_rgb(lab: Tensor) -> Tensor:
     return torch.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear).clamp(0, 1)
 
 
-@functools.lru_cache(maxsize=8)
+@kept_on_device
 def _bins(device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        grid = [(a, b) for a, (first, last) in ROWS.items() for b in range(first, last + 1, STEP)]
-        return torch.tensor(grid, dtype=torch.float32).to(device)
+    grid = [(a, b) for a, (first, last) in ROWS.items() for b in range(first, last + 1, STEP)]
+    return torch.tensor(grid, dtype=torch.float32, device="cpu").to(device)
 
 
 def color_bins(device: torch.device | str = "cpu") -> Tensor:
@@ -128,7 +128,7 @@ def color_bins(device: torch.device | str = "cpu") -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def _candidates(neighbours: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _candidate_arrays(neighbours: int) -> tuple[np.ndarray, np.ndarray]:
     """For each square of the ab plane, every bin that can be among the nearest to a point in it: [squares, K] int64
     numbers, and [squares, K, 2] float32 a and b.
 
@@ -136,7 +136,7 @@ def _candidates(neighbours: int, device: torch.device) -> tuple[Tensor, Tensor]:
     are within d + r of the point, so its k nearest are, and those lie within d + 2r of the centre. Rows are in
     ascending order and padded with 313, far away.
     """
-    with torch.inference_mode(False):
+    with on_the_host():
         bins = _bins(torch.device("cpu")).double()
         middle = torch.arange(-RANGE + CELL / 2, RANGE, CELL, dtype=torch.float64)
         distance = torch.cdist(torch.cartesian_prod(middle, middle), bins)
@@ -147,7 +147,14 @@ def _candidates(neighbours: int, device: torch.device) -> tuple[Tensor, Tensor]:
         padded = torch.where(near, torch.arange(len(bins)), len(bins)).sort(dim=1).values
         padded = padded[:, : int(near.sum(1).max())]
         colours = torch.cat([bins, torch.full((1, 2), FAR, dtype=torch.float64)])[padded]
-        return padded.to(device), colours.to(device, torch.float32)
+        return padded.numpy(), colours.to(torch.float32).numpy()
+
+
+@kept_on_device
+def _candidates(neighbours: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``_candidate_arrays`` as tensors."""
+    numbers, colours = (torch.from_numpy(array).to(device) for array in _candidate_arrays(neighbours))
+    return numbers, colours
 
 
 @dataclass(frozen=True)

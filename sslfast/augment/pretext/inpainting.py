@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -106,17 +107,17 @@ def _region(ids: Tensor, seed: int, epoch: int, height: int, width: int, share: 
     noise = below(draws[:, 2:], 2**16).reshape(-1, high, wide) - 2**15
     row, down = _cubic(below(draws[:, 0], step), height, step)
     column, across = _cubic(below(draws[:, 1], step), width, step)
-    lines = sum(
-        noise.gather(1, (row + k)[:, :, None].expand(-1, -1, wide)) * down[k][:, :, None] for k in range(4)
-    )  # [B, H, wide]
-    smooth = sum(
-        torch.as_tensor(lines).gather(2, (column + k)[:, None, :].expand(-1, height, -1)) * across[k][:, None]
-        for k in range(4)
+    lines = functools.reduce(  # [B, H, wide]
+        torch.add, (noise.gather(1, (row + k)[:, :, None].expand(-1, -1, wide)) * down[k][:, :, None] for k in range(4))
+    )
+    smooth = functools.reduce(
+        torch.add,
+        (lines.gather(2, (column + k)[:, None, :].expand(-1, height, -1)) * across[k][:, None] for k in range(4)),
     )
     # Whole numbers, below 2^41 in size, and no two alike once the pixel's number stands behind: so the highest are
     # the same pixels on every device.
     pixels = height * width
-    rank = (torch.as_tensor(smooth).flatten(1) >> 6) * pixels + torch.arange(pixels, device=ids.device)
+    rank = (smooth.flatten(1) >> 6) * pixels + torch.arange(pixels, device=ids.device)
     chosen = rank.topk(max(1, round(share * pixels)), dim=1, sorted=False).indices
     mask = torch.zeros(rank.shape, dtype=torch.bool, device=ids.device)
     return mask.scatter_(1, chosen, True).view(-1, height, width)

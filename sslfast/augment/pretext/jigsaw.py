@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..._library import constant_to_the_compiler
+from ..._library import kept_on_device, on_the_host
 from ._draws import (
     GREY,
     JIGSAW,
@@ -58,8 +58,9 @@ def _permutations(count: int, tiles: int, seed: int) -> np.ndarray[Any, np.dtype
     total = math.factorial(tiles)
     flat = itertools.chain.from_iterable(itertools.permutations(range(tiles)))
     every = np.fromiter(flat, dtype=np.uint8, count=total * tiles).reshape(total, tiles).T.copy()  # [tiles, total]
-    first = uniforms(torch.zeros(1, dtype=torch.int64), 1, seed=seed, stream=PERMUTATIONS)
-    taken = [int(below(first, total))]
+    with on_the_host():
+        first = uniforms(torch.zeros(1, dtype=torch.int64), 1, seed=seed, stream=PERMUTATIONS)
+        taken = [int(below(first, total))]
     agreement = np.zeros(total, dtype=np.int32)
     while len(taken) < count:
         newest = every[:, taken[-1]]
@@ -99,16 +100,9 @@ def permutation_set(count: int, tiles: int = 9, seed: int = 0) -> Tensor:
         return torch.from_numpy(_permutations(count, tiles, seed).astype(np.int64))
 
 
-@functools.lru_cache(maxsize=16)
-def _on_device(count: int, tiles: int, seed: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return permutation_set(count, tiles, seed).to(device)
-
-
-@constant_to_the_compiler
+@kept_on_device
 def _table(count: int, tiles: int, seed: int, device: torch.device) -> Tensor:
-    """``_on_device``, which a compiler would otherwise trace through."""
-    return _on_device(count, tiles, seed, device)
+    return permutation_set(count, tiles, seed).to(device)
 
 
 @dataclass(frozen=True)
