@@ -1,0 +1,133 @@
+"""Calls of the adapters' classes and functions, a package at a time, as ``fake_cuda_cases`` has them of sslfast's."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from benchmarks import peers
+from fake_cuda_cases import PATCH, SIDE, B, Case, D, Inputs, L, N, vicregl_views
+from sslfast.adapters._serve import Package
+
+
+def _adapter(package: str) -> Any:
+    peers._import_torchvision()  # whose wheel needs help beside a CPU torch
+    return importlib.import_module(f"sslfast.adapters.{package}")
+
+
+def _views(kind: Any, *options: Any, **named: Any) -> Case:
+    return lambda x: x.made(lambda: kind(*options, **named))(x.z(), x.z())
+
+
+def lightly() -> tuple[dict[str, Case], Package]:
+    adapter = _adapter("lightly")
+    return {
+        "NTXentLoss": _views(adapter.NTXentLoss, 0.3),
+        "NTXentLoss/with a bank": _views(adapter.NTXentLoss, memory_bank_size=(40, D)),
+        "DCLLoss": _views(adapter.DCLLoss),
+        "DCLWLoss": _views(adapter.DCLWLoss),
+        "HypersphereLoss": _views(adapter.HypersphereLoss),
+        "BarlowTwinsLoss": _views(adapter.BarlowTwinsLoss),
+        "VICRegLoss": _views(adapter.VICRegLoss),
+        "VICRegLLoss": lambda x: adapter.VICRegLLoss()(*vicregl_views(x, 256, 512)),  # small ones are left to lightly
+        "TiCoLoss": _views(adapter.TiCoLoss),
+        "MMCRLoss": lambda x: adapter.MMCRLoss()(x.z(N, 3, D), x.z(N, 3, D)),
+        "FroSSLLoss": lambda x: adapter.FroSSLLoss()([x.z(), x.z()]),
+        "Whitening2d": lambda x: x.made(lambda: adapter.Whitening2d(D))(x.z()),
+        "WMSELoss": lambda x: x.made(lambda: adapter.WMSELoss(4, w_size=12))(x.z(2 * N, 4)),
+        "covariance_loss": lambda x: adapter.covariance_loss(x.z()),
+        "get_at_index": lambda x: adapter.get_at_index(x.z(B, L, D), x.ids(B, 5)),
+        "set_at_index": lambda x: adapter.set_at_index(x.z(B, L, D), x.ids(B, 5), x.z(B, 5, D)),
+        "mask_at_index": lambda x: adapter.mask_at_index(x.z(B, L, D), x.ids(B, 5), x.z(1, 1, D)),
+    }, adapter.contents()
+
+
+def open_clip() -> tuple[dict[str, Case], Package]:
+    adapter = _adapter("open_clip")
+    return {
+        "ClipLoss": lambda x: adapter.ClipLoss()(x.z(), x.z(), x.number(10.0), x.number(-1.0), output_dict=True),
+        "CoCaLoss": lambda x: x.made(lambda: adapter.CoCaLoss(1.0, 1.0))(
+            x.z(), x.z(), x.z(N, 5, 30), x.labels(N * 5).view(N, 5), x.number(10.0)
+        ),
+        "SigLipLoss": lambda x: adapter.SigLipLoss()(x.z(), x.z(), x.number(10.0), x.number(-10.0)),
+    }, adapter.contents()
+
+
+def sentence_transformers() -> tuple[dict[str, Case], Package]:
+    adapter = _adapter("sentence_transformers")
+    plain, cached = adapter.MultipleNegativesRankingLoss, adapter.CachedMultipleNegativesRankingLoss
+    return {
+        "MultipleNegativesRankingLoss": lambda x: plain(nn.Identity()).compute_loss_from_embeddings(
+            [x.z(), x.z(), x.z()], None
+        ),
+        "CachedMultipleNegativesRankingLoss": lambda x: cached(nn.Sequential(nn.Identity())).calculate_loss(
+            [list(x.z().split(7)) for _ in range(2)]
+        ),
+    }, adapter.contents()
+
+
+def pytorch_metric_learning() -> tuple[dict[str, Case], Package]:
+    adapter = _adapter("pytorch_metric_learning")
+    memory = lambda x, loss: x.made(lambda: adapter.CrossBatchMemory(loss, D, memory_size=40))  # noqa: E731
+    return {
+        "SupConLoss": lambda x: adapter.SupConLoss()(x.z(), x.labels()),
+        "SupConLoss/keys": lambda x: adapter.SupConLoss()(
+            x.z(), x.labels(), ref_emb=x.fixed(40, D), ref_labels=x.labels(40)
+        ),
+        "NTXentLoss": lambda x: adapter.NTXentLoss()(x.z(), x.labels()),
+        "VICRegLoss": lambda x: adapter.VICRegLoss()(x.z(), ref_emb=x.z()),
+        "CrossBatchMemory": lambda x: memory(x, adapter.SupConLoss())(x.z(), x.labels()),
+    }, adapter.contents()
+
+
+def solo() -> tuple[dict[str, Case], Package]:
+    from solo_common import losses
+
+    losses()
+    adapter = _adapter("solo")
+    served = {f.__name__: f for f in adapter.contents().functions}
+    cases: dict[str, Case] = {
+        "moco_loss_func": lambda x: served["moco_loss_func"](x.z(), x.fixed(), x.fixed(D, 40)),
+        "mae_loss_func": lambda x: served["mae_loss_func"](x.pixels(), x.z(B, L, 48), x.mask().float(), PATCH),
+        **{
+            name: lambda x, name=name: served[name](x.z(), x.z())  # type: ignore[misc]
+            for name in ("barlow_loss_func", "mocov3_loss_func", "nnclr_loss_func", "simclr_loss_func")
+            + ("vibcreg_loss_func", "vicreg_loss_func", "mocov2plus_loss_func")
+        },
+    }
+    return {name: case for name, case in cases.items() if name in served}, adapter.contents()
+
+
+def mae() -> tuple[dict[str, Case], Package]:
+    """The class that the tests have of facebookresearch/mae's names; its methods are served where it stands."""
+    from mae_model import MaskedAutoencoderViT
+
+    contents = _adapter("mae").contents()
+    cls = next(c for c in contents.classes if MaskedAutoencoderViT in c.__mro__)
+
+    def step(x: Inputs) -> list[Tensor]:
+        model = x.made(lambda: cls(img_size=SIDE, patch_size=PATCH))
+        with x.autocast():
+            return list(model(x.pixels().float()))
+
+    return {cls.__name__: step}, contents
+
+
+# The package's own code, which waits for the device. Kept apart: what is sslfast's must not wait.
+WAITS = {
+    ("lightly", "NTXentLoss/with a bank"): "lightly's bank reads its pointer",
+    ("pytorch_metric_learning", "NTXentLoss"): "as pair_nt_xent",
+}
+
+
+PACKAGES: dict[str, Callable[[], tuple[dict[str, Case], Package]]] = {
+    "lightly": lightly,
+    "open_clip": open_clip,
+    "sentence_transformers": sentence_transformers,
+    "pytorch_metric_learning": pytorch_metric_learning,
+    "solo": solo,
+    "mae": mae,
+}
