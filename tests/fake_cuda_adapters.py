@@ -72,11 +72,16 @@ def sentence_transformers() -> tuple[dict[str, Case], Package]:
 def pytorch_metric_learning() -> tuple[dict[str, Case], Package]:
     adapter = _adapter("pytorch_metric_learning")
     memory = lambda x, loss: x.made(lambda: adapter.CrossBatchMemory(loss, D, memory_size=40))  # noqa: E731
+
+    def same_labels(loss: Any, x: Inputs, labels: Tensor) -> Tensor:
+        return loss(x.z(), labels, ref_emb=x.z(), ref_labels=labels)
+
     return {
         "SupConLoss": lambda x: adapter.SupConLoss()(x.z(), x.labels()),
         "SupConLoss/keys": lambda x: adapter.SupConLoss()(
             x.z(), x.labels(), ref_emb=x.fixed(40, D), ref_labels=x.labels(40)
         ),
+        "SupConLoss/the same labels": lambda x: same_labels(adapter.SupConLoss(), x, x.labels()),
         "NTXentLoss": lambda x: adapter.NTXentLoss()(x.z(), x.labels()),
         "VICRegLoss": lambda x: adapter.VICRegLoss()(x.z(), ref_emb=x.z()),
         "CrossBatchMemory": lambda x: memory(x, adapter.SupConLoss())(x.z(), x.labels()),
