@@ -13,8 +13,9 @@ PEERS := .venv/.peers
 DOCS  := .venv/.docs
 BUILT := build/.editable
 CPP   := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+EMULATOR := $(wildcard $(addprefix tests/cuda_emulator/,*.h *.cpp *.cu include/*.h))
 
-.PHONY: help demo test lint docs serve-docs sanitize bench readme gpu clean
+.PHONY: help demo test lint docs serve-docs sanitize sanitize-cuda bench readme gpu clean
 
 help:
 	@echo "make demo   train on real images, fused beside plain; table, picture and JSON in out/demo"
@@ -25,6 +26,7 @@ help:
 	@echo "make docs   the documentation site in build/site; a dead link or an unlisted page fails"
 	@echo "make serve-docs  the site on http://127.0.0.1:8000, built anew at every change"
 	@echo "make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make sanitize-cuda  the CUDA kernels, emulated on the CPU, under AddressSanitizer and ThreadSanitizer"
 	@echo "make bench  correctness, then time and memory of every operation; CSV and picture"
 	@echo "make readme write the tables of the README and of the pages from benchmarks/results"
 	@echo "make gpu    on a machine with a CUDA GPU: build, GPU tests, compute-sanitizer, benchmarks (OUT=$(OUT))"
@@ -64,11 +66,15 @@ sanitize: $(READY)
 	  tests/test_embed_patches.py tests/test_masked_patch_loss.py tests/test_masked_feature_loss.py \
 	  -m "not slow" -k "not compile and not memory and not every_cpu_level"
 
+sanitize-cuda: $(BUILT)
+	PYTHONPATH=tests $(BIN)/python -m cuda_emulator --sanitizer address
+	PYTHONPATH=tests $(BIN)/python -m cuda_emulator --sanitizer thread
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CPP)
-	@! LC_ALL=C.UTF-8 grep -nE '^.{121,}' $(CPP) || { echo "the lines above are longer than 120 characters"; exit 1; }
+	$(BIN)/clang-format --dry-run -Werror $(CPP) $(EMULATOR)
+	@! LC_ALL=C.UTF-8 grep -nE '^.{121,}' $(CPP) $(EMULATOR) || { echo "the lines above are longer than 120 characters"; exit 1; }
 	$(BIN)/mypy
 
 # Without them the test of the site is skipped, and counted.
