@@ -93,6 +93,9 @@ def shared_by(test: str) -> str | None:
     if file == "test_triton_aot.py":
         architecture = re.search(r"-(80|86|90|100)-", name)
         return f"{file}, {architecture[1]}" if architecture else None
+    if file == "test_cuda_emulated.py":  # each library is built once: the plain one, and one for each sanitizer
+        sanitizer = re.search(r"\[(address|thread)\]", name)
+        return f"{file}, {sanitizer[1]}" if sanitizer else file
     if file == "test_fake_cuda.py":
         return f"{file}, {name.partition('[')[0]}"
     return file if file in ("test_packaging.py", "test_distributed.py") else None
