@@ -11,17 +11,19 @@ BIN   := .venv/bin
 READY := .venv/.requirements
 PEERS := .venv/.peers
 DOCS  := .venv/.docs
+OTHER_TRITONS := build/triton-3.6.0
 BUILT := build/.editable
 CPP   := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 EMULATOR := $(wildcard $(addprefix tests/cuda_emulator/,*.h *.cpp *.cu include/*.h))
 
-.PHONY: help demo test lint docs serve-docs sanitize sanitize-cuda bench readme gpu clean
+.PHONY: help demo test triton-versions lint docs serve-docs sanitize sanitize-cuda bench readme gpu clean
 
 help:
 	@echo "make demo   train on real images, fused beside plain; table, picture and JSON in out/demo"
 	@echo "            (METHOD=simclr, barlow, vicreg or mae; DATA=digits, DATA=fashion-mnist or DATA=<folder of images>;"
 	@echo "            RANKS=2 on two processes, all but mae)"
 	@echo "make test   build in place and run every test (JOBS=0 in one process)"
+	@echo "make triton-versions  every Triton kernel ahead of time, for every GPU, by other versions of Triton too"
 	@echo "make lint   ruff, clang-format, line lengths, mypy"
 	@echo "make docs   the documentation site in build/site; a dead link or an unlisted page fails"
 	@echo "make serve-docs  the site on http://127.0.0.1:8000, built anew at every change"
@@ -46,9 +48,18 @@ RUN := $(if $(filter 1,$(RANKS)),$(BIN)/python,$(BIN)/torchrun --nproc-per-node 
 demo: $(BUILT)
 	$(RUN) -m examples.pretrain --method $(METHOD) --data $(DATA) --output out/demo
 
-test: $(BUILT) $(PEERS) $(DOCS)
+test: $(BUILT) $(PEERS) $(DOCS) $(OTHER_TRITONS)
 	$(BIN)/python -m sslfast
 	$(BIN)/python -m pytest -n $(JOBS)
+
+# Beside the installed Triton. Without them the tests that compile by one are skipped, and counted.
+$(OTHER_TRITONS): build/triton-%: | $(READY)
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$*
+
+triton-versions: $(BUILT) $(OTHER_TRITONS)
+	for triton in $(OTHER_TRITONS); do \
+	  PYTHONPATH=$(CURDIR)/$$triton $(BIN)/python -m pytest -n $(JOBS) tests/test_triton_aot.py || exit 1; \
+	done
 
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, built apart from the ordinary libraries.
 SANITIZED := build/sanitized

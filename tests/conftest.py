@@ -92,7 +92,7 @@ def shared_by(test: str) -> str | None:
     file, _, name = test.rpartition("/")[2].partition("::")
     if file == "test_triton_aot.py":
         architecture = re.search(r"-(80|86|90|100)-", name)
-        return f"{file}, {architecture[1]}" if architecture else None
+        return f"{file}, {name.partition('[')[0]}, {architecture[1]}" if architecture else None
     if file == "test_cuda_emulated.py":  # each library is built once: the plain one, and one for each sanitizer
         sanitizer = re.search(r"\[(address|thread)\]", name)
         return f"{file}, {sanitizer[1]}" if sanitizer else file

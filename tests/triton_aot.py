@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from sass import hazards
 from triton_cases import KERNELS, Case, argument_type, row_of, table_of
 
 
@@ -54,8 +55,46 @@ def compile_one(case: Case) -> dict[str, Any]:
         "shared": built.metadata.shared,
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma_sync": ptx.count("mma.sync"),
+        "depths": sorted({int(k) for k in re.findall(r"mma(?:_async)?\.sync\.aligned\.m\d+n\d+k(\d+)", ptx)}),
         "fused": len(re.findall(r"\bfma\.rn(\.ftz)?\.f32", ptx)),
+        "contracted": contracted_shuffles(ptx),
+        # Left factors in registers follow the sums.
+        "overwritten": hazards(run_tool("nvdisasm", "-c", built.asm["cubin"])).found
+        if re.search(r"wgmma\.mma_async[^;]*\},\s*\{", ptx)
+        else None,
     }
+
+
+def contracted_shuffles(ptx: str) -> list[str]:
+    """Multiply-adds by which two lanes that add up the same numbers may come to hold different sums.
+
+    In a butterfly each lane adds what another one has to what it has itself. If that is a product, the addition may
+    become one with it, and round once here and twice there. ``x·y + (x + y)`` is the same number both ways round.
+    """
+    instructions = [
+        (op, re.split(r",\s*", operands))
+        for op, operands in re.findall(r"^\s*(?:@\S+\s+)?([a-z][\w.]*)\s+([^;]*);", ptx, flags=re.MULTILINE)
+    ]
+    made = {operands[0].partition("|")[0]: (op, operands) for op, operands in instructions}
+
+    def maker(register: str) -> tuple[str, list[str]]:
+        op, operands = made.get(register, ("", []))
+        return maker(operands[1]) if op == "mov.b32" and operands[1] in made else (op, operands)
+
+    found = []
+    for op, operands in instructions:
+        ops = [maker(register)[0] for register in operands[1:]]
+        if not any(other.startswith("shfl.") for other in ops):
+            continue
+        if re.match(r"fma\..*f32", op):
+            x, y, z = operands[1:]
+            added, terms = maker(z)
+            contracted = not (added.startswith("add.") and {*terms[1:]} == {x, y})
+        else:
+            contracted = re.match(r"(add|sub)\..*f32", op) is not None and any(o.startswith("mul.") for o in ops)
+        if contracted:
+            found.append(f"{op} {', '.join(operands)}")
+    return found
 
 
 def source_of(case: Case) -> tuple[Any, dict[str, Any]]:
