@@ -5,7 +5,7 @@ METHOD ?= simclr
 DATA   ?= digits
 RANKS  ?= 1
 JOBS   ?= auto
-OUT    ?= benchmarks/results
+OUT    ?= out/gpu
 
 BIN   := .venv/bin
 READY := .venv/.requirements
@@ -31,7 +31,8 @@ help:
 	@echo "make sanitize-cuda  the CUDA kernels, emulated on the CPU, under AddressSanitizer and ThreadSanitizer"
 	@echo "make bench  correctness, then time and memory of every operation; CSV and picture"
 	@echo "make readme write the tables of the README and of the pages from benchmarks/results"
-	@echo "make gpu    on a machine with a CUDA GPU: build, GPU tests, compute-sanitizer, benchmarks (OUT=$(OUT))"
+	@echo "make gpu    on a machine with a CUDA GPU: build, correctness, times, GPU tests, compute-sanitizer"
+	@echo "            (STAGES=A,B for the first two; results in OUT=$(OUT))"
 	@echo "make clean  remove what was built; .venv stays"
 
 $(READY): requirements-dev.txt
@@ -110,30 +111,22 @@ readme: $(BUILT)
 	for page in README.md docs/measured.md docs/limits.md; do $(BIN)/python -m benchmarks.plot --readme $$page || exit 1; done
 
 # With the machine's own python3 where its torch sees the GPU (nothing is downloaded then), else with that of .venv.
-# A few tests run again under compute-sanitizer, with torch's caching allocator off so that each tensor has its own bounds;
-# some virtual machines refuse that tool, and the log then says so. All output also goes to $(OUT)/gpu.log.
-SEES_GPU  := -c "import torch; assert torch.cuda.is_available(), 'this torch sees no CUDA GPU'"
-SANITIZER := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all
-FEW_TESTS := -m gpu -k "(value_and_gradient and float32 and not 20000) or several_bands or one_program or subset"
+# Whatever is red, the rest is run; the exit status says so in the end. All output also goes to $(OUT)/gpu.log.
+SEES_GPU := -c "import torch; assert torch.cuda.is_available(), 'this torch sees no CUDA GPU'"
+STAGES   ?= A,B,C,D
 
 gpu: SHELL := /bin/bash
-gpu: .SHELLFLAGS := -o pipefail -ec
+gpu: .SHELLFLAGS := -o pipefail -c
 gpu:
 	@mkdir -p $(OUT)
-	@{ python=$(PYTHON); $$python $(SEES_GPU) 2>/dev/null || python=$(BIN)/python; \
+	@{ status=0; python=$(PYTHON); $$python $(SEES_GPU) 2>/dev/null || python=$(BIN)/python; \
 	set -x; \
-	$$python $(SEES_GPU); \
-	nvidia-smi; \
-	$$python -m pip install --no-build-isolation --no-deps --editable .; \
-	$$python -m sslfast; \
-	$$python -m pytest -m gpu; \
-	if $(SANITIZER) --tool memcheck $$python -c "import torch; torch.zeros(1, device='cuda')"; then \
-	  for tool in memcheck racecheck; do $(SANITIZER) --tool $$tool $$python -m pytest $(FEW_TESTS); done; \
-	else \
-	  echo "compute-sanitizer is missing, or cannot use this device: not run"; \
-	fi; \
-	$$python -m benchmarks --device cuda --output $(OUT); \
-	} 2>&1 | tee $(OUT)/gpu.log
+	$$python $(SEES_GPU) || exit 1; \
+	nvidia-smi || status=1; \
+	$$python -m pip install --no-build-isolation --no-deps --editable . || status=1; \
+	$$python -m sslfast || status=1; \
+	$$python -m tools.device --stages $(STAGES) --output $(OUT) || status=1; \
+	exit $$status; } 2>&1 | tee $(OUT)/gpu.log
 
 clean:
 	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
