@@ -8,6 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ._assembler import HOPPER, warn_of_fault
+
 # Shared memory that one program may use, in bytes, for each architecture that a configuration table names.
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 INTERPRETER = 0
@@ -44,7 +46,9 @@ def architecture(z: Tensor) -> int:
         raise RuntimeError(f"the Triton kernels need compute capability 8.0 or newer, {z.device} has {major}.{minor}")
     if (major, minor) == (8, 0):
         return 80
-    return {9: 90, 10: 100, 11: 100}.get(major, 86)
+    key = {9: HOPPER, 10: 100, 11: 100}.get(major, 86)
+    warn_of_fault(key)
+    return key
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -27,8 +27,25 @@ def _versions() -> list[tuple[str, str]]:
         ("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
         ("torch", f"{torch.__version__}, {cuda}"),
         ("triton", _version("triton")),
+        *_assemblers(),
         ("numpy", _version("numpy")),
     ]
+
+
+def _assemblers() -> list[tuple[str, str]]:
+    """What Triton assembles with for the GPUs here, or for Hopper, where it matters most; and what is wrong with it."""
+    if _native.why_triton_is_unusable() is not None:
+        return []
+    from .kernels import _assembler
+
+    present = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    capabilities = {torch.cuda.get_device_capability(i) for i in present}
+    rows = []
+    for architecture in sorted(10 * major + minor for major, minor in capabilities) or [_assembler.HOPPER]:
+        found, wrong = _assembler.assembler(architecture), _assembler.fault(architecture)
+        plain = "not found" if found is None else f"{'.'.join(map(str, found.version))} ({found.path})"
+        rows.append((f"ptxas for sm_{architecture}", plain if wrong is None else wrong.removeprefix("ptxas ")))
+    return rows
 
 
 def _libraries() -> list[tuple[str, str]]:

@@ -103,7 +103,8 @@ def _runs(arch: str, capability: tuple[int, int]) -> bool:
 
 
 @_library.constant_to_the_compiler  # it cannot read Triton's settings; they are fixed at its import
-def _why_triton_is_unusable() -> str | None:
+def why_triton_is_unusable() -> str | None:
+    """The reason no Triton kernel can run, on any device, or ``None``."""
     try:
         import triton
     except ImportError as error:
@@ -124,7 +125,7 @@ def _triton_interprets() -> bool:
 
 def why_no_triton(device: torch.device) -> str | None:
     """The reason Triton kernels cannot run on ``device``, or ``None`` if they can."""
-    reason = _why_triton_is_unusable()
+    reason = why_triton_is_unusable()
     if reason is not None:
         return reason
     if device.type == "cuda":
