@@ -54,7 +54,8 @@ def _squares(m, i0, j0, SYMMETRIC: tl.constexpr):
     value = apart * apart
     if SYMMETRIC:
         value = tl.where(i < j, 2.0 * value, tl.where(i == j, value, 0.0))
-    return tl.sum(tl.sum(value, 1).to(tl.float64), 0)
+    # As a matrix of one row: Triton 3.6 does not compile the sum of a vector that a product was reduced to, for sm_100.
+    return tl.sum(tl.reshape(tl.sum(value, 1).to(tl.float64), (1, m.shape[0])), 1)
 
 
 @triton.jit(do_not_specialize=["N", "S", "C", "width8", "pitch8"])
@@ -81,7 +82,7 @@ def _second_moment_gram_kernel(
     tile_i, tile_j = tl.swizzle2d(tile // across, tile % across, down, across, GROUP)
     if SYMMETRIC & (tile_j < tile_i):
         if SquareSums is not None:
-            tl.store(SquareSums + view * down * across + tile, tl.zeros((), tl.float64))
+            tl.store(SquareSums + view * down * across + tile + tl.arange(0, 1), tl.zeros((1,), tl.float64))
         return
     i0, j0 = tile_i * BLOCK_M, tile_j * BLOCK_N
     # Rows start at 16-byte boundaries; the product with 8 lets the compiler know.
@@ -96,7 +97,7 @@ def _second_moment_gram_kernel(
         A, right, i0, j0, begin, end, N, height, columns, width, BLOCK_M, BLOCK_N, BLOCK_K, DUAL, PRECISION
     )
     if Moments is None:
-        tl.store(SquareSums + view * down * across + tile, _squares(m, i0, j0, SYMMETRIC))
+        tl.store(SquareSums + view * down * across + tile + tl.arange(0, 1), _squares(m, i0, j0, SYMMETRIC))
     else:
         at = Moments + (tl.program_id(1) * tl.num_programs(2) + view) * (tl.cast(S, tl.int64) * pitch)
         store_tile(at, m, i0, j0, S, C, pitch)

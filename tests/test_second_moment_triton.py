@@ -238,32 +238,110 @@ def test_gradient_of_one_output_alone(form: str) -> None:
         torch.testing.assert_close(kernel, plain, rtol=1e-4, atol=1e-4)
 
 
-def test_strided_inputs() -> None:
+@pytest.mark.parametrize("layout", ["columns", "rows", "neither", "different"])
+def test_strided_inputs(layout: str) -> None:
+    """Contiguous columns (a transposed batch) and rows that are apart, as they lie in memory; copies of others."""
     a, b = make(33, 10, "cross")
-    with sslfast.use_backend("triton"):
-        expected = second_moment(a, b, cross=True)
-        found = second_moment(a.T.contiguous().T, torch.stack([b, b], 2)[:, :, 1], cross=True)
-    assert all(torch.equal(x, y) for x, y in zip(expected, found, strict=True))
+    apart = torch.stack([a, b], 1)  # [N, 2, D]: rows that are 2·D apart
+    a2, b2 = {
+        "columns": (a.T.contiguous().T, b.T.contiguous().T),
+        "rows": (apart[:, 0], apart[:, 1]),
+        "neither": (torch.stack([a, a], 2)[:, :, 0], torch.stack([b, b], 2)[:, :, 1]),
+        "different": (a.T.contiguous().T, b),
+    }[layout]
+    results = []
+    for views in ((a, b), (a2, b2)):
+        views = [x.detach().requires_grad_() for x in views]
+        with sslfast.use_backend("triton"):
+            sums = second_moment(*views, cross=True, scale="variance")
+        results.append([*sums, *torch.autograd.grad(sums.off_diagonal.sum() + sums.diagonal.sum(), views)])
+    torch.testing.assert_close(*results)
+
+
+def test_columns_whose_norm_is_eps() -> None:
+    """As of clamp_min, the norm has a gradient there."""
+    leaf = torch.eye(5, device=DEVICE)[:, :3].repeat(1, 2).requires_grad_()
+    grads = []
+    for backend in ("triton", "reference"):
+        with sslfast.use_backend(backend):
+            off = second_moment(leaf, center=False, scale="norm", eps=1.0, form="primal").off_diagonal
+        grads += torch.autograd.grad(off.sum(), leaf)
+    torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mode", ["pair", "cross"])
-def test_same_bits_in_every_run(mode: str, form: str) -> None:
-    batches = make(70, 90, mode, torch.float16)
-    with sslfast.use_backend("triton"):
-        first, second = (run(second_moment, batches, torch.float16, mode, form=form) for _ in range(2))
-    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+def test_float16_moments_of_every_size(mode: str, form: str) -> None:
+    """The operand of the backward is brought into float16's range by a power of two."""
+    for size in (1e-3, 1e3):
+        batches = [(size * x).to(torch.float16) for x in make(66, 70, mode)]
+        unit = 0.1 / (66 * size**3)  # so that gradients are about 1
+        gradients = []
+        for kind, backend in ((torch.float16, "triton"), (torch.float32, "reference"), (torch.float64, "reference")):
+            leaves = [x.to(kind, copy=True).requires_grad_() for x in batches]
+            with sslfast.use_backend(backend):
+                off = second_moment(*leaves, cross=MODES[mode][1], center=False, form=form).off_diagonal
+            gradients.append(torch.autograd.grad(unit * off.sum(), leaves))
+        for what, *values in zip(("da", "db"), *gradients, strict=True):
+            assert 0.1 < values[-1].abs().max() < 1e4
+            within_budget(what, *values, torch.float16, floor=0.0)
 
 
-@pytest.mark.parametrize(
-    ("mode", "dual", "whole"), [("one", False, True), ("pair", True, True), ("cross", False, False)]
-)
-def test_opcheck(mode: str, dual: bool, whole: bool) -> None:
-    (views, cross), (a, *rest) = MODES[mode], make(6, 5, mode)
-    b, options = rest[0] if rest else None, (cross, True, 1, 1e-5, dual, 2, 1e-4, [0.5, 0.25, 2.0])
-    inputs = [x.clone().requires_grad_() if x is not None else None for x in (a, b)]
-    torch.library.opcheck(torch.ops.sslfast.second_moment_triton, (*inputs, *options, whole, True))
-    outputs = torch.ops.sslfast.second_moment_triton(a, b, *options, whole, True)
-    for grads in ([torch.ones_like(t) for t in outputs[:4]], [None, torch.ones_like(outputs[1]), None, None]):
-        arguments = (*grads, a, b, outputs[2], *outputs[4:], *options, True, views == 2)
-        torch.library.opcheck(torch.ops.sslfast.second_moment_triton_backward, arguments)
+# ------------------------------------------------------------------------------------------- which products are taken
+
+
+def plan(shape: tuple[int, int], dtype: torch.dtype, architecture: int, whole: bool, patch: pytest.MonkeyPatch) -> bool:
+    """Whether the library multiplies in a step of a pair."""
+    from sslfast.kernels import _second_moment_plan
+    from sslfast.kernels.second_moment_columns import Options
+
+    patch.setattr(_second_moment_plan, "architecture", lambda _: architecture)
+    options = Options(False, True, 0, 1e-5, dual_is_cheaper(*shape), 0, 0.0, (0.0, 0.0, 0.0))
+    return _second_moment_plan.by_library(torch.empty(shape, dtype=dtype, device="meta"), options, 2, whole)
+
+
+@pytest.mark.parametrize("architecture", [80, 86, 90, 100])
+def test_small_batches_are_the_librarys(architecture: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of fewer and cheaper launches."""
+    for shape in ((32, 128), (256, 512), (256, 2048)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert plan(shape, dtype, architecture, True, monkeypatch)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_products_by_the_cheaper(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact float32 products are three of TF32 in tiles, of half of a symmetric M; the library's are single ones."""
+    shape = (16384, 2048) if whole else (16384, 8192)
+    assert not plan(shape, torch.float32, 80, whole, monkeypatch)
+    for architecture, dtype in ((86, torch.float32), (80, torch.bfloat16), (90, torch.float16), (90, torch.bfloat16)):
+        assert plan(shape, dtype, architecture, whole, monkeypatch)
+
+
+def test_deterministic_algorithms_on_a_gpu_are_tiles() -> None:
+    """PyTorch refuses the library's products under that setting, but for a variable of the environment."""
+    from sslfast.kernels import _second_moment_plan
+    from sslfast.kernels.second_moment_columns import Options
+
+    class OnGpu:
+        is_cuda = True
+
+    options = Options(True, True, 1, 1e-5, True, 0, 0.0, (0.0, 0.0, 0.0))
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not _second_moment_plan.by_library(OnGpu(), options, 2, True)
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def test_products_of_16_bits_on_a_gpu_are_float32() -> None:
+    """As PyTorch's shape functions have it: into new memory, and into a matrix whose rows are apart."""
+    from sslfast.kernels.second_moment import multiply
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            hat = torch.empty((2, 5, 8), dtype=dtype, device="cuda")
+            out = torch.empty_strided((2, 5, 5), (40, 8, 1), device="cuda")
+            for found in (multiply(hat, hat.mT), multiply(hat, hat.mT, out=out)):
+                assert found.shape == (2, 5, 5) and found.dtype == torch.float32
