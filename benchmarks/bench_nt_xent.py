@@ -11,7 +11,7 @@ import sslfast
 from sslfast import reference
 
 from . import chunked, peers
-from .contrastive import in_form
+from .contrastive import in_form, noisy_pair
 from .harness import Case, Work, require_backend, work
 from .machine import available_bytes
 
@@ -47,9 +47,8 @@ def _case(n: int, d: int, device: str, dtype: str = "float32", mode: str = "both
 
 def _views(case: Case) -> tuple[Tensor, Tensor]:
     """Two views, [N, D] each: the second is the first plus half as much noise, so that positives are close (0.9)."""
-    generator = torch.Generator().manual_seed(0)
-    z0, noise = (torch.randn(case.shape["N"], case.shape["D"], generator=generator) for _ in range(2))
-    z0, z1 = (t.to(case.device, case.torch_dtype).requires_grad_() for t in (z0, z0 + 0.5 * noise))
+    drawn = noisy_pair(case.shape["N"], case.shape["D"], 0.5)
+    z0, z1 = (z.to(case.device, case.torch_dtype, copy=True).requires_grad_() for z in drawn)
     return z0, z1
 
 

@@ -6,6 +6,7 @@ about large problems too, in float64, where the plain formula's matrices would n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -156,11 +157,17 @@ def views(case: Case) -> tuple[Tensor, Tensor]:
 
     With closer views most softmaxes are decided, and what is left of the scale's gradient is rounding.
     """
-    draw = generator()
-    x, noise = (torch.randn(case.shape["N"], case.shape["D"], generator=draw) for _ in range(2))
-    pair = (F.normalize(z, dim=1).to(case.device, case.torch_dtype) for z in (x, x + 3 * noise))
-    z0, z1 = (z.requires_grad_() for z in pair)
+    drawn = noisy_pair(case.shape["N"], case.shape["D"], 3.0)
+    z0, z1 = (F.normalize(z, dim=1).to(case.device, case.torch_dtype).requires_grad_() for z in drawn)
     return z0, z1
+
+
+@functools.lru_cache(maxsize=1)
+def noisy_pair(n: int, d: int, noise: float) -> tuple[Tensor, Tensor]:
+    """x and x + noise·ε, [N, D] float32 on the CPU, which takes longer to draw them than a GPU to compare them."""
+    draw = generator()
+    x, other = (torch.randn(n, d, generator=draw) for _ in range(2))
+    return x, x + noise * other
 
 
 def number(case: Case, value: float) -> Tensor:

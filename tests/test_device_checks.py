@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import itertools
 from collections.abc import Callable
@@ -130,31 +131,64 @@ def test_times_are_those_of_the_cases_named() -> None:
 @pytest.mark.parametrize("entry", SWEEP, ids=lambda entry: entry.name)
 def test_a_sweep_names_rows_that_fit_its_table(entry: sweep.Sweep) -> None:
     """On Hopper: the table has such a key, its rows are made of as many numbers, and none is tried twice."""
-    import importlib
-
     table = getattr(importlib.import_module(f"sslfast.kernels.{entry.module}"), entry.table)
     own = table[(90, *entry.key)]
     rows: list[Any] = [type(own)(*row) for row in entry.rows]
     assert len({*rows}) == len(rows) and all((row.block_d > 0) == (own.block_d > 0) for row in rows)
 
 
-def test_a_configuration_that_is_wrong_or_does_not_compile_is_noted_and_passed_over(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.fixture
+def fake_work(monkeypatch: pytest.MonkeyPatch) -> tuple[sweep.Sweep, list[Callable[[], tuple[Tensor, ...]]]]:
+    """The first sweep, with a call in place of its benchmark's: what the table gives, and what others do."""
+    entry = SWEEP[0]
+    table = getattr(importlib.import_module(f"sslfast.kernels.{entry.module}"), entry.table)
+    other: list[Callable[[], tuple[Tensor, ...]]] = []
+    own = {**table}
+
+    def run(_: None) -> tuple[Tensor, ...]:
+        return (torch.ones(2),) if table == own else other[0]()
+
+    work = timings.harness.Work(lambda: None, run)
+    monkeypatch.setattr(sweep, "_call", lambda context, entry: lambda: work)
+    yield entry, other
+    assert table == own, "the table is left as it was"
+
+
+def raising(error: Exception) -> Callable[[], tuple[Tensor, ...]]:
+    def run() -> tuple[Tensor, ...]:
+        raise error
+
+    return run
+
+
+TOO_LARGE = raising(RuntimeError("out of resource: shared memory, Required: 300000, Hardware limit: 232448"))
+
+
+@pytest.mark.parametrize("other", [TOO_LARGE, lambda: (torch.full((2,), 1.2),)], ids=["does not fit", "is wrong"])
+def test_a_configuration_that_does_not_do_is_noted_and_passed_over(
+    other: Callable[[], tuple[Tensor, ...]], fake_work: Any, tmp_path: Path
 ) -> None:
     events: list[dict[str, Any]] = []
+    entry, others = fake_work
+    others.append(other)
     context = Context(tmp_path, rehearse=True, emit=events.append)
-    entry = SWEEP[0]
-    table = getattr(__import__("sslfast.kernels._nt_xent_configs", fromlist=["x"]), entry.table)
-    at, own = sweep._own_row(context, table, entry)
-    work = timings.harness.Work(lambda: None, lambda _: run())
-
-    def run() -> tuple[Tensor, ...]:
-        if table[at] == own:
-            return (torch.ones(2),)
-        raise RuntimeError("out of resource: shared memory")
-
-    monkeypatch.setattr(sweep, "_call", lambda context, entry: lambda: work)
-    assert "out of resource" in sweep.run_sweep(context, entry)
+    assert "out of resource" in sweep.run_sweep(context, entry) or "differs" in events[-1]["found"]["error"]
     found = [event["found"] for event in events]
     assert [(x["now"], x["ms"] is None) for x in found] == [(True, False), (False, True)]
-    assert table[at] == own, "the table is left as it was"
+
+
+def test_a_row_is_compiled_and_compared_before_it_is_timed(fake_work: Any) -> None:
+    entry, others = fake_work
+    row = entry.rows[0]
+    others.append(lambda: (torch.ones(2),))
+    assert sweep.compile_row(REHEARSAL, entry, row) == ""
+    others[0] = TOO_LARGE
+    assert sweep.compile_row(REHEARSAL, entry, row).startswith("does not fit: out of resource")
+    others[0] = lambda: (torch.full((2,), float("nan")),)
+    with pytest.raises(AssertionError, match="differs from the table's row"):
+        sweep.compile_row(REHEARSAL, entry, row)
+    others[0] = raising(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        sweep.run_sweep(REHEARSAL, entry)
+    names = [step.name for step in sweep.warm(Context(Path(".")))]
+    assert len(names) == len(set(names)) == sum(len(entry.rows) for entry in SWEEP)

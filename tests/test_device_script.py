@@ -40,7 +40,7 @@ def test_correctness_rehearsed(tmp_path: Path) -> None:
     found = rehearse(tmp_path, "--stages", "A")
     assert {step["status"] for step in found if step["stage"] == "A"} <= {GREEN, NOT_RUN}
     names = [step["step"] for step in found if step["status"] == GREEN]
-    for kind, least in (("large ", 15), ("loss ", 35), ("operators ", 14), ("s = sᵀ", 3)):
+    for kind, least in (("large ", 15), ("loss ", 35), ("operators ", 14), ("s = sᵀ", 3), ("row of ", 6)):
         assert sum(name.startswith(kind) for name in names) >= least, (kind, names)
 
 

@@ -29,6 +29,7 @@ def stages(rehearse: bool) -> list[Stage]:
         environment = {**SAME_BITS, "TRITON_PTXAS_PATH": str(path), "TRITON_CACHE_DIR": cache}
         if not rehearse:
             correct.append(Group("tools.device.correct:triton", processes, f" [ptxas {version}]", environment))
+    correct.append(Group("tools.device.sweep:warm", 1 if rehearse else max(1, processes // 2)))
     return [
         Stage("A", "correctness", 240.0, tuple(correct)),
         Stage("B", "times", 240.0, (Group("tools.device.timings:steps"),)),

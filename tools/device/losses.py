@@ -183,9 +183,7 @@ CONTRASTIVE = [
     of_two_views("moco_v3", lambda q, k, t: sslfast.moco_v3(q, k.detach(), t), 0.2),
     Loss("sup_con", ("sup_con",), _sup_con),
     Loss("sup_con, mask", ("sup_con",), _sup_con_mask),
-    Loss(
-        "sup_con_keys", ("sup_con_keys",), _labelled(sslfast.sup_con_keys)
-    ),
+    Loss("sup_con_keys", ("sup_con_keys",), _labelled(sslfast.sup_con_keys)),
     Loss("pair_nt_xent", ("pair_nt_xent",), _labelled(sslfast.pair_nt_xent), waits="the labels are sorted on the host"),
     Loss(
         "group_nt_xent",

@@ -7,21 +7,25 @@ summary names the quickest.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import sslfast
 from benchmarks import harness, machine
 from benchmarks.equality import AGREEMENT, disagreement
 
-from .steps import Context, NotRun
+from .steps import Context, NotRun, Step
 
 Row = tuple[int, ...]  # block_m, block_n, block_k, num_warps, num_stages[, block_d]
 ROUNDS = 9
+FEW = 1024  # rows, and keys, of a call that is only to compile
 
 
 @dataclass(frozen=True)
@@ -85,51 +89,90 @@ def text(config: Any) -> str:
     return f"{'×'.join(map(str, sizes))}, {config.num_warps} warps, {config.num_stages} stages"
 
 
+def warm(context: Context) -> list[Step]:
+    """Each configuration once, on few rows: compiled by several processes side by side, the kernels lie in Triton's
+    cache when their time is taken; and one that computes something else is red."""
+    return [
+        Step(
+            f"row of {sweep.name}: {'×'.join(map(str, row))}",
+            functools.partial(compile_row, context, sweep, row),
+            120.0,
+        )
+        for sweep in SWEEP
+        for row in (sweep.rows[:1] if context.rehearse else sweep.rows)
+    ]
+
+
+def compile_row(context: Context, sweep: Sweep, row: Row) -> str:
+    """Raises where ``row`` disagrees with the table's own; one that does not fit the device is a note."""
+    few = replace(sweep, shape={**sweep.shape, **{size: FEW for size in ("N", "K") if size in sweep.shape}})
+    call = _call(context, few)
+    with _table(context, sweep) as (table, at, own):
+        expected = call()()
+        table[at] = type(own)(*row)
+        try:
+            got = call()()
+        except Exception as error:
+            if not _does_not_fit(error):
+                raise
+            return f"does not fit: {str(error).splitlines()[0]}"
+    _agree(sweep, got, expected)
+    return ""
+
+
 def run_sweep(context: Context, sweep: Sweep) -> str:
-    """Every row of one entry, the table's own first; what is wrong or does not compile is noted and passed over."""
-    module = importlib.import_module(f"sslfast.kernels.{sweep.module}")
-    table: dict[Any, Any] = getattr(module, sweep.table, {})
-    at, own = _own_row(context, table, sweep)
-    notes = []
-    configs = [own, *(row for row in (type(own)(*sizes) for sizes in sweep.rows) if row != own)]
-    if context.rehearse:
-        configs = configs[:2]
+    """Times of every row of one entry, the table's own first; what does not fit, or is wrong, is passed over."""
     call, clock = _call(context, sweep), machine.Clock(context.device, flush=not context.rehearse)
-    expected = None
-    try:
-        for config in configs:
+    notes, expected = [], None
+    with _table(context, sweep) as (table, at, own):
+        configs = [own, *(config for config in (type(own)(*row) for row in sweep.rows) if config != own)]
+        for config in configs[: 2 if context.rehearse else None]:
             if context.left() < 5:
                 notes.append("the time was up")
                 break
             table[at] = config
-            found: dict[str, Any] = {"sweep": sweep.name, "config": text(config), "now": config == own}
+            found: dict[str, Any] = {"sweep": sweep.name, "config": text(config), "now": config == own, "ms": None}
             try:
                 work = call()
                 got = work()
                 expected = got if expected is None else expected
-                wrong = disagreement(got, [t.double() for t in expected])
-                if not wrong <= AGREEMENT[sweep.dtype]:
-                    raise AssertionError(f"differs from the table's row by {wrong:.1e}")
+                _agree(sweep, got, expected)
                 found["ms"] = _median(context, clock, work)
-            except (AssertionError, RuntimeError, ValueError) as error:  # a configuration that does not fit is one less
-                if not _usable(context):
+            except Exception as error:
+                if not isinstance(error, AssertionError) and not _does_not_fit(error):
                     raise
-                found["ms"], found["error"] = None, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                found["error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
                 notes.append(f"{found['config']}: {found['error']}")
             context.sweep(**found)
-    finally:
-        table[at] = own
     return "; ".join(notes)
 
 
-def _own_row(context: Context, table: dict[Any, Any], sweep: Sweep) -> tuple[Any, Any]:
-    """The key of the table's row for this machine, and the row."""
-    from sslfast.kernels._common import architecture
+def _agree(sweep: Sweep, got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    wrong = disagreement(got, [t.double() for t in expected])
+    if not wrong <= AGREEMENT[sweep.dtype]:
+        raise AssertionError(f"differs from the table's row by {wrong:.1e}")
 
+
+def _does_not_fit(error: Exception) -> bool:
+    """A configuration that needs more shared memory, registers or tensor memory than there is; not a lost device."""
+    words = f"{type(error).__name__} {error}".lower()
+    return any(word in words for word in ("out of resource", "outofresources", "shared memory", "ptxas"))
+
+
+@contextlib.contextmanager
+def _table(context: Context, sweep: Sweep) -> Iterator[tuple[dict[Any, Any], Any, Any]]:
+    """(the table, the key of its row for this machine, the row), which is put back in the end."""
+    module = importlib.import_module(f"sslfast.kernels.{sweep.module}")
+    table: dict[Any, Any] = getattr(module, sweep.table, {})
+    architecture = importlib.import_module("sslfast.kernels._common").architecture
     at = (architecture(torch.empty(1, device=context.device)), *sweep.key)
     if at not in table:
         raise NotRun(f"{sweep.module}.{sweep.table} has no row {at}")
-    return at, table[at]
+    own = table[at]
+    try:
+        yield table, at, own
+    finally:
+        table[at] = own
 
 
 def _call(context: Context, sweep: Sweep) -> Callable[[], harness.Work]:
@@ -146,13 +189,3 @@ def _median(context: Context, clock: machine.Clock, work: harness.Work) -> float
     clock(work.run, work.prepare())
     times = sorted(clock(work.run, work.prepare()) for _ in range(1 if context.rehearse else ROUNDS))
     return times[len(times) // 2]
-
-
-def _usable(context: Context) -> bool:
-    if context.rehearse:
-        return True
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True
