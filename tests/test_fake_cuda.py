@@ -20,10 +20,9 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
-import fake_cuda_adapters
 import sslfast
-from fake_cuda_cases import CASES, WAITS
-from fake_cuda_worker import MODES
+from fake_cuda import CASES, WAITS, adapters
+from fake_cuda.worker import MODES
 from sslfast import augment, losses, masking, ops
 from sslfast.augment import pretext
 
@@ -68,7 +67,7 @@ def test_everything_public_is_called() -> None:
         and id(value) not in called
         and not (isinstance(value, type) and issubclass(value, tuple))  # a named tuple: what a call returns
     }
-    assert not missing, f"neither a case in fake_cuda_cases.py nor a reason here: {', '.join(sorted(missing))}"
+    assert not missing, f"neither a case in tests/fake_cuda nor a reason here: {', '.join(sorted(missing))}"
 
 
 @lru_cache(maxsize=1)
@@ -84,10 +83,10 @@ def device_library(folder: Path) -> Path:
 
 
 def worker(what: str, folder: Path) -> dict[str, Any]:
-    """What ``fake_cuda_worker.py`` found."""
-    command = [sys.executable, str(TESTS / "fake_cuda_worker.py"), str(device_library(folder)), what]
+    """What ``fake_cuda.worker`` found."""
+    command = [sys.executable, "-m", "fake_cuda.worker", str(device_library(folder)), what]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, env=environment, timeout=1800)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -125,7 +124,7 @@ def of_adapters(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("package", fake_cuda_adapters.PACKAGES)
+@pytest.mark.parametrize("package", adapters.PACKAGES)
 def test_every_adapter(of_adapters: dict[str, Any], package: str) -> None:
     result = of_adapters[package]
     if "absent" in result:
@@ -133,7 +132,7 @@ def test_every_adapter(of_adapters: dict[str, Any], package: str) -> None:
     assert not result["no case"]
     for dtype in (torch.bfloat16, torch.float32):
         wrong = dict(result[str(dtype)])
-        for of, name in fake_cuda_adapters.WAITS:
+        for of, name in adapters.WAITS:
             if of == package:
                 assert wrong.pop(name, "nothing").startswith(NO_VALUES), f"{name} should look at values"
         assert not wrong, report(wrong)

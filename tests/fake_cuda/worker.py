@@ -1,6 +1,6 @@
-"""Runs every call of ``fake_cuda_cases``, or of ``fake_cuda_adapters``, on fake CUDA tensors, and more.
+"""Runs every call of sslfast's own, or of its adapters', on fake CUDA tensors, and more.
 
-    python tests/fake_cuda_worker.py <a library that makes the CUDA device known to a PyTorch without it> adapters
+    python -m fake_cuda.worker <a library that makes the CUDA device known to a PyTorch without it> adapters
 
 prints what went wrong in each as JSON.
 
@@ -25,8 +25,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
-from fake_cuda_cases import CASES, Case, Inputs
 from sslfast import _native
+
+from . import CASES
+from .inputs import Case, Inputs
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -193,8 +195,9 @@ def wrong_calls(run: Callable[[Case], None], cases: dict[str, Case]) -> dict[str
 def of_adapters() -> dict[str, Any]:
     """For each package: what went wrong, and what no case calls; or why it cannot be imported."""
     from benchmarks import Unavailable
-    from fake_cuda_adapters import PACKAGES
     from sslfast.adapters import _serve
+
+    from .adapters import PACKAGES
 
     _serve.PLAIN = (*_serve.PLAIN, FakeTensor)
     warnings.filterwarnings("error", message="sslfast does not serve")

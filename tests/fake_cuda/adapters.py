@@ -1,4 +1,4 @@
-"""Calls of the adapters' classes and functions, a package at a time, as ``fake_cuda_cases`` has them of sslfast's."""
+"""Calls of the adapters' classes and functions, a package at a time."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from benchmarks import peers
-from fake_cuda_cases import PATCH, SIDE, B, Case, D, Inputs, L, N, vicregl_views
 from sslfast.adapters._serve import Package
+
+from .inputs import PATCH, SIDE, B, Case, D, Inputs, L, N
+from .losses import vicregl_views
 
 
 def _adapter(package: str) -> Any:

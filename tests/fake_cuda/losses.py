@@ -1,0 +1,218 @@
+"""Calls of the losses, and of the operators under them: ``{name: function of an Inputs}``.
+
+A name is that of a public object, and behind a ``/`` what is particular about the call. Modules, too, are made inside
+the call, under the inputs' device as PyTorch's default.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import sslfast
+from sslfast import losses, masking, ops
+
+from .inputs import PATCH, B, Case, D, Inputs, L, N
+
+
+def _module(kind: Any, *options: Any, **named: Any) -> Case:
+    """A module of two matrices."""
+    return lambda x: x.made(lambda: kind(*options, **named))(x.z(), x.z())
+
+
+def _function(function: Any, **named: Any) -> Case:
+    return lambda x: function(x.z(), x.z(), **named)
+
+
+def _mixed(function: Any, *options: Any) -> Case:
+    """Of two dtypes, as an autocast region makes them."""
+
+    def call(x: Inputs) -> Any:
+        with x.autocast():
+            return function(x.z(), x.z().float(), *options)
+
+    return call
+
+
+def vicregl_views(x: Inputs, n: int = N, d: int = D) -> tuple[list[Any], list[Tensor]]:
+    features = [(x.z(n, d), x.z(n, 3, 3, 8)) for _ in range(2)]
+    return features, [x.fixed(n, 3, 3, 2) for _ in range(2)]
+
+
+def _moments(x: Inputs, **options: Any) -> Any:
+    return sslfast.second_moment(x.z(), x.z() if options.get("cross") else None, **options)
+
+
+CONTRASTIVE: dict[str, Case] = {
+    "nt_xent": _function(sslfast.nt_xent),
+    "nt_xent/a learnt temperature": lambda x: sslfast.nt_xent(x.z(), x.z(), x.number(0.5), normalize=False),
+    "nt_xent/diagnostics": _function(sslfast.nt_xent, diagnostics=True),
+    "NTXentLoss": _module(losses.NTXentLoss, 0.3),
+    "NTXentLoss/with a bank": _module(losses.NTXentLoss, memory_bank_size=(40, D)),
+    "NTXentLoss/a learnt temperature": lambda x: x.made(lambda: losses.NTXentLoss(nn.Parameter(torch.tensor(0.3))))(
+        x.z(), x.z()
+    ),
+    "info_nce": _function(sslfast.info_nce),
+    "info_nce/fixed keys": lambda x: sslfast.info_nce(x.z(), x.fixed()),
+    "info_nce/symmetric": _function(sslfast.info_nce, symmetric=True, diagnostics=True),
+    "info_nce/smoothed and debiased": _function(sslfast.info_nce, label_smoothing=0.1, tau_plus=0.1),
+    "info_nce/negatives": lambda x: sslfast.info_nce(
+        x.z(), x.z(), x.number(0.1), negatives=x.z(9, D), hard_negatives=x.z(N, 3, D)
+    ),
+    "info_nce/several positives": lambda x: sslfast.info_nce(x.z(), x.z(), positives=x.ids(N, 2)),
+    "info_nce/ids": lambda x: sslfast.info_nce(
+        x.z(), x.z(), positives=x.ids(N), row_ids=x.labels(), col_ids=x.labels() + 1
+    ),
+    "InfoNCELoss": _module(losses.InfoNCELoss, label_smoothing=0.1),
+    "moco": lambda x: sslfast.moco(x.z(), x.fixed(), x.fixed(40, D)),
+    "moco/diagnostics": lambda x: sslfast.moco(x.z(), x.fixed(), x.fixed(40, D), x.number(0.1), diagnostics=True),
+    "MoCoLoss": _module(losses.MoCoLoss, 40, D),
+    "moco_v3": _function(sslfast.moco_v3),
+    "MoCoV3Loss": _module(losses.MoCoV3Loss),
+    "MemoryQueue": lambda x: _enqueued(x.made(lambda: losses.MemoryQueue(40, D)), x),
+    "dcl": _function(sslfast.dcl),
+    "dcl/weights": _function(sslfast.dcl, weight_fn=lambda a, b: (a * b).sum(1), diagnostics=True),
+    "dclw": _function(sslfast.dclw),
+    "DCLLoss": _module(losses.DCLLoss),
+    "DCLWLoss": _module(losses.DCLWLoss),
+    "clip": lambda x: sslfast.clip(x.z(), x.z(), x.number(10.0), x.number(-1.0)),
+    "clip/a frozen tower": lambda x: sslfast.clip(x.fixed(), x.z(), 10.0, diagnostics=True),
+    "ClipLoss": lambda x: losses.ClipLoss()(x.z(), x.z(), x.number(10.0), output_dict=True),
+    "sig_lip": lambda x: sslfast.sig_lip(x.z(), x.z(), x.number(10.0), x.number(-10.0)),
+    "SigLipLoss": lambda x: losses.SigLipLoss()(x.z(), x.z(), 10.0, x.number(-10.0)),
+    "sup_con": lambda x: sslfast.sup_con(x.z(N, 2, D), x.labels()),
+    "sup_con/a mask": lambda x: sslfast.sup_con(x.z(N, 2, D), mask=(x.labels()[:, None] == x.labels()).float()),
+    "sup_con/no labels": lambda x: sslfast.sup_con(x.z(N, 2, D), normalize=True, diagnostics=True),
+    "sup_con/one view": lambda x: sslfast.sup_con(
+        x.z(N, 2, D), x.labels(), contrast_mode="one", reduction="mean_nonzero"
+    ),
+    "SupConLoss": lambda x: losses.SupConLoss()(x.z(N, 2, D), x.labels()),
+    "sup_con_keys": lambda x: sslfast.sup_con_keys(x.z(), x.labels()),
+    "sup_con_keys/keys": lambda x: sslfast.sup_con_keys(
+        x.z(), x.labels(), x.fixed(40, D), x.labels(40), own=x.ids(N), temperature=x.number(0.1)
+    ),
+    "pair_nt_xent": lambda x: sslfast.pair_nt_xent(x.z(), x.labels()),
+    "multiple_negatives_ranking": _function(sslfast.multiple_negatives_ranking),
+    "multiple_negatives_ranking/all directions": lambda x: sslfast.multiple_negatives_ranking(
+        x.z(), x.z(), x.z(N, 2, D), directions=("query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc")
+    ),
+    "multiple_negatives_ranking/apart": _function(
+        sslfast.multiple_negatives_ranking, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"
+    ),
+    "MultipleNegativesRankingLoss": lambda x: losses.MultipleNegativesRankingLoss(x.number(20.0))(
+        x.z(), x.z(), x.z(N, 2, D)
+    ),
+    "hypersphere": _function(sslfast.hypersphere),
+    "HypersphereLoss": _module(losses.HypersphereLoss),
+    "alignment": _function(sslfast.alignment, normalize=True),
+    "uniformity": lambda x: sslfast.uniformity(x.z(), normalize=True),
+    "uniformity/as they are": lambda x: sslfast.uniformity(x.z()),
+    "similarity_lse": lambda x: sslfast.similarity_lse(x.z(), x.z(30, D), 5.0),
+    "similarity_lse/fixed keys": lambda x: sslfast.similarity_lse(
+        x.z(), x.fixed(30, D), x.number(5.0), bias=x.fixed(30), row_ids=x.labels(), col_ids=x.labels(30)
+    ),
+    "similarity_lse/columns": lambda x: sslfast.similarity_lse(
+        x.z(), x.z(30, D), x.number(5.0), bias=x.z(30), columns=True
+    ),
+    "similarity_terms": lambda x: sslfast.similarity_terms(
+        x.z(), x.z(30, D), 5.0, columns=True, positives=x.ids(N), hardest=True
+    ),
+    "similarity_terms/itself": lambda x: _terms_of_itself(x.z(), x.ids(N)),
+    "similarity_logsigmoid": lambda x: sslfast.similarity_logsigmoid(
+        x.z(), x.z(30, D), x.number(5.0), x.number(-5.0), row_ids=x.labels(), col_ids=x.labels(30)
+    ),
+    "l2_normalize": lambda x: sslfast.l2_normalize(x.z()),
+    "ops.nt_xent": _function(ops.nt_xent),
+    "nt_xent/in an autocast region": _mixed(sslfast.nt_xent),
+    "info_nce/in an autocast region": _mixed(sslfast.info_nce),
+    "clip/in an autocast region": _mixed(sslfast.clip, 10.0),
+}
+
+DECORRELATION: dict[str, Case] = {
+    "barlow_twins": _function(sslfast.barlow_twins),
+    "barlow_twins/in an autocast region": _mixed(sslfast.barlow_twins),
+    "barlow_twins/primal": _function(sslfast.barlow_twins, form="primal"),
+    "BarlowTwinsLoss": _module(losses.BarlowTwinsLoss),
+    "cross_correlation_loss": _function(sslfast.cross_correlation_loss, form="dual"),
+    "vicreg": _function(sslfast.vicreg),
+    "vicreg/wide": lambda x: sslfast.vicreg(x.z(N, 128), x.z(N, 128), variance_reduction="sum"),
+    "VICRegLoss": _module(losses.VICRegLoss),
+    "vicregl/a local view": lambda x: sslfast.vicregl(*vicregl_views(x), *(part[:1] for part in vicregl_views(x))),
+    "VICRegLLoss": lambda x: losses.VICRegLLoss()(*vicregl_views(x)),
+    "vibcreg": _function(sslfast.vibcreg),
+    "VIbCRegLoss": _module(losses.VIbCRegLoss),
+    "covariance_loss": lambda x: sslfast.covariance_loss(x.z()),
+    "variance_loss": lambda x: sslfast.variance_loss(x.z()),
+    "invariance_loss": _function(sslfast.invariance_loss),
+    "frossl": lambda x: sslfast.frossl([x.z(), x.z(), x.z()]),
+    "frossl/wide": lambda x: sslfast.frossl([x.z(N, 128), x.z(N, 128)]),
+    "FroSSLLoss": lambda x: losses.FroSSLLoss()([x.z(), x.z()]),
+    "spectral_contrastive": _function(sslfast.spectral_contrastive),
+    "SpectralContrastiveLoss": _module(losses.SpectralContrastiveLoss, mu=None),
+    "tico": _function(sslfast.tico),
+    "tico/covariance": lambda x: sslfast.tico(x.z(), x.z(), x.fixed(D, D)),
+    "TiCoLoss": lambda x: _twice(x.made(losses.TiCoLoss), x),
+    "mmcr": lambda x: sslfast.mmcr(x.z(N, 3, D), x.z(N, 3, D)),
+    "mmcr/few": lambda x: sslfast.mmcr(x.z(4, 20, D), x.z(4, 20, D)),
+    "MMCRLoss": lambda x: losses.MMCRLoss()(x.z(N, 3, D), x.z(N, 3, D)),
+    "norm_mse_loss": _function(sslfast.norm_mse_loss),
+    "Whitening2d": lambda x: x.made(lambda: losses.Whitening2d(D))(x.z()),
+    "Whitening2d/evaluated": lambda x: x.made(lambda: losses.Whitening2d(D, eps=0.1)).eval()(x.z()),
+    "WMSELoss": lambda x: x.made(lambda: losses.WMSELoss(4, w_size=12))(x.z(2 * N, 4)),
+    "second_moment": lambda x: _moments(x, form="dual"),
+    "second_moment/cross": lambda x: _moments(x, cross=True, scale="variance", form="primal"),
+    "second_moment/wide": lambda x: sslfast.second_moment(x.z(N, 256), center=False),
+}
+
+
+def _enqueued(queue: Any, x: Inputs) -> list[Tensor]:
+    queue.enqueue(x.z())
+    queue.enqueue(x.z(50, D))
+    return [queue.queue, queue.pointer]
+
+
+def _twice(module: Any, x: Inputs) -> list[Tensor]:
+    return [module(x.z(), x.z()), module(x.z(), x.z()), module.C]
+
+
+def _terms_of_itself(z: Tensor, ids: Tensor) -> Any:
+    return sslfast.similarity_terms(z, z, 5.0, row_ids=ids, col_ids=ids, positives=ids.roll(1), hardest=True)
+
+
+def _masks(x: Inputs) -> masking.Masks:
+    return masking.random_masks(x.ids(B), L)
+
+
+def _token_losses(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    labels = torch.where(x.ids(B, L) % 4 == 0, x.ids(B, L), -100)
+    return x.z(B, L, D), x.z(50, D), labels
+
+
+MASKED: dict[str, Case] = {
+    "masked_patch_loss": lambda x: sslfast.masked_patch_loss(
+        x.images(), x.z(B, L, 48), _masks(x), patch_size=PATCH, target="mae"
+    ),
+    "masked_patch_loss/a mask": lambda x: sslfast.masked_patch_loss(
+        x.pixels(), x.z(B, L, 48), x.mask(), patch_size=PATCH, mean=[0.5] * 3, std=[0.2] * 3
+    ),
+    "masked_patch_loss/ids": lambda x: sslfast.masked_patch_loss(
+        x.pixels(), x.z(B, 5, 48), x.ids(B, 5), patch_size=PATCH
+    ),
+    "masked_patch_loss/numbers": lambda x: sslfast.masked_patch_loss(
+        x.pixels(), x.z(B, L, 48), x.mask().float(), patch_size=PATCH
+    ),
+    "MaskedPatchLoss": lambda x: losses.MaskedPatchLoss(PATCH)(x.images(), x.z(B, L, 48), _masks(x)),
+    "masking.forward_loss": lambda x: masking.forward_loss(
+        x.pixels(), x.z(B, L, 48), x.mask().float(), patch_size=PATCH, norm_pix_loss=True
+    ),
+    "masked_feature_loss": lambda x: sslfast.masked_feature_loss(x.z(3, B, 5, D), x.fixed(B, L, D), x.ids(3, B, 5)),
+    "masked_feature_loss/mse": lambda x: sslfast.masked_feature_loss(
+        x.z(B, 5, D), x.fixed(B, L, D), x.ids(B, 5), loss="mse", layer_norm=False
+    ),
+    "MaskedFeatureLoss": lambda x: losses.MaskedFeatureLoss()(x.z(B, 5, D), x.fixed(B, L, D), x.ids(B, 5)),
+    "masked_token_cross_entropy": lambda x: sslfast.masked_token_cross_entropy(*_token_losses(x), bias=x.z(50)),
+    "masked_token_cross_entropy/capacity": lambda x: sslfast.masked_token_cross_entropy(*_token_losses(x), capacity=12),
+    "MaskedTokenLoss": lambda x: losses.MaskedTokenLoss()(*_token_losses(x)),
+}
