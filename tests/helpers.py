@@ -43,8 +43,9 @@ def within_budget(
 
     Args:
         kernel: what the kernel gave, in ``dtype`` or wider.
-        reference: what plain PyTorch gave in ``dtype``. Of :func:`roundings` its error is the largest of many; of one
-            tensor it is that of this processor's roundings, which may cancel: then ``floor`` alone has to suffice.
+        reference: what plain PyTorch gave in ``dtype``. Of :func:`roundings` its error is the largest of many. Of one
+            tensor it is what this processor's roundings left, which may be next to nothing: then ``floor`` alone has to
+            suffice.
         truth: the reference in float64.
         floor: the size of one entry's terms before they cancel, where that can be more than what is left of them: the
             tolerance is relative to the larger of the two.
@@ -53,16 +54,15 @@ def within_budget(
     kernel, truth = (t.detach().double().cpu() for t in (kernel, truth))
     norm_floor = floor * truth.numel() ** 0.5
     for how, size, least in (("largest entry", _largest, floor), ("norm", torch.linalg.vector_norm, norm_floor)):
-        err, err_reference = size(kernel - truth).item(), 0.0
+        err, lost = size(kernel - truth).item(), 0.0
         tolerance = TOLERANCE[dtype] * max(size(truth).item(), least)
-        for rounding in every_rounding(reference):  # another only while the kernel's error is more than the last allow
-            err_reference = max(err_reference, size(rounding.detach().double().cpu() - truth).item())
-            if err <= 2 * err_reference + tolerance:
+        for factor, rounding in every_rounding(reference):  # another only while the last allow too little
+            lost = max(lost, factor * size(rounding.detach().double().cpu() - truth).item())
+            if err <= lost + tolerance:
                 break
         else:
-            allowed = 2 * err_reference + tolerance
             raise AssertionError(
-                f"{name}: error {err:.3e} by {how}, allowed {allowed:.3e} (reference's {err_reference:.3e})"
+                f"{name}: error {err:.3e} by {how}, allowed {lost + tolerance:.3e} (the reference's counts {lost:.3e})"
             )
 
 

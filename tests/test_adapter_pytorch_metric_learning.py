@@ -47,7 +47,7 @@ def one_smallest_number(pml, request, monkeypatch):
     """
     if getattr(request.node, "callspec", None) and request.node.callspec.params.get("dtype") == torch.float32:
         tiny = torch.finfo(torch.float32).tiny
-        monkeypatch.setattr(pml.utils.common_functions, "small_val", lambda dtype: tiny)
+        monkeypatch.setattr(pml.utils.common_functions, "small_val", lambda dtype: max(torch.finfo(dtype).tiny, tiny))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

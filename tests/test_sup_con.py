@@ -108,7 +108,7 @@ def test_mask(mode: str) -> None:
 
 def test_anchors_without_positives() -> None:
     """They count as zero in the mean, and neither their loss nor their gradient is NaN."""
-    x, labels = views_of(6, 1, 8), torch.tensor([0, 0, 1, 2, 3, 4])
+    x, labels = views_of(6, 1, 8).double(), torch.tensor([0, 0, 1, 2, 3, 4])
     some = value_and_gradients(lambda x: sup_con(x, labels), x)
     nonzero = value_and_gradients(lambda x: sup_con(x, labels, reduction="mean_nonzero"), x)
     for a, b in zip(some, nonzero, strict=True):
