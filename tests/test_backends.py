@@ -116,6 +116,7 @@ def test_full_run_is_red_when_a_pair_never_ran(leave_out: str, status: int, tmp_
     )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
     environment = {k: v for k, v in os.environ.items() if k != "SSLFAST_BACKEND"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)  # for what the conftest imports
     full = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=300)
     assert full.returncode == status, full.stdout + full.stderr
     missing = ", ".join(f"{op} on cpu" for op, backend in PAIRS if backend == "cpu")
