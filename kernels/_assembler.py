@@ -27,13 +27,13 @@ def assembler(architecture: int) -> Assembler | None:
 
     Triton has two of them, and its versions differ in which one is for Hopper.
     """
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    takes_architecture = len(inspect.signature(get_ptxas).parameters) > 0  # from Triton 3.6 on
     try:
+        from triton.backends.nvidia.compiler import get_ptxas
+
+        takes_architecture = len(inspect.signature(get_ptxas).parameters) > 0  # from Triton 3.6 on
         tool = get_ptxas(architecture) if takes_architecture else get_ptxas()
         usual = tool == knobs.nvidia.ptxas
-    except RuntimeError:
+    except (ImportError, RuntimeError):  # a Triton for other GPUs; no such file
         return None
     variable = "TRITON_PTXAS_PATH" if usual else "TRITON_PTXAS_BLACKWELL_PATH"
     return Assembler(tool.path, _numbers(tool.version), variable)
