@@ -17,13 +17,14 @@ from sslfast.ops.gather_patches import scatter_patches
 
 from .case import FLOATS, Case, Function, case, given, name_of, some_ids
 
-# Images, and the sides of a patch: runs of four pixels, odd sides, one pixel, a film, many channels, no image.
+# Images, and the sides of a patch.
 IMAGES = {
     "four side by side": ((2, 3, 16, 24), (8, 8)),
     "odd": ((2, 1, 6, 10), (3, 5)),
     "one pixel": ((1, 1, 1, 1), (1, 1)),
     "film": ((1, 3, 4, 8, 12), (2, 4, 4)),
     "many channels": ((1, 70, 4, 4), (4, 2)),
+    "many patches": ((13, 1, 9, 9), (1, 1)),
     "no image": ((0, 3, 8, 8), (4, 4)),
 }
 LAYOUTS: dict[str, Function] = {
@@ -96,6 +97,8 @@ def losses() -> Iterator[Case]:
     for image, form in itertools.product(IMAGES, forms):
         if image == "one pixel" and form[1] == "videomae":
             continue  # divides by the deviation of one number
+        if image == "many patches" and form[1:] != ("pixels", "mask", ORDERS[0]):
+            continue  # for the sum over rows alone
         pixels, dtype = next(dtypes)
         name = f"masked_patch_loss, {image}, {', '.join(form)}, {name_of(pixels)}, {name_of(dtype)}"
         yield case(name, operators, partial(of_patches, image, form, pixels, dtype))
@@ -181,6 +184,26 @@ def views() -> Iterator[Case]:
         yield case(f"augment_views, {semantics}, a list", ("augment_views",), partial(listed, semantics), share=share)
     for layout in LAYOUTS:
         yield case(f"augment_views, {layout}", ("augment_views",), partial(of_layout, layout))
+
+    def of_any_value(pil: bool) -> tuple[Any, ...]:
+        function, images, table = make([image_of((1, 3, 9, 10), torch.uint8)], everything((6, 5)))
+        values = (math.nan, math.inf, -math.inf, 1e30, -1e30, 2.0**24, -5.0)
+        tables = [table[:1].clone() for _ in range(len(values) * (table.shape[2] + 1))]
+        for changed, (value, column) in zip(
+            tables, itertools.product(values, [*range(table.shape[2]), slice(None)]), strict=True
+        ):
+            changed[..., column] = value
+        numbers = [0.5] * 3
+
+        def call(images: list[Tensor], params: Tensor) -> Tensor:  # past the checks, which refuse such values
+            options = (numbers, numbers, pil, torch.float32, False)
+            return torch.ops.sslfast.augment_views(images, params, [6, 5], False, 9, 0.5, *options)
+
+        return call, images, torch.cat(tables)
+
+    for pil in (False, True):
+        name = f"augment_views, parameters of any value, {'pil' if pil else 'torchvision'}"
+        yield case(name, ("augment_views",), partial(of_any_value, pil), share=2e-3 * pil)
 
     def parameters(count: int, launches: int, ragged: bool) -> tuple[Any, ...]:
         specs = [everything(32), ViewSpec(32, scale=None), ViewSpec(32, ratio=(1e-3, 1e3), shuffle=False, contrast=0.4)]

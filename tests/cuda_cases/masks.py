@@ -34,7 +34,6 @@ BLOCKS: dict[tuple[str, int], Function] = {
     ("completed, two words a row", 3): lambda ids: masking.block_masks(ids, (13, 70), 300, complete=True, **KEY),
     ("one warp a block", 2): lambda ids: masking.block_masks(ids, (300, 300), 9000, least=2000, **KEY),
     ("iBOT", 4): lambda ids: masking.ibot_masks(ids, (14, 14), (0.0, 0.3), (0.0, 0.2), **KEY),
-    ("DINOv2", 4): lambda ids: masking.dinov2_masks(ids, (16, 16), **KEY),
 }
 PLACED = ((17, 19), 4, (5, 6), (15, 17))
 MULTIBLOCK: dict[tuple[str, int], Function] = {
@@ -56,6 +55,9 @@ def masks() -> Iterator[Case]:
     for operator, functions in (("random_mask", RANDOM), ("block_mask", BLOCKS), ("multiblock_mask", MULTIBLOCK)):
         for (name, count), function in functions.items():
             yield case(f"{operator}, {name}", (operator,), partial(make, function, count))
+
+    dino = partial(make, lambda ids: masking.dinov2_masks(ids, (16, 16), **KEY), 4)
+    yield case("block_mask, DINOv2", ("block_mask", "masked_rows"), dino)
 
     def of_noise() -> tuple[Any, ...]:
         noise = torch.rand(3, 50)

@@ -23,11 +23,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sslfast  # noqa: F401  (whose schemas the operators have)
+from cuda_cases import Case, difference, same_bits
 
 from .build import HERE, ROOT, SANITIZERS, build, compiler
 from .rewrite import NAMESPACE
 
-__all__ = ["ORDERS", "SANITIZERS", "Emulated", "build", "compiler", "load", "operators", "selftest"]
+__all__ = ["ORDERS", "SANITIZERS", "Emulated", "build", "compiler", "fault_of", "load", "operators", "selftest"]
 
 ORDERS = ("forward", "reverse", "random")
 LIBRARY = "SSLFAST_EMULATED"  # environment variable: a library that is built already, such as one with a sanitizer
@@ -92,6 +93,26 @@ class Emulated(TorchDispatchMode):
 @functools.cache
 def _names() -> set[str]:
     return operators()
+
+
+# Order and seed: of the run that is compared with the CPU, and of those that must give its bits.
+RUNS = (("forward", 0), ("random", 1), ("reverse", 0), ("random", 2), ("random", 3))
+
+
+def fault_of(case: Case, runs: int = len(RUNS)) -> str | None:
+    """What is wrong with a case's results in the first ``runs`` of ``RUNS``, or ``None``."""
+    expected, call = case.run("cpu"), case.prepare("cpu")
+    with Emulated(*RUNS[0]) as kernels:
+        first = call()
+    if set(kernels.calls) != set(case.operators):
+        return f"the operators called are {', '.join(sorted(kernels.calls))}"
+    if wrong := difference(case, first, expected):
+        return wrong
+    for order, seed in RUNS[1:runs]:
+        with Emulated(order, seed):
+            if not same_bits(call(), first):
+                return f"other bits in {order} order, seed {seed}"
+    return None
 
 
 def selftest(name: str, x: torch.Tensor, order: str = "forward", seed: int = 0) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +20,12 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 OUT = ROOT / "build" / "cuda_emulator"
 
-# Quick to compile is what counts. As nvcc does, every product and sum is rounded alone where a source asks for it:
-# contraction is off everywhere, so that orders of threads are compared and not of instructions.
+# Quick to compile; and no product and sum as one operation, for some results are the same bits on every device.
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 FLAGS += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Wno-unknown-pragmas"]
 SANITIZERS = {
-    # A vector that does not lie on a multiple of its size: x86 reads it, a GPU does not.
-    "address": ["-fsanitize=address,alignment", "-fno-sanitize-recover=alignment", "-fno-omit-frame-pointer"],
+    # Alignment: a vector that does not lie on a multiple of its size is read by x86, and by no GPU.
+    "address": ["-O0", "-fsanitize=address,alignment", "-fsanitize-recover=address"],
     "thread": ["-fsanitize=thread"],
 }
 
@@ -53,28 +53,23 @@ def build(sanitizer: str | None = None, csrc: Path = ROOT / "csrc", out: Path = 
 
 
 def _build(gxx: str, sanitizer: str | None, csrc: Path, out: Path) -> Path:
-    kernels = [*sorted((csrc / "cuda").glob("*.cu")), HERE / "selftest.cu"]
-    headers = {path: path.read_text() for path in sorted((csrc / "cuda").glob("*.h"))}
-    plain = {path: path.read_text() for path in [*sorted(csrc.glob("*.h")), *sorted((csrc / "common").glob("*.h"))]}
-    own = {path: path.read_text() for path in sorted(HERE.rglob("*.h"))}
+    shared = {path: path.read_text() for path in [*sorted(csrc.glob("*.h")), *sorted((csrc / "common").glob("*.h"))]}
+    shared |= {path: rewritten(path, path.read_text()) for path in sorted((csrc / "cuda").glob("*.h"))}
+    own = {path: path.read_text() for path in [*sorted(HERE.glob("*.h")), *sorted((HERE / "include").glob("*.h"))]}
+    for path, text in shared.items():
+        write(out / "csrc" / path.relative_to(csrc), text)
     instrument = SANITIZERS.get(sanitizer or "", [])
-    version = subprocess.check_output([gxx, "--version"], text=True)
-    common = digest(version, torch.__version__, *FLAGS, *instrument, *headers.values(), *plain.values(), *own.values())
-
-    sources = out / "csrc"
-    for path, text in headers.items():
-        write(sources / "cuda" / path.name, rewritten(path, text))
-    for path, text in plain.items():
-        write(sources / path.relative_to(csrc), text)
-    include = [f"-I{HERE / 'include'}", f"-I{HERE}", f"-I{sources}"]
+    include = [f"-I{HERE / 'include'}", f"-I{HERE}", f"-I{out / 'csrc'}"]
     include += [flag for d in cpp_extension.include_paths() for flag in ("-isystem", d)]
+    version = subprocess.check_output([gxx, "--version"], text=True)
+    common = digest(version, torch.__version__, *FLAGS, *instrument, *own.values())
 
     jobs: list[tuple[Path, list[str]]] = []  # objects, and how they are made
-    for path in kernels:
+    for path in [*sorted((csrc / "cuda").glob("*.cu")), HERE / "selftest.cu"]:
         text = rewritten(path, path.read_text())
-        target = out / f"{path.stem}-{digest(common, text)}.o"
-        source = sources / "cuda" / f"{path.stem}.cpp"
+        source = out / "csrc" / "cuda" / f"{path.stem}.cpp"
         write(source, text)
+        target = out / f"{path.stem}-{digest(common, text, *included(text, shared))}.o"
         jobs.append((target, [*FLAGS, *instrument, *include, str(source)]))
     scheduler = HERE / "scheduler.cpp"
     told = [f"-D{sanitizer.upper()}_SANITIZER"] if sanitizer else []
@@ -98,6 +93,20 @@ def _build(gxx: str, sanitizer: str | None, csrc: Path, out: Path) -> Path:
         if str(old) not in objects and old != library:
             old.unlink()
     return library
+
+
+def included(text: str, headers: dict[Path, str]) -> list[str]:
+    """The headers of csrc that ``text`` includes, and those that these do, each once."""
+    found: dict[str, str] = {}
+    by_name = {path.name: content for path, content in headers.items()}
+    assert len(by_name) == len(headers), "two headers of one name"
+    left = [text]
+    while left:
+        for name in re.findall(r'^#include "(?:[\w.]+/)*([\w.]+)"', left.pop(), flags=re.MULTILINE):
+            if name in by_name and name not in found:
+                found[name] = by_name[name]
+                left.append(by_name[name])
+    return [found[name] for name in sorted(found)]
 
 
 def digest(*parts: str) -> str:

@@ -72,16 +72,12 @@ def launches(text: str) -> str:
 
 def start_of_name(text: str, at: int) -> int:
     """Where the kernel's name before ``at`` begins, its template arguments included."""
-    begin = len(text[:at].rstrip())
-    if text[begin - 1] == ">":
-        depth = 0
-        while True:
-            begin -= 1
-            depth += (text[begin] == ">") - (text[begin] == "<")
-            if depth == 0:
-                break
-    while re.match(r"[\w:]", text[begin - 1]):
+    begin, depth, inside = len(text[:at].rstrip()), 0, 0  # angles that are open, and brackets
+    while depth or text[begin - 1] == ">" or re.match(r"[\w:]", text[begin - 1]):
         begin -= 1
+        inside += (text[begin] in ")]}") - (text[begin] in "([{")
+        if not inside:
+            depth += (text[begin] == ">") - (text[begin] == "<")
     return begin
 
 

@@ -39,7 +39,7 @@ __global__ void exchanged(const float* x, float* out, int) {
   out[place()] = sum;
 }
 
-// ------------------------------------------------------------------------------------- wrong: seen in every environment
+// ---------------------------------------------------------------------------------------- wrong, and seen without tools
 
 __global__ void no_barrier(const float* x, float* out, int) {
   __shared__ float given[kBlock];
@@ -105,7 +105,7 @@ __global__ void too_much_shared(const float* x, float* out, int) {
 
 __global__ void no_blocks(const float*, float*, int) {}
 
-// ------------------------------------------------------------------------------------------ wrong: seen by a sanitizer
+// -------------------------------------------------------------------------------------- wrong, and seen by a sanitizer
 
 __global__ void past_the_end(const float* x, float* out, int) { out[place()] = x[place() + 1]; }
 

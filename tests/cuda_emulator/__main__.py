@@ -1,0 +1,53 @@
+"""Every case of ``cuda_cases`` by the emulated kernels: as on the CPU, and the same bits in every order of threads."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+
+import torch
+
+from cuda_cases import cases
+
+from . import RUNS, SANITIZERS, fault_of, selftest
+from .sanitize import reports, run_under
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="PYTHONPATH=tests python -m cuda_emulator", description=__doc__)
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name or operators contain it")
+    parser.add_argument("--sanitizer", choices=SANITIZERS, help="run under it; what it reports is a fault")
+    parser.add_argument("--runs", type=int, default=len(RUNS), help=f"orders of threads; default: {len(RUNS)}")
+    parser.add_argument("--selftest", nargs="*", metavar="KERNEL", help="run these kernels of selftest.cu, no case")
+    options = parser.parse_args()
+    if options.sanitizer is not None:
+        done = run_under(options.sanitizer, f"--only={options.only}", f"--runs={options.runs}")
+        print(done.stdout, end="")
+        found = reports(done.stdout)
+        print(f"{len(found)} reports of the {options.sanitizer} sanitizer")
+        return int(done.returncode != 0 or bool(found))
+    if options.selftest is not None:
+        for name in options.selftest:
+            print(f"selftest {name}", flush=True)  # before what a sanitizer says of it
+            selftest(name, torch.ones(256), "random")
+        return 0
+    begin, count, wrong = time.monotonic(), 0, 0
+    for case in cases():
+        if options.only not in case.name and not any(options.only in name for name in case.operators):
+            continue
+        count += 1
+        try:
+            fault = fault_of(case, options.runs)
+        except Exception:
+            fault = traceback.format_exc()
+        if fault is not None:
+            wrong += 1
+            print(f"WRONG {case.name}: {fault}", flush=True)
+    print(f"{count} cases, emulated: {wrong} wrong, {time.monotonic() - begin:.1f} s")
+    return int(wrong > 0 or not count)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
