@@ -107,7 +107,10 @@ def losses() -> Iterator[Case]:
         s, b, length, kept, d = size
         pred, target = given(s, b, kept, d, dtype=dtype), torch.randn(b, length + 1, d).to(teacher)
         ids = some_ids(s, b, kept, length=length, padded=False)
-        function = lambda pred, teacher, ids: ops.masked_feature_loss(pred, teacher[:, 1:], ids, **options)  # noqa: E731
+
+        def function(pred: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
+            return ops.masked_feature_loss(pred, teacher[:, 1:], ids, **options)
+
         return function, pred, target, ids
 
     kinds: list[dict[str, Any]] = [{}, {"loss": "mse"}, {"beta": 0.0}, {"layer_norm": False}]

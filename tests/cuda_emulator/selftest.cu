@@ -39,7 +39,7 @@ __global__ void exchanged(const float* x, float* out, int) {
   out[place()] = sum;
 }
 
-// ---------------------------------------------------------------------------------------- wrong, and seen without tools
+// --------------------------------------------------------------------------------------- wrong, and seen without tools
 
 __global__ void no_barrier(const float* x, float* out, int) {
   __shared__ float given[kBlock];
