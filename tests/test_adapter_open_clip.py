@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import sslfast
 from adapter_common import left_to_package, peer, same_as_package, values_and_gradients
-from helpers import GRAD_LOSS, within_budget
+from helpers import GRAD_LOSS, roundings, within_budget
 
 DTYPES = [torch.float32, torch.float64]
 SHAPES = [(64, 32), (101, 30), (2, 5), (1, 8), (33, 1)]
@@ -110,7 +110,7 @@ def test_sixteen_bits(loss, kind, autocast):
             return getattr(loss, kind)()(*x)
 
     truth = values_and_gradients(lambda *x: getattr(loss, kind)()(*x), [x.double() for x in inputs])
-    own = values_and_gradients(call, inputs)
+    own = roundings(values_and_gradients, call, inputs)
     with sslfast.patch("open_clip"), warnings.catch_warnings():
         warnings.filterwarnings("error", message="sslfast does not serve")
         mine = values_and_gradients(call, inputs)

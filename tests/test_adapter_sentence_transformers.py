@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import sslfast
 from adapter_common import left_to_package, peer, same_as_package, values_and_gradients
-from helpers import GRAD_LOSS, within_budget
+from helpers import GRAD_LOSS, roundings, within_budget
 
 PACKAGE = "sentence_transformers"
 DTYPES = [torch.float32, torch.float64]
@@ -123,15 +123,19 @@ def test_sixteen_bits(losses, dtype, autocast):
             return plain(losses)(*x)
 
     truth = values_and_gradients(plain(losses), [t.double() for t in x])
-    own = values_and_gradients(call, x)
+    own = roundings(values_and_gradients, call, x)
     with sslfast.patch(PACKAGE), warnings.catch_warnings():
         warnings.filterwarnings("error", message="sslfast does not serve")
         mine = values_and_gradients(call, x)
     assert mine[0].dtype == torch.float32
     for i, (fast, package, true) in enumerate(zip(mine, own, truth, strict=True)):
         tolerance = torch.float32 if i == 0 and not autocast else torch.bfloat16
+        if i:
+            assert fast.dtype == x[i - 1].dtype
+            # The gradient of a row of zeros, divided by 1e-12, leaves the range of float16.
+            keep = x[i - 1].any(1) | (dtype != torch.float16)
+            fast, package, true = fast[keep], package[keep], true[keep]
         within_budget(f"{i}", fast, package, true, tolerance, 20.0 if i == 0 else GRAD_LOSS * 20.0 / x[0].numel())
-        assert i == 0 or fast.dtype == x[i - 1].dtype
 
 
 def test_left_to_the_package(losses, util):
