@@ -29,7 +29,8 @@ class Case(NamedTuple):
             the first time.
         exact: floating-point results have the same bits on every device.
         floor: the size of a result's terms where they cancel, for the rounding that is allowed.
-        share: of a result's entries, may differ by more than rounding: PIL rounds to bytes on the way.
+        level: what a result may be off by besides: a grey level, where PIL rounds to bytes on the way.
+        share: of a result's entries, may differ by more: where a later operation makes more of a grey level.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Case(NamedTuple):
     prepare: Callable[[str], Callable[[], list[Tensor]]]
     exact: bool = False
     floor: float = 0.0
+    level: float = 0.0
     share: float = 0.0
 
     def run(self, device: str) -> list[Tensor]:
@@ -120,7 +122,8 @@ def difference(case: Case, actual: Sequence[Tensor], expected: Sequence[Tensor])
         else:
             finite = b[b.isfinite()].double().abs()
             size = max(case.floor, float(finite.amax()) if finite.numel() else 0.0)
-            wrong = ~torch.isclose(a.double(), b.double(), rtol=0, atol=ALLOWED[a.dtype] * size, equal_nan=True)
+            atol = case.level + ALLOWED[a.dtype] * size
+            wrong = ~torch.isclose(a.double(), b.double(), rtol=0, atol=atol, equal_nan=True)
         if float(wrong.double().mean()) > case.share:
             at = tuple(int(k) for k in wrong.nonzero()[0])
             return f"result {i}: {int(wrong.sum())} of {a.numel()} differ, first at {at}: {a[at]}, expected {b[at]}"
