@@ -12,6 +12,7 @@ import importlib.util
 import os
 import random
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,11 @@ from typing import Any
 # Threads that wait do not spin: several processes share the processor, and a kernel on tiny inputs is mostly waiting.
 # Read when torch is first imported, like Triton's variable below; child processes inherit both.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# PyTorch 2.13 keeps compiled graphs in one place whatever this variable says, and compiles them as it says: what the
+# processor's own level has left there does not compile for another.
+if level := os.environ.get("ATEN_CPU_CAPABILITY"):
+    cache = f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}_{level}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
 
 import numpy as np  # noqa: E402  (after the variable above)
 import pytest  # noqa: E402
