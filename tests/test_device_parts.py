@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tools.device import prebuild, prepare, ptxas, sanitizer, suite
-from tools.device.steps import GREEN, RED, ROOT, Context
+from tools.device.steps import GREEN, RED, ROOT, Context, NotRun
 
 
 def fake_ptxas(path: Path, version: str) -> Path:
@@ -122,6 +122,27 @@ def test_findings_of_compute_sanitizer_have_the_name_of_their_case() -> None:
     assert first[0] == "Invalid __global__ read of size 4 bytes" and "gather_tokens.cu:61" in first[1]
     assert len(first) == 4 and "masked_rows.cu:52" in second[0] and "[16 hazards]" in second[1]
     assert not sanitizer.findings("### a\n### done: 1 cases\n========= ERROR SUMMARY: 0 errors\n")
+
+
+@pytest.mark.parametrize(("works", "words"), [("both", sanitizer.OURS), ("no filter", ()), ("nothing", None)])
+def test_compute_sanitizer_is_tried_before_it_is_relied_on(
+    works: str, words: tuple[str, ...] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in that knows the filter of kernels, that does not, and that refuses the device."""
+    stand_in = tmp_path / "compute-sanitizer"
+    refusal = "========= Error: Device not supported. Please refer to the documentation"
+    refuses = {"both": "", "no filter": "*kns=*", "nothing": "*"}[works]
+    stand_in.write_text(
+        f"#!/bin/sh\ncase \"$*\" in {refuses or 'x'}) echo '{refusal}'; exit 1;; esac\n"
+        "echo '========= ERROR SUMMARY: 0 errors'\n"
+    )
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(sanitizer, "program", lambda: stand_in)
+    if words is None:
+        with pytest.raises(NotRun, match="cannot use this device: Error: Device not supported"):
+            sanitizer.usable()
+    else:
+        assert sanitizer.usable() == words
 
 
 def test_failed_tests_are_read_by_name(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from .steps import NOT_RUN
 from .supervise import Group, Settings, Stage, run_stage
 
 PREPARE = Stage("0", "preparation", 480.0, (Group("tools.device.prepare:steps"),))
+SANITIZERS = ("memcheck", "racecheck", "triton")
 # cuBLAS gives the same bits in every run with a workspace of fixed size alone.
 SAME_BITS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
@@ -34,7 +35,7 @@ def stages(rehearse: bool) -> list[Stage]:
         Stage("A", "correctness", 240.0, tuple(correct)),
         Stage("B", "times", 240.0, (Group("tools.device.timings:steps"),)),
         Stage("C", "tests", 240.0, (Group("tools.device.suite:steps"),)),
-        Stage("D", "compute-sanitizer", 200.0, (Group("tools.device.sanitizer:steps"),)),
+        Stage("D", "compute-sanitizer", 200.0, tuple(Group(f"tools.device.sanitizer:{name}") for name in SANITIZERS)),
     ]
 
 

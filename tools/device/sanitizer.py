@@ -1,4 +1,4 @@
-"""Stage D: compute-sanitizer over small calls of every CUDA source: memcheck, racecheck, then memcheck of Triton.
+"""Stage D: compute-sanitizer over small calls of every CUDA source, memcheck beside racecheck; memcheck of Triton.
 
 Only kernels of sslfast are instrumented (their mangled names hold its namespace); torch's own would take minutes. Its
 allocator keeps no memory, so that each tensor has bounds of its own.
@@ -6,12 +6,12 @@ allocator keeps no memory, so that each tensor has bounds of its own.
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from .launches import DONE, MARK
@@ -25,14 +25,22 @@ FAULT = re.compile(
 FIRST = "import torch; torch.zeros(3, device='cuda').add_(1).sum().item()"
 
 
-def steps(context: Context) -> list[Step]:
-    share = max(20.0, context.left() / 3)
-    return [
-        Step("compute-sanitizer", lambda: usable(context), 60.0),
-        Step("memcheck, operators", lambda: check(context, "memcheck", "operators", share), share + 60),
-        Step("racecheck, operators", lambda: check(context, "racecheck", "operators", share), share + 60),
-        Step("memcheck, triton", lambda: check(context, "memcheck", "triton", 60.0), 120.0),
-    ]
+def memcheck(context: Context) -> list[Step]:
+    return [step(context, "memcheck", "operators")]
+
+
+def racecheck(context: Context) -> list[Step]:
+    return [step(context, "racecheck", "operators")]
+
+
+def triton(context: Context) -> list[Step]:
+    """memcheck alone: racecheck is known to warn of Triton's kernels where there is nothing."""
+    return [step(context, "memcheck", "triton")]
+
+
+def step(context: Context, tool: str, what: str) -> Step:
+    """It tells its program to stop a little before the stage ends."""
+    return Step(f"{tool}, {what}", lambda: check(context, tool, what, context.left() - 60), 3600.0)
 
 
 def program() -> Path:
@@ -43,48 +51,45 @@ def program() -> Path:
     return Path(found)
 
 
-@functools.cache
-def why_unusable() -> str | None:
-    """Whether it can use this device: some virtual machines refuse it."""
-    done = sanitized("memcheck", [sys.executable, "-c", FIRST], ours=True, seconds=50)
-    if done.returncode == 0 and "ERROR SUMMARY: 0" in done.stdout:
-        return None
-    lines = [line for line in done.stdout.splitlines() if line.startswith("=====")] or ["it says nothing"]
-    return f"compute-sanitizer cannot use this device: {lines[-1].strip('= ')}"
+def usable() -> tuple[str, ...]:
+    """The words that restrict it to our kernels, if this version knows them, else none.
+
+    Raises:
+        NotRun: it cannot use this device: some virtual machines refuse it.
+    """
+    said = ""
+    for words in (OURS, ()):
+        done = sanitized("memcheck", words, [sys.executable, "-c", FIRST], 60.0)
+        if done.returncode == 0 and "ERROR SUMMARY: 0" in done.stdout:
+            return words
+        said = done.stdout
+    lines = [line.strip("= ") for line in said.splitlines() if line.startswith("=====")]
+    raise NotRun(f"compute-sanitizer cannot use this device: {(lines or ['it says nothing'])[-1]}")
 
 
-def sanitized(tool: str, command: list[str], ours: bool, seconds: float) -> subprocess.CompletedProcess[str]:
+def sanitized(tool: str, words: Sequence[str], command: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
     """``command`` under ``tool``; on a time-out, what it said until then."""
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    words = [str(program()), "--tool", tool, *COMMON, *(OURS if ours else ()), *command]
+    whole = [str(program()), "--tool", tool, *COMMON, *words, *command]
     try:
         return subprocess.run(
-            words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            whole, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             timeout=seconds, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired as late:
         said = late.stdout.decode(errors="replace") if isinstance(late.stdout, bytes) else late.stdout or ""
-        return subprocess.CompletedProcess(words, 124, f"{said}\nstopped after {seconds:.0f} s", "")
-
-
-def usable(context: Context) -> str:
-    if context.rehearse:
-        raise NotRun("a rehearsal runs the same program without it")
-    if why := why_unusable():
-        raise NotRun(why)
-    return ""
+        return subprocess.CompletedProcess(whole, 124, f"{said}\nstopped after {seconds:.0f} s", "")
 
 
 def check(context: Context, tool: str, what: str, seconds: float) -> str:
     """Each announced case with a finding becomes a result of its own."""
-    command = [sys.executable, "-m", "tools.device.launches", what, "--seconds", f"{max(1.0, seconds - 25):.0f}"]
+    command = [sys.executable, "-m", "tools.device.launches", what, "--seconds", f"{max(1.0, seconds):.0f}"]
     if context.rehearse:
         command += ["--device", "cpu", "--most", "4"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     else:
-        if why := why_unusable():
-            raise NotRun(why)
-        done = sanitized(tool, command, what == "operators", min(seconds + 50, max(5.0, context.left() - 3)))
+        words = usable()
+        done = sanitized(tool, words if what == "operators" else (), command, max(5.0, context.left() - 3))
     print(done.stdout, flush=True)
     found = findings(done.stdout)
     for case, lines in found.items():

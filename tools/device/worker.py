@@ -6,6 +6,7 @@ which step hangs or took the process along.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -19,13 +20,16 @@ from typing import Any
 from .steps import GREEN, NOT_RUN, RED, Context, NotRun, Step
 
 BROKEN = 70  # exit status: the device's context is lost, the rest needs a new process
+PATIENCE = 20  # by how much longer a step may take in a rehearsal: a busy CPU is no GPU
 LONGEST = 4000  # characters of a detail: the end of a traceback says most
 
 
 def outcome(step: Step) -> tuple[str, str]:
-    """(status, detail) of one step, whatever it raises."""
+    """(status, detail) of one step, whatever it raises, be it when the device is waited for."""
     try:
-        return GREEN, str(step.run() or "")
+        detail = str(step.run() or "")
+        settle()
+        return GREEN, detail
     except NotRun as reason:
         return NOT_RUN, str(reason)
     except KeyboardInterrupt:
@@ -36,17 +40,19 @@ def outcome(step: Step) -> tuple[str, str]:
         return RED, traceback.format_exc()
 
 
-def recovered() -> bool:
-    """Whether the device still answers; after an illegal access, for one, every later call fails.
-
-    What the failed step held is let go.
-    """
+def settle() -> None:
+    """Wait for the device, so that an error is the step's that made it, and give back the memory that the step held."""
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        return True
-    try:
+    if torch is not None and torch.cuda.is_initialized():
         torch.cuda.synchronize()
+        gc.collect()
         torch.cuda.empty_cache()
+
+
+def recovered() -> bool:
+    """Whether the device still answers; after an illegal access, for one, every later call fails."""
+    try:
+        settle()
     except Exception:
         return False
     return True
@@ -77,7 +83,7 @@ def main() -> int:
         if context.left() <= 0:
             break
         print(f"--- {step.name}", flush=True)
-        emit({"event": "start", "step": step.name, "limit": step.seconds})
+        emit({"event": "start", "step": step.name, "limit": step.seconds * (PATIENCE if context.rehearse else 1)})
         begin = time.monotonic()
         status, detail = outcome(step)
         if status == RED:
