@@ -33,12 +33,13 @@ __all__ = ["ORDERS", "SANITIZERS", "Emulated", "build", "compiler", "fault_of", 
 ORDERS = ("forward", "reverse", "random")
 LIBRARY = "SSLFAST_EMULATED"  # environment variable: a library that is built already, such as one with a sanitizer
 
-_lib: list[torch.library.Library] = []
+_defined: list[torch.library.Library] = []  # schemas last as long as these objects
 
 
-def operators(csrc: Path = ROOT / "csrc") -> set[str]:
+@functools.cache
+def operators() -> frozenset[str]:
     """The names that the CUDA sources register."""
-    return {name for path in sorted((csrc / "cuda").glob("*.cu")) for name in registered(path)}
+    return frozenset(name for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) for name in registered(path))
 
 
 def registered(path: Path) -> list[str]:
@@ -48,13 +49,13 @@ def registered(path: Path) -> list[str]:
 @functools.cache
 def load() -> ctypes.CDLL:
     """Builds and loads the library; its operators are those of ``torch.ops.sslfast_emulated``."""
+    path = os.environ.get(LIBRARY) or str(build())
     library = torch.library.Library(NAMESPACE, "DEF")
     for name in sorted(operators()):
         library.define(str(getattr(torch.ops.sslfast, name).default._schema).partition("::")[2])
     for name in registered(HERE / "selftest.cu"):
         library.define(f"{name}(Tensor x) -> Tensor")
-    _lib.append(library)
-    path = os.environ.get(LIBRARY) or str(build())
+    _defined.append(library)
     torch.ops.load_library(path)
     return ctypes.CDLL(path)
 
@@ -84,15 +85,10 @@ class Emulated(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         namespace, _, name = func._schema.name.partition("::")
-        if namespace == "sslfast" and name in _names():
+        if namespace == "sslfast" and name in operators():
             self.calls[name] += 1
             func = getattr(getattr(torch.ops, NAMESPACE), name).default
         return func(*args, **(kwargs or {}))
-
-
-@functools.cache
-def _names() -> set[str]:
-    return operators()
 
 
 # Order and seed: of the run that is compared with the CPU, and of those that must give its bits.

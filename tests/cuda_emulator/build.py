@@ -71,10 +71,10 @@ def _build(gxx: str, sanitizer: str | None, csrc: Path, out: Path) -> Path:
         write(source, text)
         target = out / f"{path.stem}-{digest(common, text, *included(text, shared))}.o"
         jobs.append((target, [*FLAGS, *instrument, *include, str(source)]))
-    scheduler = HERE / "scheduler.cpp"
     told = [f"-D{sanitizer.upper()}_SANITIZER"] if sanitizer else []
-    target = out / f"scheduler-{digest(common, scheduler.read_text())}.o"
-    jobs.append((target, [*FLAGS, "-O2", *told, *include, str(scheduler)]))
+    for path in sorted(HERE.glob("*.cpp")):  # the emulator itself is not instrumented
+        target = out / f"{path.stem}-{digest(common, path.read_text())}.o"
+        jobs.append((target, [*FLAGS, "-O2", *told, *include, str(path)]))
 
     def compile_one(job: tuple[Path, list[str]]) -> None:
         if not job[0].exists():

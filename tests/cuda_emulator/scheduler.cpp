@@ -271,27 +271,43 @@ void wait(State state, const char* function, const std::source_location& site, B
 
 // ------------------------------------------------------------------------------------------------ blocks and launches
 
-void run_threads(Block& block, uint64_t number) {
-  const auto count = static_cast<unsigned>(block.threads.size());
-  std::vector<unsigned> turns(count);
+// The threads of a warp that can run, until each of them waits or is done; whether there were any.
+bool run_warp(Block& block, unsigned w, uint64_t number) {
+  const auto count = static_cast<unsigned>(block.threads.size()), begin = w * kWarp;
+  std::vector<unsigned> lanes(std::min(kWarp, count - begin));
+  arrange(lanes);
+  bool moved = false;
+  for (unsigned lane : lanes) {
+    const unsigned t = begin + lane;
+    if (block.threads[t].state != State::kReady) continue;
+    moved = true;
+    running.thread = t;
+    thread_idx = place_of(t, block_dim);
+    // Another fibre for a thread of this number in each block: what one fibre does is in order for ThreadSanitizer.
+    to_fibre(*fibres[(t + number) % count]);
+    if (running.error) std::rethrow_exception(running.error);
+  }
+  return release_warp(block, w) || moved;
+}
+
+// Warp by warp, each as far ahead of the others as it gets; in random order it may stop before.
+void run_warps(Block& block, uint64_t number) {
+  const auto goes_on = [] { return order != Order::kRandom || random_numbers() % 8 != 0; };
+  std::vector<unsigned> turns(block.warps.size());
   for (bool left = true; left;) {
-    arrange(turns);
     bool moved = false;
-    for (unsigned t : turns) {
-      if (block.threads[t].state != State::kReady) continue;
-      moved = true;
-      running.thread = t;
-      thread_idx = place_of(t, block_dim);
-      // Another fibre for a thread of this number in each block: what one fibre does is in order for ThreadSanitizer.
-      to_fibre(*fibres[(t + number) % count]);
-      if (running.error) std::rethrow_exception(running.error);
+    arrange(turns);
+    for (unsigned w : turns) {
+      while (run_warp(block, w, number)) {
+        moved = true;
+        if (!goes_on()) break;
+      }
     }
-    for (unsigned w = 0; w < block.warps.size(); ++w) moved = release_warp(block, w) || moved;
     moved = release_block(block) || moved;
     left = false;
     for (const Thread& thread : block.threads) left = left || thread.state != State::kDone;
     if (moved || !left) continue;
-    for (unsigned t = 1; t < count; ++t) check_together(0, t);
+    for (unsigned t = 1; t < block.threads.size(); ++t) check_together(0, t);
   }
 }
 
@@ -301,7 +317,7 @@ void run_block(uint64_t number) {
     const Unwatched belongs_to_no_thread;
     running.block = std::make_unique<Block>(block_dim.x * block_dim.y * block_dim.z);
   }
-  run_threads(*running.block, number);
+  run_warps(*running.block, number);
   const Unwatched belongs_to_no_thread;
   running.block.reset();
 }
@@ -379,22 +395,4 @@ void* dynamic_shared_memory() { return shared_memory(&running, running.launch.sh
 extern "C" __attribute__((visibility("default"))) void emulator_set_order(int value, unsigned seed) {
   emulator::order = static_cast<emulator::Order>(value);
   emulator::random_numbers.seed(seed);
-}
-
-// What the stable ABI asks of a libtorch with CUDA. Hidden, so they serve this library alone, beside any libtorch.
-extern "C" {
-int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
-  *stream = nullptr;
-  return 0;
-}
-int32_t aoti_torch_create_device_guard(int32_t, void** guard) {
-  *guard = nullptr;
-  return 0;
-}
-int32_t aoti_torch_delete_device_guard(void*) { return 0; }
-int32_t torch_c10_cuda_check_msg(int32_t, const char*, const char*, uint32_t, bool, char** message) {
-  *message = nullptr;
-  return 0;
-}
-void torch_c10_cuda_free_error_msg(char*) {}
 }
