@@ -69,6 +69,13 @@ def test_each_kind_of_fault_is_seen(kind: str) -> None:
         correct.small(REHEARSAL, loss, torch.float32)
 
 
+def test_a_replay_that_does_not_follow_its_inputs_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.ones(3)
+    assert watch.graph_differs(REHEARSAL, lambda: [2 * x], [x]) is None
+    monkeypatch.setattr(watch, "capture", lambda context, call: (call(), lambda: None))
+    assert watch.graph_differs(REHEARSAL, lambda: [2 * x], [x]) is not None
+
+
 def test_a_loss_that_waits_by_promise_is_not_captured() -> None:
     change, _ = faults()["reads"]
     assert "no graph: as documented" in correct.small(REHEARSAL, squares(change, "as documented"), torch.float32)

@@ -23,7 +23,7 @@ from .sweep import SWEEP, run_sweep
 SECONDS = 0.4  # of timing, a case and mode
 MODES = ("forward", "backward", "both")
 FORMS = ("sslfast-streamed", "sslfast-banded")
-NARROW = 128  # features up to which there is one form of the gradient
+WITH_FORMS = ("nt_xent", "clip", "sig_lip", "moco")
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,7 @@ class Timings:
         """Every provider but ``torch.compile``; beside the router's choice both forms of the gradient."""
         case = headline.case(self.context)
         bench = harness.discover()[headline.op]
-        wide = case.shape.get("D", 0) > NARROW and hasattr(sslfast, "use_gradient_form")
-        forms = FORMS if wide and headline.op in ("nt_xent", "clip", "sig_lip") else ()
+        forms = FORMS if headline.op in WITH_FORMS and hasattr(sslfast, "use_gradient_form") else ()
         providers = tuple(name for name in (*bench.PROVIDERS, *forms) if name != "compile")
         modes = MODES if case.mode == "both" else (case.mode,)
         found = self._with(providers=providers)
