@@ -113,6 +113,7 @@ readme: $(BUILT)
 # With the machine's own python3 where its torch sees the GPU (nothing is downloaded then), else with that of .venv.
 # Whatever is red, the rest is run; the exit status says so in the end. All output also goes to $(OUT)/gpu.log.
 SEES_GPU := -c "import torch; assert torch.cuda.is_available(), 'this torch sees no CUDA GPU'"
+GPU_ARCH := -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())"
 STAGES   ?= A,B,C,D
 
 gpu: SHELL := /bin/bash
@@ -123,6 +124,7 @@ gpu:
 	set -x; \
 	$$python $(SEES_GPU) || exit 1; \
 	nvidia-smi || status=1; \
+	export TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$$($$python $(GPU_ARCH))}; \
 	$$python -m pip install --no-build-isolation --no-deps --editable . || status=1; \
 	$$python -m sslfast || status=1; \
 	$$python -m tools.device --stages $(STAGES) --output $(OUT) || status=1; \

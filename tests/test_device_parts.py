@@ -145,6 +145,13 @@ def test_compute_sanitizer_is_tried_before_it_is_relied_on(
         assert sanitizer.usable() == words
 
 
+def test_the_tests_are_those_of_a_gpu(tmp_path: Path) -> None:
+    words = suite.command(Context(tmp_path))
+    assert words[words.index("-m", 3) + 1] == "gpu and not slow" and f"--junitxml={tmp_path / suite.JUNIT}" in words
+    assert f"--maxfail={suite.MOST_FAILURES}" in words
+    assert 1 <= int(words[words.index("-n") + 1]) <= 14
+
+
 def test_failed_tests_are_read_by_name(tmp_path: Path) -> None:
     report = tmp_path / suite.JUNIT
     report.write_text(

@@ -16,21 +16,21 @@ from .supervise import Group, Settings, Stage, run_stage
 
 PREPARE = Stage("0", "preparation", 480.0, (Group("tools.device.prepare:steps"),))
 SANITIZERS = ("memcheck", "racecheck", "triton")
-# cuBLAS gives the same bits in every run with a workspace of fixed size alone.
-SAME_BITS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+# cuBLAS gives the same bits in every run with a workspace of fixed size alone; and several processes share the cores.
+SHARED = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": "2"}
 
 
 def stages(rehearse: bool) -> list[Stage]:
     """In the order in which they are run: what a first look at a GPU is worth most for comes first."""
     processes = 1 if rehearse else max(1, min(6, len(os.sched_getaffinity(0)) // 2))
-    correct = [Group("tools.device.correct:steps", processes, environment=SAME_BITS)]
+    correct = [Group("tools.device.correct:steps", processes, environment=SHARED)]
     if isinstance(found := ptxas.second(), tuple):
         path, version = found
         cache = tempfile.mkdtemp(prefix="triton-")
-        environment = {**SAME_BITS, "TRITON_PTXAS_PATH": str(path), "TRITON_CACHE_DIR": cache}
+        environment = {**SHARED, "TRITON_PTXAS_PATH": str(path), "TRITON_CACHE_DIR": cache}
         if not rehearse:
             correct.append(Group("tools.device.correct:triton", processes, f" [ptxas {version}]", environment))
-    correct.append(Group("tools.device.sweep:warm", 1 if rehearse else max(1, processes // 2)))
+    correct.append(Group("tools.device.sweep:warm", 1 if rehearse else max(1, processes // 2), environment=SHARED))
     return [
         Stage("A", "correctness", 240.0, tuple(correct)),
         Stage("B", "times", 240.0, (Group("tools.device.timings:steps"),)),
