@@ -47,6 +47,20 @@ __global__ void no_barrier(const float* x, float* out, int) {
   out[place()] = given[kBlock - 1 - threadIdx.x];
 }
 
+// Only where one warp is at its second exchange before the other has read.
+__global__ void written_again_too_soon(const float* x, float* out, int) {
+  __shared__ float of_warp[kBlock / kWarp];
+  const int warp = threadIdx.x / kWarp;
+  float sum = 0;
+  for (int i = 1; i <= 2; ++i) {
+    const float first = __shfl_sync(kAllLanes, i * x[place()], 0);
+    if (threadIdx.x % kWarp == 0) of_warp[warp] = first;
+    __syncthreads();
+    sum += of_warp[1 - warp];
+  }
+  out[place()] = sum;
+}
+
 __global__ void blocks_share_a_place(const float* x, float* out, int) {
   out[place()] = x[place()];
   out[0] = x[place()];
@@ -162,6 +176,7 @@ STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) {
   m.impl("selftest_reversed_in_dynamic", TORCH_BOX(&run<sslfast::reversed_in_dynamic>));
   m.impl("selftest_exchanged", TORCH_BOX(&run<sslfast::exchanged>));
   m.impl("selftest_no_barrier", TORCH_BOX(&run<sslfast::no_barrier>));
+  m.impl("selftest_written_again_too_soon", TORCH_BOX(&run<sslfast::written_again_too_soon>));
   m.impl("selftest_blocks_share_a_place", TORCH_BOX(&run<sslfast::blocks_share_a_place>));
   m.impl("selftest_unwritten_shared", TORCH_BOX(&run<sslfast::unwritten_shared>));
   m.impl("selftest_unwritten_dynamic", TORCH_BOX(&run<sslfast::unwritten_dynamic>));
