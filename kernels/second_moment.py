@@ -85,9 +85,9 @@ def _trace_of(hat: Tensor, planes: int, dual: bool) -> Tensor:
     return hat.new_empty((planes, 1 + (hat.shape[1] if dual else 0)), dtype=torch.float32)
 
 
-def _bands(features: int, width: int) -> list[tuple[int, int]]:
-    """The first and the last column but one of each band of M."""
-    step = max(128, BAND // features // 128 * 128)
+def _bands(width: int) -> list[tuple[int, int]]:
+    """Where the bands of M [D′, D′] begin and end."""
+    step = max(128, BAND // width // 128 * 128)
     return [(first, min(first + step, width)) for first in range(0, width, step)]
 
 
@@ -100,7 +100,7 @@ def _streamed_squares(found: Columns, options: Options, library: bool) -> Tensor
         assert squares is not None
         return squares
     matrices, width = len(left), hat.shape[2]
-    bands = _bands(width, width)
+    bands = _bands(width)
     # Of a symmetric M a band needs no rows below its last column.
     heights = [width if options.cross else end for _, end in bands]
     squares = hat.new_empty((matrices, sum(map(programs, heights))), dtype=torch.float64)
@@ -181,7 +181,7 @@ def _streamed_products(found: Columns, options: Options, views: list[int], libra
     trace = _trace_of(hat, 1 if options.cross else len(hat), False)
     for view, into in zip(views, out.split(1), strict=True):
         x, left = hat[view : view + 1], hat[1 - view : 2 - view] if options.cross else hat[view : view + 1]
-        for first, end in _bands(width, width):
+        for first, end in _bands(width):
             m = _moments(left, x[:, :, first:end], False, library)
             operand = _operand_of(m, hat.dtype)
             plane = 0 if options.cross else view

@@ -1,12 +1,9 @@
 """Columns of second_moment's batches: their statistics, and X̂ itself. See ``second_moment.py`` for the notation.
 
 A program has COLS columns of all batches. Where the rows are few, or the columns many, it takes all their rows, in one
-launch; else the rows are split into chunks, whose sums a second launch merges (Chan, Golub and LeVeque, 1983):
-
-    WHOLE                       REST
-    mean of the rows            PARTIAL: mean and squared deviations of a chunk's rows
-    their squared deviations    REST: those of all chunks, merged by every program for its columns
-    X̂ of the rows                     X̂ of the chunk's rows
+launch: it reads them once for their mean, once for squared deviations, once for X̂. Else the rows are split into chunks
+and there are two: of each chunk the first stores the mean and squared deviations, which every program of the second
+merges for its columns (Chan, Golub and LeVeque, 1983) before it writes X̂ of its chunk.
 """
 
 from __future__ import annotations
@@ -21,9 +18,9 @@ from torch import Tensor
 from ._common import upcast
 from ._matrices import load_float, load_tile, place, store_tile
 
-# What a launch does with its columns.
+# What a launch does: all of it, or its first or second part where the rows are split.
 WHOLE, PARTIAL, REST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-# Penalties of the columns, by number: see ``ops/second_moment.py``.
+# Penalties of the columns, by number: see ``Loss`` in ``ops``.
 NOTHING, IDENTITY, HINGE, TRACE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 # From so many rows on they are split, except in dual form, which has more columns than rows.
 SPLIT_ROWS = 2048
