@@ -87,6 +87,7 @@ class Kernel:
 
 # Of second_moment's columns: what no launch of ours changes, and the two kinds of tiles.
 COLUMNS = {"CENTER": True, "TRANSPOSED": False, "UPCAST": False, "CHUNKS": 16}
+SPECTRAL = {"CROSS": True, "CENTER": False, "SCALE": 2, "PENALTY": 3, "TRANSPOSED": True}
 MOMENT_TILES = {"wide": {"ROWS": 32, "COLS": 64}, "narrow": {"ROWS": 128, "COLS": 16}}
 
 # What follows a "/" tells kernels apart that are one function by two tables, or by other constants. Kernels that
@@ -167,6 +168,8 @@ KERNELS = {
             (f"vibcreg {tile_name}", "Partial", {"CROSS": False, "SCALE": 2, "PENALTY": 2, "PHASE": 0, "DUAL": True}),
             (f"partial {tile_name}", "", {"CROSS": True, "SCALE": 1, "PENALTY": 1, "PHASE": 1, "DUAL": False}),
             (f"rest {tile_name}", "", {"CROSS": True, "SCALE": 1, "PENALTY": 1, "PHASE": 2, "DUAL": False}),
+            (f"spectral {tile_name}", "Partial", {**SPECTRAL, "PHASE": 0, "DUAL": False}),
+            (f"one {tile_name}", "B Partial", {"CROSS": False, "SCALE": 0, "PENALTY": 0, "PHASE": 0, "DUAL": True}),
         )
     },
     **{
@@ -205,11 +208,22 @@ KERNELS = {
                 "GradOff GradDiagonal GradDistance",
                 {"CROSS": False, "SCALE": 2, "PENALTY": 2, "PHASE": 2, "DUAL": False, "DISTANCE": True},
             ),
+            (
+                f"spectral {tile_name}",
+                "Partial GradOff GradDiagonal GradDistance",
+                {**SPECTRAL, "PHASE": 0, "DUAL": False, "DISTANCE": False, "DX_TRANSPOSED": True},
+            ),
+            (
+                f"without sums {tile_name}",
+                "Partial GradOff GradDiagonal GradDistance",
+                {**SPECTRAL, "SCALE": 0, "PHASE": 2, "DUAL": True, "DISTANCE": False, "DX_TRANSPOSED": True},
+            ),
         )
     },
     **{
         f"second_moment_off_diagonal/{name}": Kernel(
             "second_moment_off_diagonal",
+            launches={"": "Operand Trace" if "squares" in name else ""},
             constants={"VIEWS": 2, "ROWS": 4, "BLOCK": 512, "IN_PLACE": in_place, "RANGED": ranged, **kind},
             dtypes=dtypes,
             exact=False,
@@ -220,6 +234,7 @@ KERNELS = {
             ("cross in range", False, True, ("fp16",), {"CROSS": True, "DUAL": False}),
             ("pair in range", False, True, ("fp16",), {"CROSS": False, "DUAL": False}),
             ("in place", True, False, ("fp32",), {"CROSS": True, "DUAL": True}),
+            ("squares", False, False, ("fp32",), {"CROSS": False, "DUAL": False}),
         )
     },
     "second_moment_totals": Kernel(
