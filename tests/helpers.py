@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,9 +31,13 @@ def run_at_level(level: str, file: str, chosen: str) -> None:
         pytest.skip(f"this processor has no {level}")
     if os.environ.get("SSLFAST_CPU_CAPABILITY"):
         pytest.skip("already inside a run of one level")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-m", "not gpu", "-k", chosen]
-    environment = {**os.environ, "SSLFAST_CPU_CAPABILITY": level}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    run_with({"SSLFAST_CPU_CAPABILITY": level}, [file], chosen, "not gpu")
+
+
+def run_with(environment: dict[str, str], files: Sequence[str | Path], chosen: str, marked: str) -> None:
+    """Tests of other files, or of this one again, in a process of their own with other variables."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-m", marked, "-k", chosen]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

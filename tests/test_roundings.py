@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from helpers import within_budget
+from helpers import run_with, within_budget
 from roundings import DRAWS, every_rounding, roundings
 
 
@@ -90,3 +93,19 @@ def test_the_backward_is_moved_too() -> None:
     x = torch.linspace(1, 2, 50, requires_grad=True)
     plain = roundings(lambda: torch.autograd.grad(x.sum(), x)[0] * 1 + torch.autograd.grad((x * x).sum(), x)[0])
     assert len({tuple(t.tolist()) for _, t in every_rounding(plain)}) > DRAWS
+
+
+LOSSES = "nt_xent second_moment similarity_lse similarity_logsigmoid clip sup_con dcl hypersphere moco info_nce ranking"
+
+
+@pytest.mark.slow
+def test_the_budgets_of_losses_hold_where_pytorch_sums_in_another_order() -> None:
+    """Its kernels for a processor without vectors, MKL's for any, one thread: other roundings of every reference."""
+    if os.environ.get("ATEN_CPU_CAPABILITY"):
+        pytest.skip("already inside a run of one level of PyTorch")
+    environment = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1"}
+    files = [Path(__file__).parent / f"test_{name}.py" for name in LOSSES.split()]
+    chosen = "gradients or rows or scale or single or itself or normalis"
+    run_with(
+        environment, files, f"({chosen}) and not (float64 or float16 or any_shape or compile)", "not (slow or gpu)"
+    )
