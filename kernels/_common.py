@@ -20,7 +20,8 @@ class Config:
     """Tile sizes and launch options of one kernel.
 
     ``block_m``, ``block_n``: rows and columns of a tile of similarities; ``block_k``: features that a product takes at
-    a time; ``block_d``: features of the result that one program owns (backward only).
+    a time; ``block_d``: features of the result that one program owns (backward only); ``resident``: programs that fit a
+    multiprocessor, by their registers.
     """
 
     block_m: int
@@ -29,6 +30,7 @@ class Config:
     num_warps: int
     num_stages: int
     block_d: int = 0
+    resident: int = 1
 
 
 def architecture(z: Tensor) -> int:
@@ -65,3 +67,22 @@ def dot_precision(dtype: torch.dtype) -> str:
 def upcast(dtype: torch.dtype) -> bool:
     """Whether a kernel must widen its input right after the load: the interpreter cannot compute in bfloat16."""
     return triton.knobs.runtime.interpret and dtype == torch.bfloat16
+
+
+def multiprocessors(z: Tensor) -> int:
+    """Of ``z``'s GPU; of an H200 for the interpreter."""
+    return torch.cuda.get_device_properties(z.device).multi_processor_count if z.is_cuda else 132
+
+
+def best_split(programs: int, slots: int, most: int) -> int:
+    """Among how many programs to share the work of each of ``programs``, at most ``most``.
+
+    ``slots`` programs run at a time, a wave. The split with the fullest waves, the smaller one of equals: every part
+    costs the writing of a partial result.
+    """
+
+    def fullness(split: int) -> float:
+        waves = -(-programs * split // slots)
+        return programs * split / (waves * slots)
+
+    return max(range(1, max(1, most) + 1), key=lambda split: (round(fullness(split), 2), -split))

@@ -59,3 +59,26 @@ OWNER = {
     (INTERPRETER, 4, False): Config(32, 32, 32, 4, 1, 32),
     (INTERPRETER, 4, True): Config(32, 32, 128, 4, 1, 256),
 }
+# A program forms one tile of the weights of a band; both ways to sum a logit, so the last note above counts here too.
+WEIGHTS = {
+    (80, 2, False): Config(128, 128, 64, 8, 3),
+    (80, 2, True): Config(128, 128, 32, 8, 4),
+    (80, 4, False): Config(64, 64, 32, 4, 2),
+    (80, 4, True): Config(64, 64, 32, 8, 3),
+    (86, 2, False): Config(128, 128, 32, 8, 3),
+    (86, 2, True): Config(128, 128, 32, 8, 3),
+    (86, 4, False): Config(64, 64, 32, 4, 2),
+    (86, 4, True): Config(64, 64, 32, 8, 3),
+    (90, 2, False): Config(128, 256, 64, 8, 3),
+    (90, 2, True): Config(128, 256, 64, 8, 3),
+    (90, 4, False): Config(64, 64, 32, 4, 2),
+    (90, 4, True): Config(64, 64, 32, 4, 3),
+    (100, 2, False): Config(128, 64, 64, 8, 3),
+    (100, 2, True): Config(128, 64, 64, 8, 3),
+    (100, 4, False): Config(64, 64, 32, 4, 2),
+    (100, 4, True): Config(64, 64, 32, 8, 3),
+    (INTERPRETER, 2, False): Config(32, 32, 128, 4, 1),
+    (INTERPRETER, 2, True): Config(32, 32, 128, 4, 1),
+    (INTERPRETER, 4, False): Config(32, 32, 32, 4, 1),
+    (INTERPRETER, 4, True): Config(32, 32, 128, 4, 1),
+}

@@ -15,6 +15,10 @@ from torch import Tensor
 EXACT = {"enable_fp_fusion": False}
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# |x| in base 2 up to which 2^x, 2^−x and sums of up to 2^66 of them are far from float32's limits (2^±126).
+PLAIN_LIMIT = tl.constexpr(60.0)
+# From so many logits on, a forward's time without maxima is worth the two launches that find their bound.
+BOUND_FROM = 1 << 24
 
 # Features are padded to a multiple of ALIGN, so that every row starts at a 16-byte boundary and loads are vectors:
 # the addresses of single elements alone would fill the registers.
@@ -76,6 +80,13 @@ def finite_or_zero(top):
 
 
 @triton.jit
+def log1p(x):
+    """For x ≥ 0: the logarithm of the rounded 1 + x, and what the rounding lost."""
+    y = 1.0 + x
+    return tl.log2(y) * LN2 + (x - (y - 1.0)) / y
+
+
+@triton.jit
 def overlap(a, A_SIZE: tl.constexpr, b, B_SIZE: tl.constexpr):
     return (a < b + B_SIZE) & (b < a + A_SIZE)
 
@@ -86,6 +97,22 @@ def accumulate(top, total, x):
     new = tl.maximum(top, tl.max(x, 1))
     safe = finite_or_zero(new)
     return new, total * tl.exp2(top - safe) + tl.sum(tl.exp2(x - safe[:, None]), 1)
+
+
+@triton.jit
+def accumulate_bounded(total, x):
+    """:func:`accumulate` for logits within ±PLAIN_LIMIT, relative to 0, with the sums of the columns.
+
+    One exponential serves the row and the column of a pair, and nothing has to be compared.
+    """
+    p = tl.exp2(x)
+    return total + tl.sum(p, 1), tl.sum(p, 0)
+
+
+@triton.jit
+def zero_or_nothing(total):
+    """The level of sums relative to 0: −inf, as of a maximum over nothing, where nothing was added."""
+    return tl.where(total == 0, float("-inf"), 0.0)
 
 
 @triton.jit
@@ -172,6 +199,11 @@ def merge(partial: Tensor, top: Tensor, total: Tensor, lse: Tensor, resume: bool
     merge_kernel[(triton.cdiv(length, MERGE_ROWS),)](
         partial, top, total, lse, length, parts, int(resume), ROWS=MERGE_ROWS, PARTS=64, num_warps=4, **EXACT
     )
+
+
+def largest_norm(z: Tensor) -> Tensor:
+    """[] float32: the largest Euclidean norm of the rows; NaN where one of them is."""
+    return torch.linalg.vector_norm(z, dim=1, dtype=torch.float32).amax()
 
 
 def contiguous(*vectors: Tensor | None) -> list[Tensor | None]:

@@ -13,13 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import architecture, dot_precision, upcast
-from ._nt_xent_configs import config_for
-from ._similarity_lse_configs import OWNER
-from ._tiles import EXACT, LOG2E, block_ranges, contiguous, dot_products, finite_or_zero, load_rows, merge, padded
+from ._common import Config, best_split, dot_precision, multiprocessors, upcast
+from ._tiles import EXACT, LOG2E, block_ranges, dot_products, finite_or_zero, load_rows, merge
 
-# Programs wanted in a launch; their partial results take 4·split·M·D ≤ 4·PROGRAMS·block_m·block_d = 16 MiB.
-PROGRAMS = 256
+# The columns are split as long as WAVES waves hold all programs; their partial results take 4·split·M·D ≤
+# 4·WAVES·slots·block_m·block_d, 17 MB on an H200.
+WAVES = 2
 
 
 @triton.jit(do_not_specialize=["M", "N"])
@@ -125,41 +124,39 @@ def _similarity_attend_merge_kernel(
     tl.store(Attended + row * D + features, attended, mask=features < D)
 
 
-def similarity_attend(
-    q: Tensor, k: Tensor, scale: Tensor, bias: Tensor | None, row_ids: Tensor | None, col_ids: Tensor | None
+def streamed_attend(
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    config: Config,
 ) -> tuple[Tensor, Tensor]:
-    """Row LSE and attended mean; the arguments are those of ``similarity_forward``.
-
-    Returns:
-        row_lse [M], attended [M, D], float32; −inf and 0 for a row whose every pair is excluded.
-    """
-    features = q.shape[1]
-    q, k = padded(q), padded(k)
-    bias, row_ids, col_ids = contiguous(bias, row_ids, col_ids)
+    """Row LSE [M] and attended mean [M, D] of padded q and k; the arguments are those of ``similarity_forward``."""
     (m, d), n = q.shape, k.shape[0]
-    config = config_for(OWNER, architecture(q), q.element_size(), d)
     blocks, chunks, tiles = (
         triton.cdiv(m, config.block_m),
         triton.cdiv(d, config.block_d),
         triton.cdiv(n, config.block_n),
     )
-    split = max(1, min(tiles, PROGRAMS // (blocks * chunks)))
+    programs, slots = blocks * chunks, config.resident * multiprocessors(q)
+    split = best_split(programs, slots, min(tiles, WAVES * slots // programs))
     row_partial = q.new_empty((2, split, m), dtype=torch.float32)
     partial = q.new_empty((split, m, d), dtype=torch.float32)
     attended = q.new_empty((m, d), dtype=torch.float32)
     row_max, row_sum, row_lse = (q.new_empty(m, dtype=torch.float32) for _ in range(3))
-    with torch.cuda.device_of(q):
-        ranges = None if row_ids is None else block_ranges(col_ids, None, 0, config.block_n)
-        _similarity_attend_kernel[(blocks, chunks, split)](
-            q, k, scale, bias, row_ids, col_ids, ranges, row_partial, partial, m, n,
-            D=d, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_D=config.block_d,
-            PRECISION=dot_precision(q.dtype), UPCAST=upcast(q.dtype),
-            num_warps=config.num_warps, num_stages=config.num_stages, **EXACT,
-        )  # fmt: skip
-        merge(row_partial, row_max, row_sum, row_lse)
-        block = min(128, triton.next_power_of_2(d))
-        _similarity_attend_merge_kernel[(m, triton.cdiv(d, block))](
-            row_partial, partial, row_max, row_sum, attended, m, split, D=d, PARTS=16, BLOCK_D=block,
-            num_warps=4, **EXACT,
-        )  # fmt: skip
-    return row_lse, attended[:, :features].contiguous()
+    ranges = None if row_ids is None else block_ranges(col_ids, None, 0, config.block_n)
+    _similarity_attend_kernel[(blocks, chunks, split)](
+        q, k, scale, bias, row_ids, col_ids, ranges, row_partial, partial, m, n,
+        D=d, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_D=config.block_d,
+        PRECISION=dot_precision(q.dtype), UPCAST=upcast(q.dtype),
+        num_warps=config.num_warps, num_stages=config.num_stages, **EXACT,
+    )  # fmt: skip
+    merge(row_partial, row_max, row_sum, row_lse)
+    block = min(128, triton.next_power_of_2(d))
+    _similarity_attend_merge_kernel[(m, triton.cdiv(d, block))](
+        row_partial, partial, row_max, row_sum, attended, m, split, D=d, PARTS=16, BLOCK_D=block,
+        num_warps=4, **EXACT,
+    )  # fmt: skip
+    return row_lse, attended

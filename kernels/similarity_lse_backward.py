@@ -9,35 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import architecture, dot_precision, upcast
+from ._common import Config, architecture, best_split, dot_precision, multiprocessors, upcast
+from ._gradient_forms import gradient_form
 from ._nt_xent_configs import config_for
 from ._similarity_lse_configs import OWNER
 from ._tiles import EXACT, LOG2E, block_ranges, contiguous, dot_products, load_positives, load_rows, padded
+from .similarity_bands import Terms, band_gradients, finish, weights_of
 
-# Programs wanted in a launch. Where there are few rows, the other side is split among several programs, whose partial
-# results take 4·split·rows·D ≤ 4·PROGRAMS·block_m·block_d = 16 MiB for any shape.
-PROGRAMS = 256
-
-
-@triton.jit(do_not_specialize=["L"])
-def _similarity_weights_kernel(
-    Grad,  # [L]: of the LSE
-    Max,  # [L]
-    Sum,  # [L]
-    Factor,  # [] or None
-    Weights,  # [2, L]: g_i/sum_i, 0 where there is no pair; and the maximum, 0 in place of −inf
-    L,
-    BLOCK: tl.constexpr,
-):
-    """What the backward needs of each row or column, once instead of once a tile."""
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    grad = tl.load(Grad + rows, mask=rows < L, other=0.0)
-    if Factor is not None:
-        grad *= tl.load(Factor)
-    total = tl.load(Sum + rows, mask=rows < L, other=1.0)
-    top = tl.load(Max + rows, mask=rows < L, other=0.0)
-    tl.store(Weights + rows, tl.where(total == 0, 0.0, grad / tl.where(total == 0, 1.0, total)), mask=rows < L)
-    tl.store(Weights + L + rows, tl.where(top == float("-inf"), 0.0, top), mask=rows < L)
+# Where there are few rows, the other side is split among several programs, as long as WAVES waves hold all of them:
+# their partial results take 4·split·rows·D ≤ 4·WAVES·slots·block_m·block_d, 17 MB on an H200, for any shape.
+WAVES = 2
 
 
 @triton.jit(do_not_specialize=["R", "C"])
@@ -46,8 +27,8 @@ def _similarity_backward_kernel(
     B,  # [C, D]
     Scale,  # []
     Factor,  # [] or None: a power of two on every weight, taken out at the end
-    AWeights,  # [2, R] or None
-    BWeights,  # [2, C] or None
+    AWeights,  # [3, R] or None, see similarity_bands.py; the last row is not read here
+    BWeights,  # [3, C] or None
     ABias,  # [R] or None
     BBias,  # [C] or None
     AIds,  # [R] or None
@@ -154,36 +135,30 @@ class Side(NamedTuple):
     """The rows (or columns) of x and what belongs to each: the vectors are [L], or ``None``."""
 
     z: Tensor  # [L, D]
-    weights: Tensor | None = None  # [2, L], see _similarity_weights_kernel
+    weights: Tensor | None = None  # [3, L], see similarity_bands.py
     bias: Tensor | None = None
     ids: Tensor | None = None
     positives: Tensor | None = None
 
 
-def _weights(
-    grad: Tensor | None, top: Tensor, total: Tensor, factor: Tensor | None, *, block: int = 256
-) -> Tensor | None:
-    if grad is None:
-        return None
-    weights = grad.new_empty((2, len(grad)))
-    _similarity_weights_kernel[(triton.cdiv(len(grad), block),)](
-        grad, top, total, factor, weights, len(grad), BLOCK=block, num_warps=4, **EXACT
-    )
-    return weights
-
-
 def _gradient(
-    a: Side, b: Side, scale: Tensor, factor: Tensor | None, grad_positive: Tensor | None, sums: bool
+    a: Side,
+    b: Side,
+    scale: Tensor,
+    factor: Tensor | None,
+    grad_positive: Tensor | None,
+    config: Config,
+    sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """scale·(W b) [R, D], its dots a·(W b) summed [], and the row sums of W [R] if asked."""
     (r, d), c = a.z.shape, b.z.shape[0]
-    config = config_for(OWNER, architecture(a.z), a.z.element_size(), d)
     blocks, chunks, tiles = (
         triton.cdiv(r, config.block_m),
         triton.cdiv(d, config.block_d),
         triton.cdiv(c, config.block_n),
     )
-    split = max(1, min(tiles, PROGRAMS // (blocks * chunks)))
+    programs, slots = blocks * chunks, config.resident * multiprocessors(a.z)
+    split = best_split(programs, slots, min(tiles, WAVES * slots // programs))
     da = a.z.new_empty((split, r, d), dtype=torch.float32)
     dots = a.z.new_empty((split, chunks, r), dtype=torch.float32)
     row_sums = a.z.new_empty((split, r), dtype=torch.float32) if sums else None
@@ -242,16 +217,65 @@ def similarity_backward(
         positives = None
     given = [g for g in (grad_row, grad_col, grad_positive) if g is not None]
     factor = _float16_factor(given) if q.dtype == torch.float16 and given else None
-    dq, dk, dbias = (q.new_empty(0, dtype=torch.float32) for _ in range(3))
-    dscale = q.new_zeros((), dtype=torch.float32)
+    terms = Terms(
+        grad_row, row_max, row_sum, grad_col, col_max, col_sum, bias, row_ids, col_ids, positives, grad_positive, factor
+    )
+    needs = need_q, need_k, need_bias
+    config = config_for(OWNER, architecture(q), q.element_size(), q.shape[1])
+    sides = need_q + (need_k or need_bias)
+    found = None
     with torch.cuda.device_of(q):
-        rows = Side(q, _weights(grad_row, row_max, row_sum, factor), None, row_ids, positives)
-        columns = Side(k, _weights(grad_col, col_max, col_sum, factor), bias, col_ids)
-        if need_k or need_bias:
-            grad, dscale, sums = _gradient(columns, rows, scale, factor, grad_positive, need_bias)
-            dk = grad[:, :features].contiguous() if need_k else dk
-            dbias = dbias if sums is None else sums
-        if need_q:
-            grad, dscale, _ = _gradient(rows, columns, scale, factor, grad_positive, False)
-            dq = grad[:, :features].contiguous()
+        if sides and gradient_form(q, sides, config) == "banded":
+            found = _banded(q, k, scale, terms, *needs)
+        if found is None:
+            found = _streamed(q, k, scale, terms, config, *needs)
+    dq, dk, dscale, dbias = found
+    empty = q.new_empty(0, dtype=torch.float32)
+    return (
+        empty if dq is None else dq[:, :features].contiguous(),
+        empty if dk is None else dk[:, :features].contiguous(),
+        q.new_zeros((), dtype=torch.float32) if dscale is None else dscale,
+        empty if dbias is None else dbias,
+    )
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # dq, dk, dscale, dbias
+
+
+def _streamed(
+    q: Tensor, k: Tensor, scale: Tensor, terms: Terms, config: Config, need_q: bool, need_k: bool, need_bias: bool
+) -> Gradients:
+    factor, grad_positive = terms.factor, terms.grad_positive
+    row_weights = column_weights = None
+    if terms.row_grad is not None:
+        row_weights = weights_of(terms.row_grad, terms.row_max, terms.row_sum, factor, terms.row_max).values
+    if terms.col_grad is not None:
+        column_weights = weights_of(terms.col_grad, terms.col_max, terms.col_sum, factor, terms.col_max).values
+    rows = Side(q, row_weights, None, terms.row_ids, terms.positives)
+    columns = Side(k, column_weights, terms.bias, terms.col_ids)
+    dq = dk = dscale = dbias = None
+    if need_k or need_bias:
+        dk, dscale, dbias = _gradient(columns, rows, scale, factor, grad_positive, config, need_bias)
+        dk = dk if need_k else None
+    if need_q:
+        dq, dscale, _ = _gradient(rows, columns, scale, factor, grad_positive, config, False)
+    return dq, dk, dscale, dbias
+
+
+def _banded(
+    q: Tensor, k: Tensor, scale: Tensor, terms: Terms, need_q: bool, need_k: bool, need_bias: bool
+) -> Gradients | None:
+    """``None`` where memory has no room for a band."""
+    found = band_gradients(q, k, scale, terms, need_q, need_k, need_bias)
+    if found is None:
+        return None
+    dq, dk, dbias = found
+    dscale, factor = None, terms.factor
+    multiplier = scale if factor is None else scale / factor
+    for z, gradient in ((k, dk), (q, dq)):
+        if gradient is not None:
+            dscale = finish(z, gradient, multiplier)
+    if factor is not None:
+        dscale = None if dscale is None else dscale / factor
+        dbias = None if dbias is None else dbias / factor
     return dq, dk, dscale, dbias

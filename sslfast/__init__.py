@@ -3,7 +3,7 @@
 from . import _native as _native
 from . import augment as augment
 from . import masking as masking
-from ._backends import use_backend
+from ._backends import use_backend, use_gradient_form
 from .adapters import Patch, patch, unpatch
 from .losses import (
     BarlowTwinsLoss,
@@ -132,6 +132,7 @@ __all__ = [
     "uniformity",
     "unpatch",
     "use_backend",
+    "use_gradient_form",
     "variance_loss",
     "vibcreg",
     "vicreg",

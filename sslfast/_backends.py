@@ -15,15 +15,21 @@ from collections.abc import Callable, Iterator
 import torch
 
 NAMES = ("cpu", "cuda", "triton", "reference")
+GRADIENT_FORMS = ("streamed", "banded")
 
 
-def _checked(name: str | None, source: str) -> str | None:
-    if name is not None and name not in NAMES:
-        raise ValueError(f"{source}={name!r} is not a backend; allowed: {', '.join(NAMES)}")
+def _checked(name: str | None, source: str, what: str = "a backend", allowed: tuple[str, ...] = NAMES) -> str | None:
+    if name is not None and name not in allowed:
+        raise ValueError(f"{source}={name!r} is not {what}; allowed: {', '.join(allowed)}")
     return name
 
 
+def _checked_form(name: str | None, source: str) -> str | None:
+    return _checked(name, source, "a form of the gradient", GRADIENT_FORMS)
+
+
 _forced: str | None = _checked(os.environ.get("SSLFAST_BACKEND") or None, "SSLFAST_BACKEND")
+_forced_form: str | None = _checked_form(os.environ.get("SSLFAST_GRADIENT_FORM") or None, "SSLFAST_GRADIENT_FORM")
 _told: set[tuple[str, str]] = set()
 
 
@@ -52,6 +58,44 @@ def use_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+@contextlib.contextmanager
+def use_gradient_form(name: str | None) -> Iterator[None]:
+    """Force one way to make a GPU's gradients over all pairs inside the block; ``None`` restores the automatic choice.
+
+    The two forms are the same function; ``SSLFAST_GRADIENT_FORM`` (read at import) forces one as well. The choice is a
+    cost model's, by width and dtype: see *Two forms of the gradient* in ``docs/similarity_lse.md``.
+
+    Args:
+        name: ``"streamed"`` (tiles of weights are recomputed for every gradient; nothing of size rows × columns is ever
+            stored), ``"banded"`` (the weights of a band of rows are formed once, in at most 256 MiB or one block of
+            rows, and multiplied by the library), or ``None``.
+
+    The setting belongs to the process, not to the thread, and counts when a gradient is computed: in ``backward`` for
+    the softmax losses, in the forward for the pairwise sigmoid loss.
+
+    Raises:
+        ValueError: ``name`` is none of these.
+
+    Example:
+        >>> z = torch.eye(4, requires_grad=True)
+        >>> with sslfast.use_gradient_form("banded"):
+        ...     sslfast.nt_xent(z, z.detach()).backward()
+        >>> z.grad.shape
+        torch.Size([4, 4])
+    """
+    global _forced_form
+    before = _forced_form
+    _forced_form = _checked_form(name, "name")
+    try:
+        yield
+    finally:
+        _forced_form = before
+
+
+def forced_gradient_form() -> str | None:
+    return _forced_form
 
 
 def select(op: str, preferred: str, why_not: Callable[[str], str | None]) -> str:

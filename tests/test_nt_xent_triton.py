@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import sslfast
-from helpers import same_nonfinite, within_budget
+from helpers import roundings, same_nonfinite, within_budget
 from sslfast import _native, reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,7 +49,7 @@ def check(
     """Triton against the reference in float64, by the error budget."""
     with sslfast.use_backend("triton"):
         kernel = run(sslfast.nt_xent, z0, z1, tau, normalize, grad_output, z0.dtype)
-    plain = run(reference.nt_xent, z0, z1, tau, normalize, grad_output, z0.dtype)
+    plain = roundings(run, reference.nt_xent, z0, z1, tau, normalize, grad_output, z0.dtype)
     truth = run(reference.nt_xent, z0, z1, tau, normalize, grad_output, torch.float64)
     for what, *values in zip(("loss", "dz0", "dz1", "dtemperature"), kernel, plain, truth, strict=True):
         within_budget(f"{name}{what}", *values, z0.dtype)
@@ -94,6 +94,32 @@ def test_a_row_that_is_far_from_all_others() -> None:
     check(z0, z1, -1.0, normalize=False)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tau", [0.5, 0.05, -0.5, 0.02])
+def test_logits_within_a_bound(tau: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums relative to 0 where the rows' norms allow it (|τ| ≥ 0.025 for unit rows), to the maximum where not."""
+    from sslfast.kernels import nt_xent as kernel
+
+    monkeypatch.setattr(kernel, "BOUND_FROM", 0)
+    check(*make(75, 24, dtype, noise=0.3), tau)
+    z = torch.nn.functional.normalize(torch.cat(make(40, 24, torch.float32)), dim=1)
+    _, row_max, row_sum, _ = torch.ops.sslfast.nt_xent_triton(z, torch.tensor(tau, device=DEVICE))
+    s = (z.double() @ z.double().T / tau).fill_diagonal_(-torch.inf)
+    lse = row_max.double() + row_sum.double().log2()
+    torch.testing.assert_close(
+        lse, s.logsumexp(1) / torch.log(torch.tensor(2.0, dtype=torch.float64)), rtol=1e-6, atol=3e-6
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nonfinite_norms(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sslfast.kernels import nt_xent as kernel
+
+    monkeypatch.setattr(kernel, "BOUND_FROM", 0)
+    test_nonfinite_rows(bad)
+
+
 def test_several_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     """More row blocks than a band holds, and runs of more than one block with a ragged last one."""
     from sslfast.kernels import nt_xent as kernel
@@ -101,8 +127,10 @@ def test_several_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     block = kernel.config_for(kernel.FORWARD, kernel.architecture(torch.empty(0, device=DEVICE)), 4, 16).block_m
     z0, z1 = make(block * 5 // 2 + 3, 16, torch.float32)  # six row blocks
     whole = check(z0, z1, 0.2)
+    monkeypatch.setattr(kernel, "COLUMN_BYTES", 0)
     monkeypatch.setattr(kernel, "BAND", 2)
     banded = check(z0, z1, 0.2, name="banded ")
+    monkeypatch.setattr(kernel, "multiprocessors", lambda z: 1)
     monkeypatch.setattr(kernel, "FORWARD_PROGRAMS", 3)
     runs = check(z0, z1, 0.2, name="long runs ")
     monkeypatch.setattr(kernel, "BAND", 64)
@@ -180,13 +208,16 @@ def test_same_bits_in_every_run(dtype: torch.dtype) -> None:
 
 
 def test_row_statistics() -> None:
-    """row_max is the maximum itself, row_sum the sum relative to it."""
+    """row_max is the maximum itself, row_sum the sum relative to it, row_rest the share of all but the positive."""
     z = torch.cat(make(45, 12, torch.float32))
     tau = torch.tensor(0.3, device=DEVICE)
-    _, row_max, row_sum = torch.ops.sslfast.nt_xent_triton(z, tau)
+    _, row_max, row_sum, row_rest = torch.ops.sslfast.nt_xent_triton(z, tau)
     s = (z.double() @ z.double().T / 0.3 / torch.log(torch.tensor(2.0, dtype=torch.float64))).fill_diagonal_(-torch.inf)
     torch.testing.assert_close(row_max.double(), s.amax(1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(row_sum.double(), (s - s.amax(1, keepdim=True)).exp2().sum(1), rtol=1e-4, atol=0)
+    shares = torch.softmax(s * torch.log(torch.tensor(2.0, dtype=torch.float64)), 1)
+    others = shares.sum(1) - shares[torch.arange(90), torch.arange(90).roll(45)]
+    torch.testing.assert_close(row_rest.double(), others, rtol=1e-4, atol=1e-12)
 
 
 def test_opcheck() -> None:
@@ -194,8 +225,8 @@ def test_opcheck() -> None:
     tau = torch.tensor(0.5, device=DEVICE, requires_grad=True)
     torch.library.opcheck(torch.ops.sslfast.nt_xent_triton, (z, tau))
     with torch.no_grad():
-        loss, row_max, row_sum = torch.ops.sslfast.nt_xent_triton(z, tau)
-    arguments = (torch.ones_like(loss), z.detach(), tau.detach(), row_max, row_sum)
+        loss, *rows = torch.ops.sslfast.nt_xent_triton(z, tau)
+    arguments = (torch.ones_like(loss), z.detach(), tau.detach(), *rows)
     torch.library.opcheck(torch.ops.sslfast.nt_xent_triton_backward, arguments)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import sslfast
-from helpers import same_nonfinite, within_budget
+from helpers import roundings, same_nonfinite, within_budget
 from sslfast import _native, reference
 from sslfast.ops.similarity_lse import similarity_terms
 
@@ -74,7 +74,7 @@ def check(arguments: dict[str, Any], scale: float, *, name: str = "") -> list[Te
         weights[2] = -weights[0]
     with sslfast.use_backend("triton"):
         kernel = run(similarity_terms, arguments, scale, dtype, weights, columns=True, hardest=True)
-    plain = run(reference.similarity_terms, arguments, scale, dtype, weights)
+    plain = roundings(run, reference.similarity_terms, arguments, scale, dtype, weights)
     truth = run(reference.similarity_terms, arguments, scale, torch.float64, weights)
     outputs = OUTPUTS if arguments.get("positives") is not None else ("row_lse", "col_lse", "hardest")
     if len(outputs) == 3:
@@ -103,6 +103,27 @@ def test_scales_of_normalized_rows(scale: float, dtype: torch.dtype) -> None:
     check(arguments, scale)
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # of excluded pairs, not used
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [0.1, 1.0, 30.0])
+def test_logits_within_a_bound(size: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums relative to 0 where the norms allow it, to the maximum where not, or where there is a bias."""
+    from sslfast.kernels import similarity_lse as kernel
+
+    monkeypatch.setattr(kernel, "BOUND_FROM", 0)
+    arguments = make(45, 70, 12, dtype)
+    arguments["bias"] *= size
+    check(arguments, 0.5 * size, name=f"{size} ")
+    check({name: t for name, t in arguments.items() if name != "bias"}, 0.5 * size)
+    test_excluded_rows_and_columns()
+    q, k = arguments["q"], arguments["k"]
+    scale = torch.tensor(0.5 * size, device=DEVICE)
+    found = kernel.similarity_forward(q, k, scale, None, None, None, None, True, False)
+    bound = 0.5 * size * q.float().norm(dim=1).max() * k.float().norm(dim=1).max() / torch.log(torch.tensor(2.0))
+    for top in (found[4], found[6]):
+        assert bool((top == 0).all()) == (bound.item() < 59)
+
+
 @pytest.mark.parametrize("absent", [("bias",), ("row_ids", "col_ids"), ("positives",), ("bias", "row_ids", "col_ids")])
 def test_without(absent: tuple[str, ...]) -> None:
     check({name: t for name, t in make(45, 70, 12).items() if name not in absent}, 0.5)
@@ -118,7 +139,7 @@ def test_float16_weights_stay_in_range(unit: float) -> None:
     _, _, _, _, *saved = kernel.similarity_forward(a["q"], a["k"], scale, *pairs, True, False)
     grads = [unit * torch.randn(size, device=DEVICE) for size in (40, 50, 40)]
     found = kernel.similarity_backward(*grads, a["q"], a["k"], scale, *pairs, *saved, True, True, True)
-    plain = run(reference.similarity_terms, a, 0.3, torch.float32, grads)[1]
+    plain = roundings(run, reference.similarity_terms, a, 0.3, torch.float32, grads)[1]
     truth = run(reference.similarity_terms, a, 0.3, torch.float64, grads)[1]
     for what, *values in zip(INPUTS, found, plain, truth, strict=True):
         within_budget(what, *values, torch.float16, floor=1e-6 * unit)
@@ -186,7 +207,7 @@ def attend(arguments: dict[str, Any], scale: float, name: str = "") -> None:
     for what, *values in zip(
         ("row_lse", "dq", "dscale"),
         kernel,
-        step(reference.similarity_lse, dtype),
+        roundings(step, reference.similarity_lse, dtype),
         step(reference.similarity_lse, torch.float64),
         strict=True,
     ):
@@ -208,9 +229,9 @@ def test_attend_with_few_and_many_programs(monkeypatch: pytest.MonkeyPatch) -> N
 
     arguments = make(20, 700, 6)
     del arguments["positives"]
-    for programs in (1, 3, 1000):
-        monkeypatch.setattr(kernel, "PROGRAMS", programs)
-        attend(arguments, 2.0, name=f"{programs} programs ")
+    for split in (1, 3, 22):
+        monkeypatch.setattr(kernel, "best_split", lambda programs, slots, most, split=split: split)
+        attend(arguments, 2.0, name=f"{split} programs ")
 
 
 def test_several_bands(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,8 +244,9 @@ def test_several_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = check(arguments, 0.2)
     for band, programs, parts in ((2, 1024, 1), (2, 3, 2), (64, 7, 3)):
         monkeypatch.setattr(kernel, "BAND", band)
+        monkeypatch.setattr(kernel, "multiprocessors", lambda q: 1)
         monkeypatch.setattr(kernel, "FORWARD_PROGRAMS", programs)
-        monkeypatch.setattr(backward, "PROGRAMS", parts * -(-(block * 4 + 3) // 32))
+        monkeypatch.setattr(backward, "best_split", lambda programs, slots, most, parts=parts: parts)
         values = check(arguments, 0.2, name=f"bands of {band} ")
         torch.testing.assert_close(values, whole, rtol=1e-5, atol=2e-5)
 

@@ -42,12 +42,18 @@ class Sweep:
 NT_XENT = Sweep(
     quick={"bf16": (128, 512)},
     first={"bf16": (8, 64, 104, 128, 304, 512, 768), "fp16": (128, 304), "fp32": (32, 56, 304, 512)},
-    others={},
+    others={"bf16": (128, 512), "fp32": (32, 304)},
 )
 SIMILARITY = Sweep(
     quick={"bf16": (128, 512)},
     first={"bf16": (64, 128, 304, 512, 768), "fp16": (128, 304, 512), "fp32": (32, 304, 512)},
     others={"bf16": (128, 304, 512, 768), "fp32": (32, 304)},
+)
+# Weights of bands: wide rows first of all, which the narrow ones rarely reach.
+BANDS = Sweep(
+    quick={"bf16": (512,)},
+    first={"bf16": (128, 512), "fp16": (304,), "fp32": (32, 304)},
+    others={"bf16": (128, 768), "fp32": (304,)},
 )
 SECOND_MOMENT = Sweep(
     quick={"bf16": (0, 1)},
@@ -94,16 +100,22 @@ MOMENT_TILES = {"wide": {"ROWS": 32, "COLS": 64}, "narrow": {"ROWS": 128, "COLS"
 # subtract no maximum are not exact: a fused multiply-add does no harm in the pairwise sigmoid loss and in second
 # moments.
 KERNELS = {
-    "nt_xent_forward": Kernel("nt_xent", table="_nt_xent_configs.FORWARD", sweep=NT_XENT),
+    "nt_xent_forward": Kernel(
+        "nt_xent",
+        launches={"maxima": "BOUNDED=0", "bounded": "BOUNDED=1"},
+        table="_nt_xent_configs.FORWARD",
+        sweep=NT_XENT,
+    ),
     "nt_xent_backward": Kernel("nt_xent", table="_nt_xent_configs.BACKWARD", sweep=NT_XENT),
     "nt_xent_merge": Kernel("nt_xent", constants={"BLOCK": 128, "ROWS": 32, "PARTS": 64}, explicit_fma=True),
     "nt_xent_stats": Kernel("nt_xent", constants={"BLOCK": 64}, num_warps=1),
     "similarity_forward": Kernel(
         "similarity_lse",
         launches={
-            "all": "",
-            "columns": "Bias RowIds ColIds ColRanges Hardest",
-            "rows": "Bias RowIds ColIds ColRanges ColPartial Hardest",
+            "all": "QNorm KNorm BOUNDED=0",
+            "columns": "Bias RowIds ColIds ColRanges Hardest BOUNDED=0",
+            "rows": "Bias RowIds ColIds ColRanges ColPartial Hardest BOUNDED=0",
+            "bounded": "Bias Hardest BOUNDED=1",
         },
         table="_similarity_lse_configs.FORWARD",
         sweep=SIMILARITY,
@@ -118,7 +130,24 @@ KERNELS = {
         table="_similarity_lse_configs.OWNER",
         sweep=SIMILARITY,
     ),
-    "similarity_weights": Kernel("similarity_lse_backward", constants={"BLOCK": 256}),
+    "similarity_weights": Kernel("similarity_bands", constants={"BLOCK": 256}, num_warps=2),
+    "similarity_band": Kernel(
+        "similarity_bands",
+        launches={
+            "columns": "Bias RowIds ColIds ColRanges ColSums PAIRS=0",
+            "rows": "ColWeights ColInRange Bias RowIds ColIds Positives GradPositive ColRanges ColSums PAIRS=0",
+            "pairs": "Bias RowIds ColIds Positives ColRanges ColSums PAIRS=1",
+        },
+        table="_similarity_lse_configs.WEIGHTS",
+        sweep=BANDS,
+    ),
+    "similarity_band/ids": Kernel(
+        "similarity_bands",
+        launches={"all": "PAIRS=0", "rows": "ColWeights ColInRange Bias Positives GradPositive ColSums PAIRS=0"},
+        table="_similarity_lse_configs.FORWARD",
+        sweep=BANDS,
+    ),
+    "similarity_finish": Kernel("similarity_bands", constants={"D": 512, "ROWS": 16, "WIDTH": 128}),
     "similarity_attend": Kernel(
         "similarity_lse_attend",
         launches={"all": "", "rows": "Bias RowIds ColIds ColRanges"},
@@ -132,6 +161,9 @@ KERNELS = {
         table="_similarity_lse_configs.OWNER",
         sweep=SIMILARITY,
         exact=False,
+    ),
+    "similarity_logsigmoid_band": Kernel(
+        "similarity_logsigmoid_bands", table="_similarity_lse_configs.WEIGHTS", sweep=BANDS, exact=False
     ),
     "second_moment_gram": Kernel(
         "second_moment_tiles",
@@ -251,9 +283,9 @@ WITH_PRODUCTS = {name: kernel for name, kernel in KERNELS.items() if kernel.tabl
 INTEGERS = {"D", "N", "x_stride", "dx_stride", "grad_off_stride", "grad_diagonal_row", "grad_diagonal_column"}
 FLOATS = {"eps", "floor", "off_weight", "distance_weight", "penalty_weight"}
 # Of the inputs' type.
-DATA = {"Z", "Q", "K", "A", "B", "X", "Y", "Left", "Right", "Hat", "Operand", "GradA", "GradB"}
+DATA = {"Z", "Q", "K", "A", "B", "X", "Y", "Left", "Right", "Hat", "Operand", "GradA", "GradB", "W"}
 FLOAT64 = {"SquareSums", "ColumnSums"}
-INT32 = {"InRange"}
+INT32 = {"InRange", "RowInRange", "ColInRange"}
 
 
 def argument_type(function: Any, name: str, dtype: str) -> str:

@@ -4,7 +4,8 @@ Each keeps per row (and column) the maximum and the sum of exponentials relative
 ``lse = ln 2 · (max + log2 sum)``. A result that was not asked for is an empty tensor [0]. Gradients leave the backward
 operators in the accumulator's dtype.
 
-    similarity_lse         row and column LSE of q [M, D] against k [N, D]; 1U forward, 3U backward (U = 2·M·N·D)
+    similarity_lse         row and column LSE of q [M, D] against k [N, D]; 1U forward, 3U backward (U = 2·M·N·D);
+                           on a GPU 4U backward for narrow rows
     similarity_lse_self    z against itself: 2U in all on a CPU (a tile serves its rows and its columns), 3U on a GPU
     similarity_lse_attend  only q learns: the softmax-weighted mean of k comes along in the forward; 2U in all
 """

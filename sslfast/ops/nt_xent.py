@@ -113,29 +113,29 @@ _library.autograd("nt_xent", _cpu_backward, _cpu_setup_context)
 # ------------------------------------------------------------------------ triton: on rows that are already normalised
 
 
-def _triton_fake(z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    row = [z.new_empty(z.shape[0], dtype=torch.float32) for _ in range(2)]
-    return z.new_empty((), dtype=torch.float32), row[0], row[1]
+def _triton_fake(z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    row = [z.new_empty(z.shape[0], dtype=torch.float32) for _ in range(3)]
+    return z.new_empty((), dtype=torch.float32), row[0], row[1], row[2]
 
 
 def _triton_backward_fake(
-    grad_loss: Tensor, z: Tensor, temperature: Tensor, row_max: Tensor, row_sum: Tensor
+    grad_loss: Tensor, z: Tensor, temperature: Tensor, row_max: Tensor, row_sum: Tensor, row_rest: Tensor
 ) -> tuple[Tensor, Tensor]:
     return z.new_empty(z.shape, dtype=torch.float32), torch.empty_like(temperature)
 
 
-def _triton_forward(z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _triton_forward(z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from ..kernels import nt_xent as kernel
 
     return kernel.nt_xent_forward(z.contiguous(), temperature)
 
 
 def _triton_backward_kernel(
-    grad_loss: Tensor, z: Tensor, temperature: Tensor, row_max: Tensor, row_sum: Tensor
+    grad_loss: Tensor, z: Tensor, temperature: Tensor, row_max: Tensor, row_sum: Tensor, row_rest: Tensor
 ) -> tuple[Tensor, Tensor]:
     from ..kernels import nt_xent as kernel
 
-    return kernel.nt_xent_backward(grad_loss, z.contiguous(), temperature, row_max, row_sum)
+    return kernel.nt_xent_backward(grad_loss, z.contiguous(), temperature, row_max, row_sum, row_rest)
 
 
 def _rows_by_reference(z: Tensor, temperature: Tensor) -> Tensor:
@@ -152,19 +152,20 @@ def _triton_setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple
 def _triton_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
         return None, None
-    z, temperature, row_max, row_sum = ctx.saved_tensors
+    z, temperature, *rows = ctx.saved_tensors
     if torch.is_grad_enabled() and any(t.requires_grad for t in (grad_loss, z, temperature)):
         return _library.second_order(_rows_by_reference, (z, temperature), ctx.needs_input_grad, grad_loss)
-    dz, dtemperature = torch.ops.sslfast.nt_xent_triton_backward(grad_loss, z, temperature, row_max, row_sum)
+    dz, dtemperature = torch.ops.sslfast.nt_xent_triton_backward(grad_loss, z, temperature, *rows)
     return dz.to(z.dtype), dtemperature
 
 
 _library.define(
-    "nt_xent_triton(Tensor z, Tensor temperature) -> (Tensor loss, Tensor row_max, Tensor row_sum)", _triton_fake
+    "nt_xent_triton(Tensor z, Tensor temperature) -> (Tensor loss, Tensor row_max, Tensor row_sum, Tensor row_rest)",
+    _triton_fake,
 )
 _library.define(
-    "nt_xent_triton_backward(Tensor grad_loss, Tensor z, Tensor temperature, Tensor row_max, Tensor row_sum)"
-    " -> (Tensor, Tensor)",
+    "nt_xent_triton_backward(Tensor grad_loss, Tensor z, Tensor temperature, Tensor row_max, Tensor row_sum,"
+    " Tensor row_rest) -> (Tensor, Tensor)",
     _triton_backward_fake,
 )
 _library.implement("nt_xent_triton", _triton_forward, "CUDA", "CPU")

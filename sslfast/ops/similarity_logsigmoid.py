@@ -5,7 +5,8 @@
     dq = scale·W k,   dk = scale·Wᵀ q,   dscale = Σ_i q_i·(W k)_i,   dbias = Σ_ij W_ij
 
 No normaliser couples the pairs, so the forward computes W as well and the backward only multiplies by the incoming
-gradient: 3U in all (U = 2·M·N·D) on a CPU, nothing recomputed; 4U on a GPU, where dq and dk are a launch each.
+gradient: 3U in all (U = 2·M·N·D) on a CPU, nothing recomputed; on a GPU 3U in bands, and 4U for narrow rows, where
+dq and dk are a launch each.
 """
 
 from __future__ import annotations
