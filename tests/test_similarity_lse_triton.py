@@ -83,8 +83,10 @@ def check(arguments: dict[str, Any], scale: float, *, name: str = "") -> list[Te
         empty = values[2] == -torch.inf
         assert torch.equal(values[0] == -torch.inf, empty), f"{name}{what}"
         within_budget(f"{name}{what}", *(t.masked_fill(empty, 0.0) for t in values), dtype)
+    # dscale is a sum over rows of q·dq / scale, of both signs.
+    terms = (arguments["q"].double() * truth[1][0]).sum(1).abs().sum().item() / abs(scale)
     for what, *values in zip(INPUTS, kernel[1], plain[1], truth[1], strict=False):
-        within_budget(f"{name}{what}", *values, dtype)
+        within_budget(f"{name}{what}", *values, dtype, floor=terms if what == "dscale" else 1e-6)
     return [*kernel[0], *kernel[1]]
 
 
