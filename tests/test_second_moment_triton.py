@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import sslfast
-from helpers import same_nonfinite, within_budget
+from helpers import roundings, same_nonfinite, within_budget
 from sslfast import _native, reference
 from sslfast.ops.second_moment import SCALES, dual_is_cheaper, second_moment
 
@@ -76,7 +76,7 @@ def check(batches: list[Tensor], mode: str, form: str, floor: float = 1e-6, **op
     with sslfast.use_backend("triton"):
         kernel = run(second_moment, batches, dtype, mode, form=form, **options)
     # As the kernels do, the reference sums 16-bit inputs in float32.
-    plain = run(reference.second_moment, batches, torch.float32, mode, **options)
+    plain = roundings(run, reference.second_moment, batches, torch.float32, mode, **options)
     truth = run(reference.second_moment, batches, torch.float64, mode, **options)
     # Where M can be diagonal, ‖M‖² − Σ M_ii² and its gradient may leave nothing; there form="auto" is primal.
     floors: dict[str, float] = {}
