@@ -71,10 +71,10 @@ auto dispatch_float(const Tensor& x, const char* name, F&& f) {
 
 #ifdef USE_CUDA
 
-// PyTorch's current stream on the device of `x`, which becomes the current device of our runtime too. To be called under
-// a torch::stable::accelerator::DeviceGuard and before any launch: the guard sets the device of the runtime that torch
-// is linked against, and puts the caller's back; ours is another copy (linked statically, so that one library serves
-// torch built with CUDA 12 and 13), with a current device of its own that the guard does not know of.
+// PyTorch's current stream on the device of `x`, which becomes the current device of our runtime too. To be called
+// under a torch::stable::accelerator::DeviceGuard and before any launch: the guard sets the device of the runtime that
+// torch is linked against, and puts the caller's back; ours is another copy (linked statically, so that one library
+// serves torch built with CUDA 12 and 13), with a current device of its own that the guard does not know of.
 inline cudaStream_t current_stream(const Tensor& x) {
   STD_CUDA_CHECK(cudaSetDevice(x.get_device_index()));
   void* stream = nullptr;

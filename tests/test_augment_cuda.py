@@ -113,10 +113,11 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("semantics", SEMANTICS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_strides(layout: str) -> None:
+def test_strides(layout: str, semantics: str) -> None:
     x = photographs(5, 3, 60, 83)
-    spec = everything(48)
+    spec = everything(48, semantics=semantics)
     params = drawn([x], spec)
     strided = LAYOUTS[layout](x.cuda())
     assert not strided.is_contiguous()
@@ -146,13 +147,14 @@ def test_ragged_list(count: int, semantics: str) -> None:
 CASES = {
     "enlarged": ((9, 7), dict(size=(65, 33), scale=None, blur_kernel=3)),
     "shrunk": ((300, 260), dict(size=(32, 20), scale=None)),
-    "shrunk beyond the filters that are kept": ((700, 1500), dict(size=(8, 11), scale=None, blur_kernel=3)),
+    "shrunk, many bands of rows": ((700, 1500), dict(size=(8, 11), scale=None, blur_kernel=3)),
     "bicubic": ((90, 120), dict(size=64, interpolation="bicubic")),
-    "bicubic, shrunk beyond": ((700, 900), dict(size=(9, 8), interpolation="bicubic", scale=None, blur_kernel=3)),
+    "bicubic, many bands": ((700, 900), dict(size=(9, 8), interpolation="bicubic", scale=None, blur_kernel=3)),
     "one pixel": ((1, 1), dict(size=(5, 3), scale=None, blur_kernel=3)),
     "to one pixel": ((40, 50), dict(size=1, blur_kernel=1)),
     "another threshold": ((50, 50), dict(size=40, solarize_threshold=0.2, solarize_p=1.0)),
     "wide blur": ((150, 170), dict(size=(140, 150), blur_kernel=255, sigma=(20.0, 40.0), blur_p=1.0)),
+    "blur by boxes of radius 0 and 1": ((90, 80), dict(size=(70, 67), sigma=(1.0, 2.4), blur_p=1.0)),
     "several groups": ((120, 120), dict(size=(512, 640), blur_kernel=23)),
 }
 

@@ -4,6 +4,9 @@
 // Two semantics. `torchvision`: values in [0, 1], as its functional operations on float tensors. `pil`: whole numbers
 // from 0 to 255, as PIL's operations on uint8 images, which round or truncate after each step. Comparisons are written
 // so that a NaN stays a NaN.
+//
+// In CUDA files (USE_CUDA) some functions of a float have another form, for the instructions that a GPU has: equal but
+// for the rounding of the hue.
 #pragma once
 #include "half.h"
 
@@ -18,6 +21,59 @@ template <typename V>
 SSLFAST_INLINE V splat(float x) {
   return V{} + x;
 }
+
+#ifdef USE_CUDA
+// The smaller and the larger of two numbers; NaN where one of them is.
+SSLFAST_INLINE float smaller_of(float a, float b) {
+#ifdef __CUDA_ARCH__
+  float c;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+  return c;
+#else
+  return a < b || a != a ? a : b;
+#endif
+}
+SSLFAST_INLINE float larger_of(float a, float b) {
+#ifdef __CUDA_ARCH__
+  float c;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+  return c;
+#else
+  return a > b || a != a ? a : b;
+#endif
+}
+
+SSLFAST_INLINE float magnitude(float x) {
+#ifdef __CUDA_ARCH__
+  return fabsf(x);
+#else
+  return __builtin_fabsf(x);
+#endif
+}
+
+// x held to 0 … 1, NaN as 0.
+SSLFAST_INLINE float saturate(float x) {
+#ifdef __CUDA_ARCH__
+  return __saturatef(x);
+#else
+  x = x > 0.0f ? x : 0.0f;
+  return x < 1.0f ? x : 1.0f;
+#endif
+}
+
+// 1/x to two units in the last place, for |x| from 2^-126 to 2^126.
+SSLFAST_INLINE float reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0f / x;
+#endif
+}
+
+SSLFAST_INLINE float clamp(float x, float low, float high) { return smaller_of(larger_of(x, low), high); }
+#endif
 
 template <typename V>
 SSLFAST_INLINE V clamp(V x, float low, float high) {
@@ -103,11 +159,34 @@ SSLFAST_INLINE V falloff(float n, V h) {
   return clamp(k < rest ? k : rest, 0.0f, 1.0f);
 }
 
+#ifdef USE_CUDA
+// hue_turned below, in torchvision's semantics: one reciprocal; as distances from the hue at which a channel is least
+// (red cyan's, 3) or largest, its falloff is 2 − |h − 3|, |h − 2| − 1 (green) or |h − 4| − 1 (blue), held to 0 … 1.
+SSLFAST_INLINE Rgb<float> hue_turned_on_gpu(const Rgb<float>& p, float f) {
+  const float top = larger_of(larger_of(p.r, p.g), p.b), low = smaller_of(smaller_of(p.r, p.g), p.b);
+  const float range = top - low;
+  const bool red = p.r == top, green = p.g == top;
+  const float first = red ? p.g : (green ? p.b : p.r), second = red ? p.b : (green ? p.r : p.g);
+  // Of a range that small the hue has no influence.
+  float h = (first - second) * reciprocal(range < 1e-30f ? 1.0f : range) + (red ? 0.0f : (green ? 2.0f : 4.0f));
+  h += 6 * f;  // −4 … 8
+  h = h < 0.0f ? h + 6.0f : h;
+  h = h >= 6.0f ? h - 6.0f : h;
+  const auto distance = [&](float from) { return magnitude(h - from); };
+  const auto channel = [&](float falloff) { return falloff <= 0.0f ? top : clamp(top - range * falloff, 0.0f, 1.0f); };
+  return {channel(saturate(2.0f - distance(3.0f))), channel(saturate(distance(2.0f) - 1.0f)),
+          channel(saturate(distance(4.0f) - 1.0f))};
+}
+#endif
+
 // The hue turned by `f` of a full turn, which is held to −1/2 … 1/2.
 template <bool kPil, typename V>
 SSLFAST_INLINE Rgb<V> hue_turned(const Rgb<V>& p, float f) {
   f = f > -0.5f ? f : -0.5f;
   f = f < 0.5f ? f : 0.5f;
+#ifdef USE_CUDA
+  if constexpr (!kPil) return hue_turned_on_gpu(p, f);
+#endif
   const V zero = splat<V>(0.0f), six = splat<V>(6.0f);
   V top = p.r > p.g ? p.r : p.g, low = p.r < p.g ? p.r : p.g;
   top = top > p.b ? top : p.b;

@@ -1,7 +1,7 @@
 // Patches of images as rows of numbers on the GPU, and back. Gather: a group of lanes a row, straight from the pixels
 // of the kept patches, four numbers a thread. Scatter: a group of lanes a line of the image, every pixel written once,
-// zeros where no patch lies, NaN where more than one does. Memory traffic is the bound; so that index arithmetic stays below it, divisions are by
-// multiplication, and from one number to the next a place is counted on.
+// zeros where no patch lies, NaN where more than one does. Memory traffic is the bound; so that index arithmetic stays
+// below it, divisions are by multiplication, and from one number to the next a place is counted on.
 #include <type_traits>
 
 #include "../gather_patches.h"

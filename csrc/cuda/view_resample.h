@@ -1,8 +1,6 @@
 // The first pass over a view: crop, antialiased resize, flip, and the colours up to contrast, which needs the mean of
 // the whole grey image. What needs neither that mean nor a blur is finished here.
 #pragma once
-#include <type_traits>
-
 #include "view_sample.h"
 
 namespace sslfast {
@@ -11,22 +9,13 @@ namespace {
 constexpr int kResampleThreads = 256;
 constexpr int kResampleWarps = kResampleThreads / kWarp;
 constexpr int kRowsPerThread = kTile / kResampleWarps;
-constexpr int kBand = 48;      // rows of the crop held at once, which a tile needs up to a scale of about 1.3
-constexpr int kMostTaps = 64;  // a filter of more pixels is weighed anew for every product
+constexpr int kBand = 48;  // rows of the crop held at once, which a tile needs up to a scale of about 1.3
+constexpr int kHeld = 4;   // taps of a filter whose weights stay in registers
 
-// What is summed: floats, or in PIL's semantics bytes times weights in fixed point, columns first, with a byte between.
-template <bool kPil>
-using Sum = std::conditional_t<kPil, int, float>;
+// How the pixels of a row lie: planes, all channels of a pixel side by side, or in any other way.
+enum Layout : int { kPlanar, kInterleaved, kStrided };
 
-// The filters of a tile's pixels along one axis.
-struct Filters {
-  double sum[kTile];               // of the weights
-  int first[kTile], count[kTile];  // beyond the view's edge: none
-};
-static_assert((3 * kBand + 2 * kMostTaps) * kTile * sizeof(float) + 2 * sizeof(Filters) + 1024 <= kSharedBytes);
-static_assert(kTile <= kBand);
-
-// On the scale of the semantics but for the bytes of torchvision's, which are divided by 255 once they are resampled.
+// On the scale of the semantics but for the bytes of torchvision's, which the filters down divide by 255.
 template <bool kPil>
 __device__ float pixel_value(uint8_t x) {
   return static_cast<float>(x);
@@ -36,151 +25,185 @@ __device__ float pixel_value(T x) {
   return kPil ? byte_of_unit(widen(x)) : widen(x);
 }
 
-template <bool kPil>
-__device__ Sum<kPil> weight_of(const Resampling& r, int i, int pixel, double sum) {
-  const double weight = tap_weight(r, i, pixel) / sum;
-  if constexpr (kPil) {
-    return fixed_weight(weight);
-  } else {
-    return static_cast<float>(weight);
-  }
-}
-
 __device__ inline int rounded(int sum) { return fixed_to_byte(sum); }
 __device__ inline float rounded(float sum) { return sum; }
 
-// By one warp, a pixel a lane; weight [taps, kTile], where they are kept.
+// One column of a tile, and its filter across.
+template <bool kPil, int kChannels, typename T, int kLayout>
+struct Across {
+  using S = Sum<kPil>;
+  static constexpr int kStep = kLayout == kPlanar ? 1 : (kLayout == kInterleaved ? kChannels : 0);
+
+  Place taps;
+  const S* weights;  // `apart` from each other
+  int64_t apart, column, channel;
+  S held[kHeld];
+  bool wide;  // some lane of the warp has a third tap
+
+  __device__ Across(const Sample& s, int x, int width)
+      : taps{x < width ? s.across_places[x] : Place{}},
+        weights(reinterpret_cast<const S*>(s.across_weights) + x),
+        apart(width),
+        column(kStep > 0 ? kStep : s.column),
+        channel(kLayout == kInterleaved ? 1 : s.channel) {
+#pragma unroll
+    for (int t = 0; t < kHeld; ++t) held[t] = t < taps.count ? weights[t * apart] : S(0);
+    wide = __ballot_sync(0xffffffffu, taps.count > 2) != 0;
+  }
+
+  // `in`: the pixel under the first tap; `out`: the first channel, kTile further the next.
+  __device__ __forceinline__ void filter(const T* in, S* out) const {
+    const T* from[kChannels];
+    S value[kChannels];
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      value[c] = S(0);
+      from[c] = in + c * channel;
+    }
+    const auto add = [&](int t, S weight) {
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        value[c] += weight * static_cast<S>(pixel_value<kPil>(from[c][t * column]));
+      }
+    };
+    if (taps.count > 0) add(0, held[0]);
+    if (taps.count > 1) add(1, held[1]);
+    if (wide) {
+      if (taps.count > 2) add(2, held[2]);
+      if (taps.count > 3) add(3, held[3]);
+#pragma unroll 1
+      for (int t = kHeld; t < taps.count; ++t) add(t, weights[t * apart]);
+    }
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) out[c * kTile] = rounded(value[c]);
+  }
+};
+
+// The mean of a sample's grey image from the sums of its tiles, by the block that is the last of them to be done.
 template <bool kPil>
-__device__ void find_filters(const Resampling& r, int begin, bool mirrored, bool kept, Filters& f, Sum<kPil>* weight) {
-  const int lane = threadIdx.x % kWarp, place = begin + lane, i = mirrored ? r.out - 1 - place : place;
-  Taps taps{0, 0};
-  double sum = 0;
-  if (place < r.out) taps = taps_of(r, i);
-  for (int t = 0; t < taps.count; ++t) sum += tap_weight(r, i, taps.first + t);
-  for (int t = 0; kept && t < taps.count; ++t) weight[t * kTile + lane] = weight_of<kPil>(r, i, taps.first + t, sum);
-  f.sum[lane] = sum;
-  f.first[lane] = taps.first;
-  f.count[lane] = taps.count;
-}
-
-// The same in every thread and every run: a fixed order of additions.
-template <int kThreads, typename A>
-__device__ A sum_over_block(A value) {
-  __shared__ A of_warp[kThreads / kWarp];  // one sum a block, so no second barrier before it is written again
-  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;
+__device__ void find_mean(const Views& views, float grey, float* partial, int tile, Progress& progress) {
+  __shared__ bool last;
+  grey = sum_over_block<kResampleThreads>(grey);
+  if (threadIdx.x == 0) {
+    partial[tile] = grey;
+    __threadfence();
+    last = atomicAdd(&progress.tiles, 1u) + 1 == static_cast<unsigned>(views.tiles);
+  }
   __syncthreads();
-  value = of_warp[0];
-  for (int w = 1; w < kThreads / kWarp; ++w) value += of_warp[w];
-  return value;
+  if (!last) return;
+  __threadfence();
+  const volatile float* of_tile = partial;  // written by other blocks of this launch: not from a cache
+  double sum = 0;
+  for (int t = threadIdx.x; t < views.tiles; t += kResampleThreads) sum += of_tile[t];
+  const double exact = sum_over_block<kResampleThreads>(sum) / static_cast<double>(views.pixels());
+  if (threadIdx.x != 0) return;
+  progress.mean = kPil ? static_cast<float>(static_cast<int>(exact + 0.5)) : static_cast<float>(exact);
 }
 
-// A tile of sample first + blockIdx.y. The crop's rows come band by band: each is filtered across into shared memory,
+// The pixels of one column and as many neighbouring rows, finished.
+template <bool kPil, int kChannels>
+__device__ void finish_column(const Views& views, const Sample& s, int64_t n, int x, int y,
+                              const Rgb<float> (&p)[kRowsPerThread]) {
+  const int rows = x < views.width ? min(kRowsPerThread, views.height - y) : 0;
+  const int64_t pixel = static_cast<int64_t>(y) * views.width + x;
+  const bool solarize = s.solarize;
+  with_type(views, [&](auto element) {
+    const int64_t row = static_cast<int64_t>(views.width) * (views.channels_last ? kChannels : 1);
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      auto* to = place_of<decltype(element)>(views, n, c, pixel);
+#pragma unroll
+      for (int j = 0; j < kRowsPerThread; ++j) {
+        if (j < rows) narrow(finished<kPil>(views, solarize, c, channel_of(p[j], c)), to + j * row);
+      }
+    }
+  });
+}
+
+// A tile of sample first + blockIdx.z. The crop's rows come band by band: each is filtered across into shared memory,
 // then the band's share is added to the tile's pixels, which lie in registers; so a crop may be of any size.
-// `planes` [group, C, h, w] takes what is not finished here, `partial` [group, tiles] the sums of the grey values.
-template <bool kPil, int kChannels, typename T>
-__global__ void __launch_bounds__(kResampleThreads, 3)
-    resample_kernel(const Views views, const Images images, const Sample* __restrict__ samples, int64_t first,
-                    int most_kept, float* __restrict__ planes, float* __restrict__ partial) {
+// `planes` [group, tiles, C, kTile, kTile] takes what is not finished here, `partial` [group, tiles] the sums of the
+// grey values.
+template <bool kPil, int kChannels, typename T, int kLayout>
+__global__ void __launch_bounds__(kResampleThreads, 4)
+    resample_kernel(const __grid_constant__ Views views, const Sample* __restrict__ samples, int64_t first,
+                    float* __restrict__ planes, float* partial, Progress* progress) {
   using S = Sum<kPil>;
   __shared__ S band[kBand][kChannels][kTile];
-  __shared__ Filters across, down;
-  extern __shared__ float shared_weights[];  // [2, most_kept, kTile] of S, which is as large
-  const int64_t n = first + blockIdx.y;
+  const int64_t n = first + blockIdx.z;
   const Sample& s = samples[n];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int x0 = blockIdx.x % views.tiles_across * kTile, y0 = blockIdx.x / views.tiles_across * kTile;
-  const bool across_kept = most_taps(s.across) <= most_kept, down_kept = most_taps(s.down) <= most_kept;
-  S *across_weight = reinterpret_cast<S*>(shared_weights), *down_weight = across_weight + most_kept * kTile;
-  if (warp == 0) find_filters<kPil>(s.across, x0, s.flip, across_kept, across, across_weight);
-  if (warp == 1) find_filters<kPil>(s.down, y0, false, down_kept, down, down_weight);
-  __syncthreads();
-
-  const Image image = image_of<T>(images, n % views.count);
-  const T* crop = static_cast<const T*>(image.data) + s.top * image.row + s.left * image.column;
-  const int last_row = min(kTile, views.height - y0) - 1;
-  const int end = down.first[last_row] + down.count[last_row];
-  const int x = x0 + lane, pixel_across = s.flip ? views.width - 1 - x : x;
+  const int x = blockIdx.x * kTile + lane, y0 = blockIdx.y * kTile, y = y0 + warp * kRowsPerThread;
+  const Across<kPil, kChannels, T, kLayout> across(s, x, views.width);
+  const Place top = s.down_places[y0], bottom = s.down_places[min(y0 + kTile, views.height) - 1];
+  const int end = bottom.first + bottom.count, taps_down = s.taps_down;
+  const Place* down_places = s.down_places + y;
+  const S* down_weights = reinterpret_cast<const S*>(s.down_weights) + static_cast<int64_t>(y) * taps_down;
+  const T* in = static_cast<const T*>(s.crop) + (top.first + warp) * s.row +
+                static_cast<int64_t>(across.taps.first) * across.column;
   S sum[kRowsPerThread][kChannels] = {};
-  for (int begin = down.first[0]; begin < end; begin += kBand) {
+  for (int begin = top.first; begin < end; begin += kBand) {
     const int rows = min(kBand, end - begin);
-    for (int row = warp; row < rows; row += kResampleWarps) {
-      const int tap = across.first[lane];
-      const T* in = crop + (begin + row) * image.row + tap * image.column;
-      S value[kChannels] = {};
-      const auto add = [&](S weight) {
-#pragma unroll
-        for (int c = 0; c < kChannels; ++c)
-          value[c] += weight * static_cast<S>(pixel_value<kPil>(in[c * image.channel]));
-        in += image.column;
-      };
-      if (across_kept) {
-        for (int t = 0; t < across.count[lane]; ++t) add(across_weight[t * kTile + lane]);
-      } else {
+    S* out = &band[warp][0][lane];
 #pragma unroll 1
-        for (int t = 0; t < across.count[lane]; ++t)
-          add(weight_of<kPil>(s.across, pixel_across, tap + t, across.sum[lane]));
-      }
-#pragma unroll
-      for (int c = 0; c < kChannels; ++c) band[row][c][lane] = rounded(value[c]);
+    for (int row = warp; row < rows; row += kResampleWarps) {
+      across.filter(in, out);
+      in += kResampleWarps * s.row;
+      out += kResampleWarps * kChannels * kTile;
     }
     __syncthreads();
 #pragma unroll
     for (int j = 0; j < kRowsPerThread; ++j) {
-      const int y = warp * kRowsPerThread + j, tap = down.first[y];
-      const int from = max(tap, begin), to = min(tap + down.count[y], begin + rows);
-      const auto add = [&](int row, S weight) {
+      if (y + j >= views.height) break;
+      const Place taps = down_places[j];
+      const S* weights = down_weights + j * taps_down;
+      const int from = max(begin - taps.first, 0), to = min(taps.count, begin + rows - taps.first);
+      const S* column = &band[0][0][lane] + (taps.first - begin) * (kChannels * kTile);
+      const auto add = [&](int t, S weight) {
 #pragma unroll
-        for (int c = 0; c < kChannels; ++c) sum[j][c] += weight * band[row - begin][c][lane];
+        for (int c = 0; c < kChannels; ++c) sum[j][c] += weight * column[(t * kChannels + c) * kTile];
       };
-      if (down_kept) {
-        for (int row = from; row < to; ++row) add(row, down_weight[(row - tap) * kTile + y]);
+      if (from == 0 && to <= kHeld) {
+        const auto held = *reinterpret_cast<const Pack<S, 4>*>(weights);
+        if (to > 0) add(0, held.of[0]);
+        if (to > 1) add(1, held.of[1]);
+        if (to > 2) {
+          add(2, held.of[2]);
+          if (to > 3) add(3, held.of[3]);
+        }
       } else {
 #pragma unroll 1
-        for (int row = from; row < to; ++row) add(row, weight_of<kPil>(s.down, y0 + y, row, down.sum[y]));
+        for (int t = from; t < to; ++t) add(t, weights[t]);
       }
     }
     __syncthreads();
   }
 
-  // The pixels go on one by one, through the thread's own places in the band: all at once would need as much more code.
+  Rgb<float> p[kRowsPerThread];
 #pragma unroll
   for (int j = 0; j < kRowsPerThread; ++j) {
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      band[warp * kRowsPerThread + j][c][lane] = rounded(sum[j][c]);
-    }
-  }
-  float grey = 0;
-#pragma unroll 1
-  for (int j = 0; j < kRowsPerThread; ++j) {
-    const int row = warp * kRowsPerThread + j, y = y0 + row;
-    if (x >= views.width || y >= views.height) break;
-    constexpr float kScale = !kPil && sizeof(T) == 1 ? 1.0f / 255.0f : 1.0f;
-    Rgb<float> p{kScale * band[row][0][lane], kScale * band[row][kChannels / 2][lane],
-                 kScale * band[row][kChannels - 1][lane]};
-    p = jitter<kPil>(p, s, 0, s.before, 0.0f);
-    if (s.needs_mean) {
-      grey += grey_value<kPil, kChannels>(p);
-    } else if (s.grey) {
-      p.r = p.g = p.b = grey_value<kPil, kChannels>(p);
-    }
-    const float colours[3] = {p.r, p.g, p.b};
     float value[kChannels];
 #pragma unroll
-    for (int c = 0; c < kChannels; ++c) value[c] = colours[c];
-    const int64_t pixels = views.pixels(), pixel = static_cast<int64_t>(y) * views.width + x;
-    if (s.needs_mean || s.radius >= 0) {
+    for (int c = 0; c < kChannels; ++c) value[c] = static_cast<float>(rounded(sum[j][c]));
+    p[j] = {value[0], value[kChannels / 2], value[kChannels - 1]};
+  }
+  jitter<kPil>(p, s, 0, s.before, 0.0f);
+  if (s.grey && !s.needs_mean) make_grey<kPil>(p);
+  if (!s.needs_mean && s.radius < 0) return finish_column<kPil, kChannels>(views, s, n, x, y, p);
+  const int tile = blockIdx.y * gridDim.x + blockIdx.x;
+  float* to = tile_of<kChannels>(planes, views, blockIdx.z, tile) + warp * kRowsPerThread * kTile + lane;
 #pragma unroll
-      for (int c = 0; c < kChannels; ++c) planes[(blockIdx.y * kChannels + c) * pixels + pixel] = value[c];
-    } else {
-      finish_pixel<kPil>(views, s, n, pixel, value);
-    }
+  for (int j = 0; j < kRowsPerThread; ++j) {
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) to[c * kTilePixels + j * kTile] = channel_of(p[j], c);
   }
-  if (s.needs_mean) {
-    grey = sum_over_block<kResampleThreads>(grey);
-    if (threadIdx.x == 0) partial[blockIdx.y * static_cast<int64_t>(views.tiles) + blockIdx.x] = grey;
+  if (!s.needs_mean) return;
+  float grey = 0;
+#pragma unroll
+  for (int j = 0; j < kRowsPerThread; ++j) {
+    if (x < views.width && y + j < views.height) grey += grey_value<kPil, kChannels>(p[j]);
   }
+  find_mean<kPil>(views, grey, partial + blockIdx.z * static_cast<int64_t>(views.tiles), tile, progress[n]);
 }
 
 }  // namespace

@@ -1,8 +1,10 @@
-// What a view of an image, one sample, is made of, as the kernels of augment_views see it: where the image lies, what
-// its parameters say once they are read and made safe, and how its pixels are written.
+// What a view of an image, one sample, is made of, as the kernels of augment_views see it: where the crop lies and its
+// filters, what the other parameters say, what lies between the passes, and how pixels are coloured and written.
 #pragma once
 #include <cuda_runtime.h>
 #include <torch/headeronly/core/ScalarType.h>
+
+#include <type_traits>
 
 #include "../common/blur.h"
 #include "../common/pixel.h"
@@ -21,12 +23,15 @@ struct Image {
   const void* data;
   int64_t channel, row, column;  // strides in elements
   int height, width;
+  int taps_down, taps_across;  // of a filter, at most; down, a multiple of four
+  int64_t weights;             // where its filters' begin among those of all images; of a batch: how many an image has
 };
 
 // One batch, or the table of a ragged list in device memory.
 struct Images {
   Image batch;
-  int64_t step;  // elements from one image of the batch to the next
+  int64_t step;     // elements from one image of the batch to the next
+  int64_t weights;  // of the filters of one view of all images
   const Image* list;
 };
 
@@ -46,84 +51,77 @@ struct Views {
   __host__ __device__ int64_t pixels() const { return static_cast<int64_t>(height) * width; }
 };
 
+// Where a filter lies in the crop, loaded at once.
+struct alignas(8) Place : Taps {};
+
+// What lies between the passes: the tiles of a sample one after the other, kTile × kTile floats of every channel each,
+// beyond the view's edge too; so a thread has its pixels of a tile at distances that are known when it is compiled.
+constexpr int kTilePixels = kTile * kTile;
+
+template <int kChannels>
+__device__ float* tile_of(float* planes, const Views& views, int64_t sample, int tile) {
+  return planes + (sample * views.tiles + tile) * (kChannels * kTilePixels);
+}
+
+// Row y of channel c, column x, is at places.column(x, c) + places.row(y) · kTile. Rows are few and used again and
+// again, so they are looked up, as an int each.
+struct Places {
+  int tiles_across, channels;
+
+  __device__ int row(int y) const { return y / kTile * tiles_across * channels * kTile + y % kTile; }
+  __device__ int64_t column(int x, int c) const {
+    return (static_cast<int64_t>(x / kTile) * channels + c) * kTilePixels + x % kTile;
+  }
+};
+
 // One row of parameters, in the form in which the kernels use it.
 struct Sample {
-  Resampling down, across;
-  int top, left;
+  const void* crop;                          // the first pixel of it,
+  int64_t channel, row, column;              // and from there to the others, in elements
+  const Place *down_places, *across_places;  // [h] and [w]
+  // Torchvision's down weights turn bytes into numbers from 0 to 1, too.
+  const float *down_weights, *across_weights;  // [h, image.taps_down] and [image.taps_across, w], of Sum<kPil>
+  int taps_down;
   int radius;         // of the blur; −1: none
   int before, after;  // order[0 … before) precedes contrast, order[before … after) begins with it
   int order[4];
   float factor[4];  // of the operation at the same place in the order
   Box3 box;         // of PIL's blur
-  bool flip, needs_mean, grey, solarize;
+  bool needs_mean, grey, solarize;
 };
 
-template <typename T>
-__device__ Image image_of(const Images& images, int64_t b) {
-  if (images.list) return images.list[b];
-  Image image = images.batch;
-  image.data = static_cast<const T*>(image.data) + b * images.step;
-  return image;
-}
+// What becomes known of a sample on the way: how many tiles have been resampled, and the mean of the grey image.
+struct Progress {
+  unsigned tiles;
+  float mean;
+};
 
-// A whole number from a parameter, whatever it holds: NaN is `low`.
-__device__ inline int whole(float x, int low, int high) {
-  if (!(x >= static_cast<float>(low))) return low;
-  return x >= static_cast<float>(high) ? high : static_cast<int>(x);
-}
+// What is loaded or stored at once.
+template <typename T, int kCount>
+struct alignas(kCount * sizeof(T)) Pack {
+  T of[kCount];
+};
 
-// One thread a sample. Crops are cut to the image, so that no parameter makes a kernel read beyond it. `half_filters`
-// [samples, kHalfFilter] takes the weights of torchvision's blur, which every block of the sample then shares.
+// What is summed: floats, or in PIL's semantics bytes times weights in fixed point, columns first, with a byte between.
 template <bool kPil>
-__global__ void prepare_kernel(const Views views, const Images images, const float* __restrict__ params,
-                               Sample* __restrict__ samples, float* __restrict__ half_filters) {
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (n >= views.samples) return;
-  const float* row = params + n * kColumns;
-  const Image& image = images.list ? images.list[n % views.count] : images.batch;
-  Sample& s = samples[n];
-  const int top = whole(row[kTop], 0, image.height - 1), left = whole(row[kLeft], 0, image.width - 1);
-  s.top = top;
-  s.left = left;
-  s.down = resampling(whole(row[kHeight], 1, image.height - top), views.height, views.cubic);
-  s.across = resampling(whole(row[kWidth], 1, image.width - left), views.width, views.cubic);
-  s.flip = row[kFlip] != 0;
-  s.grey = views.channels == 3 && row[kGrey] != 0;
-  s.solarize = row[kSolarize] != 0;
+using Sum = std::conditional_t<kPil, int, float>;
 
-  int before = 0, after = 0;
-  bool needs_mean = false;
-  for (int k = 0; k < 4; ++k) {
-    const float wanted = row[kOrder0 + k];
-    const int operation = wanted >= 0 && wanted <= 3 ? static_cast<int>(wanted) : kNoJitter;
-    if (operation == kNoJitter || (views.channels == 1 && operation >= kJitterSaturation)) continue;
-    if (operation == kJitterContrast) {
-      if (needs_mean) continue;  // once at most: the second would need another mean
-      needs_mean = true;
-      before = after;
+// order[begin … end) on some pixels.
+template <bool kPil, int kCount>
+__device__ void jitter(Rgb<float> (&p)[kCount], const Sample& s, int begin, int end, float mean) {
+  for (int k = begin; k < end; ++k) {
+    const float factor = s.factor[k];
+    const auto all = [&](auto operation) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) p[i] = jittered<kPil>(p[i], decltype(operation)::value, factor, mean);
+    };
+    switch (s.order[k]) {
+      case kJitterBrightness: all(std::integral_constant<int, kJitterBrightness>{}); break;
+      case kJitterContrast: all(std::integral_constant<int, kJitterContrast>{}); break;
+      case kJitterSaturation: all(std::integral_constant<int, kJitterSaturation>{}); break;
+      default: all(std::integral_constant<int, kJitterHue>{});
     }
-    s.order[after] = operation;
-    s.factor[after++] = row[kBrightness + operation];
   }
-  s.before = needs_mean ? before : after;
-  s.after = after;
-  s.needs_mean = needs_mean;
-  s.radius = -1;
-  if (!(row[kSigma] > 0)) return;
-  const float sigma = fminf(row[kSigma], 1e6f);  // beyond it nothing changes, but whole numbers overflow
-  if constexpr (kPil) {
-    s.box = box_of_sigma(sigma);
-    s.radius = 3 * (s.box.radius + 1);
-  } else {
-    s.radius = gaussian_weights(sigma, views.blur_limit, half_filters + n * kHalfFilter);
-  }
-}
-
-// order[begin … end) on one pixel.
-template <bool kPil>
-__device__ Rgb<float> jitter(Rgb<float> p, const Sample& s, int begin, int end, float mean) {
-  for (int k = begin; k < end; ++k) p = jittered<kPil>(p, s.order[k], s.factor[k], mean);
-  return p;
 }
 
 // A single channel is its own grey image.
@@ -132,27 +130,50 @@ __device__ float grey_value(const Rgb<float>& p) {
   return kChannels == 1 ? p.r : grey_of<kPil>(p);
 }
 
-template <typename T, int kChannels>
-__device__ void write_pixel(const Views& views, int64_t n, int64_t pixel, const float (&value)[kChannels]) {
-  const int64_t pixels = views.pixels(), step = views.channels_last ? 1 : pixels;
-  T* out = static_cast<T*>(views.result) + n * pixels * kChannels + pixel * (views.channels_last ? kChannels : 1);
+template <bool kPil, int kCount>
+__device__ void make_grey(Rgb<float> (&p)[kCount]) {
 #pragma unroll
-  for (int c = 0; c < kChannels; ++c) narrow(value[c], out + c * step);
+  for (int i = 0; i < kCount; ++i) p[i].r = p[i].g = p[i].b = grey_of<kPil>(p[i]);
 }
 
-// The last steps, solarize and normalise, and out.
-template <bool kPil, int kChannels>
-__device__ void finish_pixel(const Views& views, const Sample& s, int64_t n, int64_t pixel, float (&value)[kChannels]) {
-#pragma unroll
-  for (int c = 0; c < kChannels; ++c) {
-    if (s.solarize) value[c] = solarized<kPil>(value[c], views.threshold);
-    value[c] = value[c] * views.scale[c] + views.shift[c];
-  }
+__device__ inline float channel_of(const Rgb<float>& p, int c) { return c == 0 ? p.r : (c == 1 ? p.g : p.b); }
+
+// In thread 0: the same in every run, a fixed order of additions.
+template <int kThreads, typename A>
+__device__ A sum_over_block(A value) {
+  __shared__ A of_warp[kThreads / kWarp];  // one sum a block, so no second barrier before it is written again
+  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  if (threadIdx.x != 0) return value;
+  value = of_warp[0];
+  for (int w = 1; w < kThreads / kWarp; ++w) value += of_warp[w];
+  return value;
+}
+
+// The last steps, solarize and normalise.
+template <bool kPil>
+__device__ float finished(const Views& views, bool solarize, int c, float value) {
+  if (solarize) value = solarized<kPil>(value, views.threshold);
+  return value * views.scale[c] + views.shift[c];
+}
+
+// Calls write(T{}) with the type of the result.
+template <typename F>
+__device__ void with_type(const Views& views, F write) {
   switch (views.dtype) {
-    case torch::headeronly::ScalarType::BFloat16: return write_pixel<bf16>(views, n, pixel, value);
-    case torch::headeronly::ScalarType::Half: return write_pixel<fp16>(views, n, pixel, value);
-    default: return write_pixel<float>(views, n, pixel, value);
+    case torch::headeronly::ScalarType::BFloat16: return write(bf16{});
+    case torch::headeronly::ScalarType::Half: return write(fp16{});
+    default: return write(float{});
   }
+}
+
+// Where channel c of a pixel of sample n is written.
+template <typename T>
+__device__ T* place_of(const Views& views, int64_t n, int c, int64_t pixel) {
+  const int64_t pixels = views.pixels();
+  T* view = static_cast<T*>(views.result) + n * pixels * views.channels;
+  return view + (views.channels_last ? pixel * views.channels + c : c * pixels + pixel);
 }
 
 }  // namespace

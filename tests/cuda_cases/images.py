@@ -140,10 +140,11 @@ VIEWS: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
     "ragged": ((30, 41), dict(size=(33, 40))),
     "enlarged": ((9, 7), dict(size=(40, 33), scale=None, blur_kernel=3)),
     "shrunk": ((150, 130), dict(size=(16, 10), scale=None)),
-    "shrunk beyond the filters that are kept": ((350, 90), dict(size=(4, 5), scale=None, blur_kernel=3)),
+    "shrunk, many bands of rows": ((350, 90), dict(size=(4, 5), scale=None, blur_kernel=3)),
     "bicubic": ((45, 60), dict(size=35, interpolation="bicubic")),
     "one pixel": ((1, 1), dict(size=(5, 3), scale=None, blur_kernel=3)),
     "to one pixel": ((20, 25), dict(size=1, blur_kernel=1)),
+    "two strips": ((12, 50), dict(size=(18, 270), sigma=(0.5, 2.4), blur_p=1.0)),
     "wide blur": ((30, 30), dict(size=(40, 41), blur_kernel=79, sigma=(5.0, 9.0), blur_p=1.0)),
 }
 
