@@ -1,6 +1,6 @@
 // Random masks on the GPU: one thread a unit, whose rank is the number of units of a smaller (key, number). The keys
-// are those of common/masks.h. Ranks by counting are units² comparisons an image, from shared memory: for the up to a
-// few thousand units that models have that is less than the passes of a sort.
+// are those of common/masks.h. Ranks by counting are units² comparisons an image, at four instructions each, from
+// shared memory: for the up to a few thousand units that models have that is less than the passes of a sort.
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -26,25 +26,45 @@ struct RankTask {
   int64_t *keep, *masked, *restore;
 };
 
+struct alignas(16) FourKeys {
+  uint32_t key[4];
+};
+
+// Where there is no unit, the largest key: no key is larger.
 __device__ void load_tile(const RankTask& task, const Stream& stream, const float* noise, int32_t start,
-                          uint32_t* keys) {
-  if (noise) {
-    for (int32_t i = threadIdx.x; i < kTile && start + i < task.units; i += kRankThreads) {
-      keys[i] = noise_key(noise[start + i]);
-    }
-  } else if (start + 4 * static_cast<int32_t>(threadIdx.x) < task.units) {
-    const Philox4 block = draw(stream, static_cast<uint32_t>(start / 4) + threadIdx.x);
+                          FourKeys* keys) {
+  const int32_t first = start + 4 * static_cast<int32_t>(threadIdx.x);
+  FourKeys four;
+  Philox4 block{};
+  if (!noise && first < task.units) block = draw(stream, static_cast<uint32_t>(first / 4));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) keys[4 * threadIdx.x + i] = block.word[i];
+  for (int i = 0; i < 4; ++i) {
+    four.key[i] = ~0u;
+    if (first + i < task.units) four.key[i] = noise ? noise_key(noise[first + i]) : block.word[i];
   }
+  keys[threadIdx.x] = four;
+}
+
+// How many of the keys [begin, end), both multiples of four, come before one: `before(key, number)`.
+template <typename F>
+__device__ int32_t count_before(const FourKeys* keys, int32_t begin, int32_t end, F before) {
+  int32_t count = 0;
+#pragma unroll 4
+  for (int32_t i = begin; i < end; i += 4) {
+    const FourKeys four = keys[i / 4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) count += before(four.key[j], i + j);
+  }
+  return count;
 }
 
 // Blocks: (image, kRankThreads of its units).
 __global__ void __launch_bounds__(kRankThreads) rank_kernel(const __grid_constant__ RankTask task) {
-  __shared__ uint32_t keys[kTile];
+  __shared__ FourKeys keys[kTile / 4];
   const int64_t b = blockIdx.x;
   const auto unit = static_cast<int32_t>(blockIdx.y * kRankThreads + threadIdx.x);
   const bool exists = unit < task.units;
+  const auto lane = static_cast<int32_t>(threadIdx.x % kWarp);
   Stream stream = task.stream;
   stream.sample = static_cast<uint64_t>(task.samples[b]);
   const float* noise = task.noise ? task.noise + b * task.units : nullptr;
@@ -55,8 +75,14 @@ __global__ void __launch_bounds__(kRankThreads) rank_kernel(const __grid_constan
     __syncthreads();
     load_tile(task, stream, noise, start, keys);
     __syncthreads();
-    const int32_t end = task.units - start < kTile ? task.units - start : kTile;
-    for (int32_t i = 0; i < end; ++i) rank += keys[i] < key || (keys[i] == key && start + i < unit);
+    // Of equal keys the smaller number is first: that is known but for the warp's own units.
+    const int32_t end = min(kTile, (task.units - start + 3) / 4 * 4), own = unit - lane - start;
+    const int32_t begin_own = min(max(own, 0), end), end_own = min(max(own + kWarp, 0), end);
+    rank += count_before(keys, 0, begin_own, [key](uint32_t other, int32_t) { return other <= key; });
+    rank += count_before(keys, begin_own, end_own, [key, unit, start](uint32_t other, int32_t i) {
+      return other < key || (other == key && start + i < unit);
+    });
+    rank += count_before(keys, end_own, end, [key](uint32_t other, int32_t) { return other < key; });
   }
   if (!exists) return;
   for (int32_t i = 0; i < task.inside; ++i) {
