@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fake_cuda_cases import CONTRASTIVE, DECORRELATION, MASKED, WAITS, Case, Inputs
+from fake_cuda import WAITS
+from fake_cuda.inputs import Case, Inputs
+from fake_cuda.losses import CONTRASTIVE, DECORRELATION, MASKED
 
 DOCS = Path(__file__).parent.parent / "docs"
 LOSSES = {**CONTRASTIVE, **DECORRELATION, **MASKED}
