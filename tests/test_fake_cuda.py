@@ -40,6 +40,7 @@ WITHOUT = {
     "patch": "classes and functions",
     "unpatch": "a name",
     "use_backend": "a name",
+    "use_gradient_form": "a name",
     "augment.ViewSpec": "numbers",
     "augment.recipe": "a name",
     "pretext.permutation_set": "made on the CPU, as documented",
