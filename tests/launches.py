@@ -78,8 +78,9 @@ def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime import interpreter
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", _count_instead)
-    for module in pkgutil.iter_modules(sslfast.kernels.__path__):
-        kernels = importlib.import_module(f"sslfast.kernels.{module.name}")
+    names = [module.name for module in pkgutil.iter_modules(sslfast.kernels.__path__)]
+    # All before the first is changed: one imported later would keep what it imports from it.
+    for kernels in [importlib.import_module(f"sslfast.kernels.{name}") for name in names]:
         for name, value in (("architecture", 90), ("upcast", False)):
             if hasattr(kernels, name):
                 monkeypatch.setattr(kernels, name, lambda _, value=value: value)
