@@ -64,7 +64,9 @@ def triton(context: Context) -> list[Step]:
 
 
 def losses(context: Context, chosen: Sequence[Loss]) -> list[Step]:
-    """Every loss in every dtype; in float32 alone in a rehearsal, which is about the calls."""
+    """Every loss in every dtype; in a rehearsal, which is about the calls, in float32 and one form."""
+    if context.rehearse:
+        chosen = [loss for loss in chosen if not loss.form or loss.name == "clip, banded"]
     return [
         Step(f"loss {loss.name}, {name(dtype)}", functools.partial(small, context, loss, dtype), 90.0)
         for loss, dtype in itertools.product(chosen, DTYPES[: 1 if context.rehearse else None])
@@ -188,7 +190,8 @@ def one_shape(context: Context, loss: Loss, problem: Problem, dtype: torch.dtype
     leaves, given = inputs(problem, context.device, dtype, dtype)
 
     def call() -> list[Tensor]:
-        return results(problem.function, leaves, given)
+        with sslfast.use_gradient_form(loss.form) if loss.form else contextlib.nullcontext():
+            return results(problem.function, leaves, given)
 
     with filled_memory():
         poisoned = call()

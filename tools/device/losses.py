@@ -35,6 +35,7 @@ class Loss(NamedTuple):
     make: Callable[[int, int], Problem]
     triton: bool = True
     waits: str = ""
+    form: str = ""  # of the gradient, forced
 
 
 def rows(*shape: int, seed: int = 0) -> Tensor:
@@ -308,7 +309,14 @@ MASKED = [
     Loss("l2_normalize", ("l2_normalize",), lambda n, d: Problem(sslfast.l2_normalize, (rows(n, d),)), triton=False),
 ]
 
-LOSSES: Sequence[Loss] = [*CONTRASTIVE, *MOMENTS, *MASKED]
+# Each form of the gradient at every width: the cost model takes one of them for a width and dtype.
+WITH_FORMS = ("nt_xent", "clip", "sig_lip", "moco", "similarity_terms")
+FORMS = [
+    loss._replace(name=f"{loss.name}, {form}", form=form)
+    for loss in CONTRASTIVE if loss.name in WITH_FORMS for form in ("streamed", "banded")
+]  # fmt: skip
+
+LOSSES: Sequence[Loss] = [*CONTRASTIVE, *FORMS, *MOMENTS, *MASKED]
 # Modules without a state: nothing but their function's arguments, kept.
 THIN = (
     *("BarlowTwinsLoss", "ClipLoss", "DCLLoss", "DCLWLoss", "FroSSLLoss", "HypersphereLoss", "InfoNCELoss", "MMCRLoss"),

@@ -21,10 +21,12 @@ import sslfast
 from benchmarks import harness, machine
 from benchmarks.equality import AGREEMENT, disagreement
 
+from . import watch
 from .steps import Context, NotRun, Step
 
-Row = tuple[int, ...]  # block_m, block_n, block_k, num_warps, num_stages[, block_d]
+Row = tuple[int, ...]  # block_m, block_n, block_k, num_warps, num_stages[, block_d[, resident]]
 ROUNDS = 9
+REHEARSED = {"N": 40, "K": 72, "D": 160}  # at most
 FEW = 1024  # rows, and keys, of a call that is only to compile
 
 
@@ -49,7 +51,8 @@ SWEEP: list[Sweep] = [
         "nt_xent backward, D ≤ 128",
         "_nt_xent_configs", "BACKWARD", (2, False), "nt_xent", {"N": 32768, "D": 128}, "backward",
         [(64, 64, 128, 4, 2, 128), (64, 128, 128, 4, 2, 128), (128, 64, 128, 4, 2, 128), (128, 64, 128, 8, 3, 128),
-         (64, 64, 128, 4, 3, 128), (128, 128, 128, 8, 2, 128), (64, 32, 128, 4, 2, 128)],
+         (64, 64, 128, 4, 3, 128), (128, 128, 128, 8, 2, 128), (64, 32, 128, 4, 2, 128), (128, 64, 128, 8, 2, 128)],
+        form="streamed",
     ),
     Sweep(
         "nt_xent forward, D ≤ 128",
@@ -74,6 +77,14 @@ SWEEP: list[Sweep] = [
         "similarity gradients, D ≤ 128",
         "_similarity_lse_configs", "OWNER", (2, False), "moco", {"N": 4096, "K": 65536, "D": 128}, "both",
         [(64, 64, 128, 4, 2, 128), (128, 64, 128, 8, 3, 128), (64, 128, 128, 4, 2, 128), (128, 128, 128, 8, 2, 128)],
+        form="streamed",
+    ),
+    Sweep(
+        "weights of a band, D > 128",
+        "_similarity_lse_configs", "WEIGHTS", (2, True), "clip", {"N": 32768, "D": 512}, "backward",
+        [(128, 256, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 64, 4, 4),
+         (128, 256, 32, 8, 4)],
+        form="banded",
     ),
     Sweep(
         "similarity gradients, float32, D > 32, streamed",
@@ -86,7 +97,9 @@ SWEEP: list[Sweep] = [
 
 def text(config: Any) -> str:
     sizes = [config.block_m, config.block_n, config.block_k, *([config.block_d] if config.block_d else [])]
-    return f"{'×'.join(map(str, sizes))}, {config.num_warps} warps, {config.num_stages} stages"
+    resident = getattr(config, "resident", 1)
+    more = f", {resident} programs a multiprocessor" if resident > 1 else ""
+    return f"{'×'.join(map(str, sizes))}, {config.num_warps} warps, {config.num_stages} stages{more}"
 
 
 def warm(context: Context) -> list[Step]:
@@ -169,18 +182,20 @@ def _table(context: Context, sweep: Sweep) -> Iterator[tuple[dict[Any, Any], Any
     if at not in table:
         raise NotRun(f"{sweep.module}.{sweep.table} has no row {at}")
     own = table[at]
-    try:
-        yield table, at, own
-    finally:
-        table[at] = own
+    with watch.triton_on_cpu() if context.rehearse else contextlib.nullcontext():
+        try:
+            yield table, at, own
+        finally:
+            table[at] = own
 
 
 def _call(context: Context, sweep: Sweep) -> Callable[[], harness.Work]:
     """Makes the work that is timed: anew for each configuration, for the forward's tiles are the backward's too."""
     bench = harness.discover()[sweep.op]
-    shape = {**sweep.shape, **(bench.TINY if context.rehearse else {})}
-    dtype = "float32" if context.rehearse else sweep.dtype
-    case = harness.Case(sweep.op, shape, dtype, sweep.mode, context.device)
+    shape = (
+        {name: min(size, REHEARSED[name]) for name, size in sweep.shape.items()} if context.rehearse else sweep.shape
+    )
+    case = harness.Case(sweep.op, shape, sweep.dtype, sweep.mode, context.device)
     forced = sweep.form and hasattr(sslfast, "use_gradient_form")
     return lambda: bench.setup(case, f"sslfast-{sweep.form}" if forced else "sslfast")
 
