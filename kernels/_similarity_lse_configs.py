@@ -23,7 +23,7 @@ FORWARD = {
     (86, 4, False): Config(64, 64, 32, 4, 2),
     (86, 4, True): Config(64, 32, 32, 4, 3),
     (90, 2, False): Config(128, 64, 128, 8, 2),
-    (90, 2, True): Config(128, 128, 32, 8, 4),
+    (90, 2, True): Config(128, 64, 64, 8, 3),
     (90, 4, False): Config(64, 64, 32, 4, 2),
     (90, 4, True): Config(64, 64, 32, 4, 3),
     (100, 2, False): Config(128, 64, 128, 8, 2),
