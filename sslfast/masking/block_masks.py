@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -250,6 +251,11 @@ def ibot_masks(
 @constant_to_the_compiler
 def _bins(ratios: tuple[float, float], bins: int, patches: int) -> tuple[list[float], list[int]]:
     """Bounds of the bins of ratios, in float32 as upstream has them, and int(patches · bound) of each."""
+    return _bins_once(ratios, bins, patches)
+
+
+@functools.cache
+def _bins_once(ratios: tuple[float, float], bins: int, patches: int) -> tuple[list[float], list[int]]:
     with on_the_host():
         bounds = torch.linspace(*ratios, bins + 1, dtype=torch.float32)
         return bounds.tolist(), (patches * bounds).to(torch.int64).tolist()
