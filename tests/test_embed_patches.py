@@ -206,7 +206,8 @@ def test_reference_serves_and_empty_batch() -> None:
     arguments = {"patch_size": (7, 5), "position": parameters[2]}
     found = embed_patches(images, ids, *parameters[:2], **arguments)
     with sslfast.use_backend("reference"):
-        torch.testing.assert_close(embed_patches(images, ids, *parameters[:2], **arguments), found)
+        plain = embed_patches(images, ids, *parameters[:2], **arguments)
+    torch.testing.assert_close(plain, found, rtol=0, atol=2e-6 * found.abs().max().item())
     weight = parameters[0].requires_grad_()
     empty = embed_patches(images[:0], ids[:0], weight, parameters[1], **arguments)
     assert empty.shape == (0, 11, 47)
