@@ -23,7 +23,7 @@ NAME = "SSLFAST_CHECK_IDS"
 class OnGpu(Tensor):
     """A tensor whose values can be had, and which says that it is on a GPU."""
 
-    is_cuda, is_cpu = True, False  # type: ignore[assignment]
+    is_cuda, is_cpu = True, False
 
 
 def on_gpu(values: list[list[int]]) -> Tensor:
