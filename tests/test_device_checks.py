@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,6 +76,14 @@ def test_a_replay_that_does_not_follow_its_inputs_is_seen(monkeypatch: pytest.Mo
     assert watch.graph_differs(REHEARSAL, lambda: [2 * x], [x]) is None
     monkeypatch.setattr(watch, "capture", lambda context, call: (call(), lambda: None))
     assert watch.graph_differs(REHEARSAL, lambda: [2 * x], [x]) is not None
+
+
+def test_kernels_that_spill_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Triton keeps them: for each device the compiled kernels by their signature, and other things."""
+    compiled = {"a": SimpleNamespace(name="forward", n_spills=0), "b": SimpleNamespace(name="backward", n_spills=8)}
+    module = SimpleNamespace(kernel=SimpleNamespace(device_caches={0: (compiled, {}, "target")}), number=1)
+    monkeypatch.setitem(sys.modules, "sslfast.kernels.some", module)
+    assert watch.spilled() == ["backward spills 8 registers"]
 
 
 def test_a_loss_that_waits_by_promise_is_not_captured() -> None:

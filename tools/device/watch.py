@@ -7,10 +7,8 @@ result the host needs.
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import os
-import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -178,21 +176,17 @@ def is_emulated() -> bool:
 
 
 def spilled() -> list[str]:
-    """Kernels of sslfast compiled in this process whose registers did not suffice, with bytes of stack."""
+    """Kernels of sslfast compiled in this process whose registers did not suffice, with how many were spilled."""
     found = []
-    with contextlib.suppress(Exception):
-        import sslfast.kernels
-        from triton.runtime.jit import JITFunction
-
-        for module in pkgutil.iter_modules(sslfast.kernels.__path__):
-            for kernel in vars(importlib.import_module(f"sslfast.kernels.{module.name}")).values():
-                for compiled in _compiled(kernel) if isinstance(kernel, JITFunction) else ():
-                    if getattr(compiled, "n_spills", 0):
-                        found.append(f"{compiled.name} spills {compiled.n_spills} registers")
-    gc.collect()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("sslfast.kernels."):
+            with contextlib.suppress(Exception):  # Triton's own caches, which are not for others to read
+                for kernel in vars(module).values():
+                    found += [f"{k.name} spills {k.n_spills} registers" for k in _compiled(kernel) if k.n_spills]
     return sorted(set(found))
 
 
 def _compiled(kernel: Any) -> Iterator[Any]:
-    for caches in kernel.device_caches.values():
+    """Of a function under ``triton.jit``, what has been compiled; the interpreter compiles nothing."""
+    for caches in getattr(kernel, "device_caches", {}).values():
         yield from caches[0].values()
