@@ -6,7 +6,6 @@ With pytest-xdist (``-n``) tests run in several processes; what is counted here 
 from __future__ import annotations
 
 import collections
-import contextlib
 import importlib
 import importlib.util
 import os
@@ -62,6 +61,8 @@ def _choose_and_record(op: str, preferred: str, why_not: Callable[[str], str | N
     backend = _choose(op, preferred, why_not)
     if not torch.compiler.is_compiling():  # the tracer must not see the counter
         _ran[op, backend] += 1
+        if backend == "triton" and not HAS_GPU:
+            interpreter.fresh_memory_is_nan(True)  # until the end of the test
     return backend
 
 
@@ -133,13 +134,11 @@ def seeded() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def strict(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Each test has its own orders of the programs of a launch; tests of Triton kernels find NaN in fresh memory."""
+def launches(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each test has its own orders of the programs of a launch."""
     interpreter.seed(request.node.nodeid)
-    with contextlib.ExitStack() as stack:
-        if not HAS_GPU and request.path.stem.endswith("_triton"):
-            stack.enter_context(interpreter.fresh_memory_is_nan())
-        yield
+    yield
+    interpreter.fresh_memory_is_nan(False)
 
 
 def is_full_run(config: pytest.Config) -> bool:

@@ -2,14 +2,13 @@
 
 It runs the programs of a launch one after the other, on a GPU they run at the same time. Here they run in random order,
 and every address is recorded: a launch raises :class:`Race` where its result could depend on the order of its programs,
-or of the threads of one. Products are exact.
+or of the threads of one. Products are exact. Memory that nobody has written holds NaN.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from random import Random
 from typing import Any
 
@@ -174,12 +173,7 @@ def _multiply_exactly(interpreter: Any) -> None:
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
-@contextmanager
-def fresh_memory_is_nan() -> Iterator[None]:
-    """``torch.empty`` and its kin give NaN, or the largest integer, as they do beside deterministic algorithms."""
-    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warns)
+def fresh_memory_is_nan(yes: bool) -> None:
+    """Whether ``torch.empty`` and its kin give NaN, or the largest integer: they do beside deterministic algorithms."""
+    if yes != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(yes, warn_only=True)
