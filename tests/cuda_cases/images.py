@@ -21,6 +21,7 @@ from .case import FLOATS, Case, Function, case, given, name_of, some_ids
 IMAGES = {
     "four side by side": ((2, 3, 16, 24), (8, 8)),
     "odd": ((2, 1, 6, 10), (3, 5)),
+    "channels that end within four": ((2, 4, 6, 9), (3, 3)),
     "one pixel": ((1, 1, 1, 1), (1, 1)),
     "film": ((1, 3, 4, 8, 12), (2, 4, 4)),
     "many channels": ((1, 70, 4, 4), (4, 2)),
