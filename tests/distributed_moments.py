@@ -296,8 +296,8 @@ def ranks_that_disagree_on_moments_all_raise(rank: int, world: int) -> None:
 
 
 def places(x: Tensor, y: Tensor) -> Tensor:
-    """Local features [n, 2, 2, D] of each row's own."""
-    return torch.stack([x, 0.5 * y + x, x.flip(1), y - 0.3 * x], 1).unflatten(1, (2, 2))
+    """Local features [n, 2, 2, D] of each row's own; no two pairs of places are equally far from each other."""
+    return torch.stack([x, 0.5 * y + x, 1.1 * x.flip(1), y - 0.3 * x], 1).unflatten(1, (2, 2))
 
 
 def of_crops(x: Tensor, y: Tensor, s: Tensor, **how: bool) -> Tensor:
