@@ -6,6 +6,8 @@ With pytest-xdist (``-n``) tests run in several processes; what is counted here 
 from __future__ import annotations
 
 import collections
+import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -35,6 +37,7 @@ if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import interpreter  # noqa: E402  (after the variables above)
+import sslfast  # noqa: E402
 from sslfast import _backends, ops  # noqa: E402
 
 TESTS = Path(__file__).parent
@@ -54,16 +57,21 @@ PAIRS = {
 }
 
 _ran: collections.Counter[tuple[str, str]] = collections.Counter()
-_choose = _backends.select
+_choose, _use = _backends.select, sslfast.use_backend
 
 
 def _choose_and_record(op: str, preferred: str, why_not: Callable[[str], str | None]) -> str:
     backend = _choose(op, preferred, why_not)
     if not torch.compiler.is_compiling():  # the tracer must not see the counter
         _ran[op, backend] += 1
-        if backend == "triton" and not HAS_GPU:
-            interpreter.fresh_memory_is_nan(True)  # until the end of the test
     return backend
+
+
+@functools.wraps(_use)
+def _use_and_fill(name: str | None) -> contextlib.AbstractContextManager[None]:
+    if name == "triton" and not HAS_GPU:  # for the rest of the test: a graph that was compiled beside it needs it too
+        interpreter.fresh_memory_is_nan(True)
+    return _use(name)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -109,7 +117,7 @@ def shared_by(test: str) -> str | None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    _backends.select = _choose_and_record
+    _backends.select, sslfast.use_backend = _choose_and_record, _use_and_fill
     if CAN_RUN["triton"] and not HAS_GPU:
         interpreter.install()
     processes = getattr(config.option, "numprocesses", None)

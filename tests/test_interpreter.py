@@ -116,7 +116,7 @@ def test_atomics_of_two_programs() -> None:
         add_kernel[(2,)](torch.zeros(1))
 
 
-def test_fresh_memory_is_nan_once_triton_was_chosen() -> None:
+def test_fresh_memory_is_nan_where_triton_is_used() -> None:
     z = torch.randn(4, 8)
     assert not torch.are_deterministic_algorithms_enabled()
     with sslfast.use_backend("triton"):
