@@ -39,9 +39,9 @@ FORWARD = {
 # the attended mean, and similarity_logsigmoid.
 OWNER = {
     (80, 2, False): Config(64, 64, 128, 8, 2, 128),
-    (80, 2, True): Config(64, 64, 64, 8, 3, 256),
+    (80, 2, True): Config(64, 64, 64, 8, 2, 256),
     (80, 4, False): Config(64, 32, 32, 4, 3, 32),
-    (80, 4, True): Config(64, 32, 32, 8, 2, 128),
+    (80, 4, True): Config(64, 16, 32, 8, 2, 128),
     (86, 2, False): Config(64, 64, 128, 8, 2, 128),
     (86, 2, True): Config(64, 64, 64, 8, 2, 256),
     (86, 4, False): Config(64, 32, 32, 4, 2, 32),
