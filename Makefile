@@ -13,7 +13,7 @@ PEERS := .venv/.peers
 DOCS  := .venv/.docs
 OTHER_TRITONS := build/triton-3.6.0
 BUILT := build/.editable
-CPP   := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+CPP   := $(wildcard csrc/*.h $(foreach folder,csrc/* csrc/cpu/engine,$(addprefix $(folder)/,*.h *.cpp *.cu)))
 EMULATOR := $(wildcard $(addprefix tests/cuda_emulator/,*.h *.cpp *.cu include/*.h))
 
 .PHONY: help demo test triton-versions lint docs serve-docs sanitize sanitize-cuda bench readme gpu clean

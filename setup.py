@@ -48,11 +48,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 
 
-# Without a kernel that is compiled once a level.
-ONE_LEVEL = ("levels", "view_params", "random_mask", "block_mask", "multiblock_mask", "partition_mask", "masked_rows")
 # The same bits on every machine, so no product and sum may become one operation.
 EXACT = ["-ffp-contract=off"]
-SOURCE_FLAGS = {"view_params": EXACT, "block_mask": EXACT, "multiblock_mask": EXACT}
 
 
 def switched_on(name: str) -> bool:
@@ -153,14 +150,29 @@ def sources(pattern: str) -> list[str]:
     return sorted(Path(p).relative_to(ROOT).as_posix() for p in glob.glob(str(ROOT / pattern)))
 
 
+def wishes(source: str) -> set[str]:
+    """What the first line of a source asks of the build: ``// build: one level, exact``."""
+    with open(ROOT / source, encoding="utf-8") as file:
+        first = file.readline().strip()
+    wanted = set(first.removeprefix("// build: ").split(", ")) if first.startswith("// build: ") else set()
+    if unknown := wanted - {"one level", "exact"}:
+        raise SystemExit(f"sslfast: {source}: unknown in its line of the build: {', '.join(sorted(unknown))}")
+    return wanted
+
+
 def plan_cpu(plan: Plan, torch_flags: list[str], link_flags: list[str], flags: list[str]) -> None:
-    """Every csrc/cpu/<op>.cpp once per instruction-set level; see csrc/cpu/levels.h."""
+    """Every source in csrc/cpu once per instruction-set level; see csrc/cpu/engine/levels.h.
+
+    A first line ``// build: one level`` says that a file has no kernel to compile for each level, ``exact`` that no
+    product and sum may become one operation.
+    """
     objects = []
-    for source in sources("csrc/cpu/*.cpp"):
+    for source in [*sources("csrc/cpu/*.cpp"), *sources("csrc/cpu/engine/*.cpp")]:
+        wanted = wishes(source)
         for level, extra in LEVELS.items():
-            if level == "baseline" or Path(source).stem not in ONE_LEVEL:
+            if level == "baseline" or "one level" not in wanted:
                 level_flags = [*flags, *torch_flags, f"-DSSLFAST_CPU_LEVEL={level}", *extra]
-                level_flags += SOURCE_FLAGS.get(Path(source).stem, [])
+                level_flags += EXACT if "exact" in wanted else []
                 objects.append(plan.compile("cxx", source, f"{level}/{Path(source).stem}", level_flags))
     plan.link("_C", objects, link_flags)
 

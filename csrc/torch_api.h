@@ -16,7 +16,7 @@
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/macros.h>
 #else
-#include "cpu/levels.h"
+#include "common/parallel.h"
 #endif
 
 namespace sslfast {

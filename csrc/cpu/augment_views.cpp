@@ -111,7 +111,7 @@ void augment_views(const Parallel& parallel, const AugmentCall& call) {
 #include <algorithm>
 #include <vector>
 
-#include "operator.h"
+#include "cpu/engine/operator.h"
 
 namespace sslfast {
 namespace {

@@ -1,7 +1,7 @@
 // One call of augment_views: images, parameters and what the views have in common.
 #pragma once
-#include "../common/view_params.h"
-#include "levels.h"
+#include "common/view_params.h"
+#include "cpu/engine/levels.h"
 
 namespace sslfast {
 

@@ -1,11 +1,12 @@
+// build: one level, exact
 // Masks of blocks on the CPU: the arithmetic is in common/masks.h. One level serves all, and the build switches the
 // joining of products and sums off for this file, so that the bits are the same everywhere.
 #ifdef SSLFAST_CPU_DISPATCH
 #include <algorithm>
 #include <vector>
 
-#include "../common/masks_host.h"
-#include "../torch_api.h"
+#include "common/masks_host.h"
+#include "torch_api.h"
 
 namespace sslfast {
 namespace {

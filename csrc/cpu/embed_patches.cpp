@@ -5,8 +5,8 @@
 // as bias + position, the products are added, and it is written where its tokens belong.
 #include "embed_patches.h"
 
-#include "patch_panels.h"
-#include "transpose.h"
+#include "cpu/engine/patch_panels.h"
+#include "cpu/engine/transpose.h"
 
 namespace sslfast::SSLFAST_CPU_LEVEL {
 namespace {
@@ -154,8 +154,8 @@ SSLFAST_EMBED_PATCHES_DEFINE(double)
 }  // namespace sslfast::SSLFAST_CPU_LEVEL
 
 #ifdef SSLFAST_CPU_DISPATCH
-#include "operator.h"
-#include "patch_ids.h"
+#include "cpu/engine/operator.h"
+#include "cpu/engine/patch_ids.h"
 
 namespace sslfast {
 namespace {

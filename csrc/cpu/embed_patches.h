@@ -1,7 +1,7 @@
 // What embed_patches and its backward are asked for on the CPU. Rows are the B·K kept patches of all images.
 #pragma once
-#include "packed_rows.h"
-#include "patch_rows.h"
+#include "cpu/engine/packed_rows.h"
+#include "cpu/engine/patch_rows.h"
 
 namespace sslfast {
 

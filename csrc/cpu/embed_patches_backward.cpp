@@ -5,7 +5,7 @@
 // dweight. So every sum has one order, whatever the number of threads, and no partial matrix is kept beside dweight's.
 #include "embed_patches.h"
 
-#include "patch_panels.h"
+#include "cpu/engine/patch_panels.h"
 
 namespace sslfast::SSLFAST_CPU_LEVEL {
 namespace {
@@ -159,8 +159,8 @@ SSLFAST_EMBED_PATCHES_BACKWARD_DEFINE(double)
 #ifdef SSLFAST_CPU_DISPATCH
 #include <tuple>
 
-#include "operator.h"
-#include "patch_ids.h"
+#include "cpu/engine/operator.h"
+#include "cpu/engine/patch_ids.h"
 
 namespace sslfast {
 namespace {

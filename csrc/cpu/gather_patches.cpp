@@ -82,7 +82,7 @@ SSLFAST_SCATTER_PATCHES_DEFINE(fp16)
 }  // namespace sslfast::SSLFAST_CPU_LEVEL
 
 #ifdef SSLFAST_CPU_DISPATCH
-#include "patch_ids.h"
+#include "cpu/engine/patch_ids.h"
 
 namespace sslfast {
 namespace {

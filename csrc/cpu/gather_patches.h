@@ -1,6 +1,6 @@
 // What gather_patches and scatter_patches are asked for on the CPU.
 #pragma once
-#include "patch_rows.h"
+#include "cpu/engine/patch_rows.h"
 
 namespace sslfast {
 

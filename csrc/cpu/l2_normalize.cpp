@@ -1,7 +1,7 @@
 // Row-wise L2-normalisation on the CPU: each row is read from memory once, and once more from the cache.
-#include "../common/l2_normalize.h"
+#include "common/l2_normalize.h"
 
-#include "levels.h"
+#include "cpu/engine/levels.h"
 
 namespace sslfast {
 
@@ -129,7 +129,7 @@ SSLFAST_L2_NORMALIZE_DEFINE(fp16)
 #include <algorithm>
 #include <tuple>
 
-#include "../torch_api.h"
+#include "torch_api.h"
 
 namespace sslfast {
 namespace {

@@ -1,7 +1,7 @@
 // BERT's masking of words on the CPU: one pass from the ids to inputs and labels, a few rows to a task.
-#include "mask_tokens.h"
+#include "common/mask_tokens_host.h"
 
-#include "levels.h"
+#include "cpu/engine/levels.h"
 
 namespace sslfast {
 
@@ -70,7 +70,7 @@ void mask_tokens(const Parallel& parallel, const TokenBatch& batch, const TokenR
 #include <tuple>
 #include <vector>
 
-#include "../torch_api.h"
+#include "torch_api.h"
 
 namespace sslfast {
 namespace {

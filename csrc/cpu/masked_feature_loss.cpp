@@ -76,8 +76,8 @@ SSLFAST_MASKED_FEATURE_LOSS_DEFINE(fp16)
 }  // namespace sslfast::SSLFAST_CPU_LEVEL
 
 #ifdef SSLFAST_CPU_DISPATCH
-#include "huge_pages.h"
-#include "loss_rows.h"
+#include "cpu/engine/huge_pages.h"
+#include "cpu/engine/loss_rows.h"
 
 namespace sslfast {
 namespace {

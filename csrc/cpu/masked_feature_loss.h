@@ -1,6 +1,6 @@
 // What the kernel of masked_feature_loss is told.
 #pragma once
-#include "target_rows.h"
+#include "cpu/engine/target_rows.h"
 
 namespace sslfast {
 

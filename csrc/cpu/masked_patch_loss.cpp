@@ -178,8 +178,8 @@ SSLFAST_MASKED_PATCH_LOSS_DEFINE(fp16)
 #include <tuple>
 #include <vector>
 
-#include "huge_pages.h"
-#include "loss_rows.h"
+#include "cpu/engine/huge_pages.h"
+#include "cpu/engine/loss_rows.h"
 
 namespace sslfast {
 namespace {

@@ -1,6 +1,6 @@
 // What the kernel of masked_patch_loss is told: the images with their patches, which rows, and the loss.
 #pragma once
-#include "target_rows.h"
+#include "cpu/engine/target_rows.h"
 
 namespace sslfast {
 

@@ -1,10 +1,11 @@
+// build: one level
 // The masked tokens of a batch as one list of a fixed size, on the CPU.
 #ifdef SSLFAST_CPU_DISPATCH
 #include <algorithm>
 #include <tuple>
 #include <vector>
 
-#include "../torch_api.h"
+#include "torch_api.h"
 
 namespace sslfast {
 namespace {

@@ -1,10 +1,11 @@
+// build: one level, exact
 // I-JEPA's multi-block masks on the CPU, samples shared among threads; what is drawn is in common/multiblock_mask.h.
 #ifdef SSLFAST_CPU_DISPATCH
-#include "../common/multiblock_mask.h"
+#include "common/multiblock_mask.h"
 
 #include <tuple>
 
-#include "../torch_api.h"
+#include "torch_api.h"
 
 namespace sslfast {
 namespace {

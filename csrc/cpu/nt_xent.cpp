@@ -12,7 +12,7 @@
 
 #include <cmath>
 
-#include "self_similarity.h"
+#include "cpu/engine/self_similarity.h"
 
 namespace sslfast {
 namespace SSLFAST_CPU_LEVEL {
@@ -111,7 +111,7 @@ void nt_xent_backward(const NtXentInput& input, const NtXentSaved& saved, NtXent
 #ifdef SSLFAST_CPU_DISPATCH
 #include <tuple>
 
-#include "operator.h"
+#include "cpu/engine/operator.h"
 
 namespace sslfast {
 namespace {

@@ -2,8 +2,8 @@
 #pragma once
 #include <cstdint>
 
-#include "levels.h"
-#include "packed_rows.h"
+#include "cpu/engine/levels.h"
+#include "cpu/engine/packed_rows.h"
 
 namespace sslfast {
 

@@ -1,11 +1,12 @@
+// build: one level
 // A mask as lists of kept and of masked patches, on the CPU. Bytes read and written are all there is to it.
 #ifdef SSLFAST_CPU_DISPATCH
 #include <algorithm>
 #include <tuple>
 #include <vector>
 
-#include "../common/masks_host.h"
-#include "../torch_api.h"
+#include "common/masks_host.h"
+#include "torch_api.h"
 
 namespace sslfast {
 namespace {

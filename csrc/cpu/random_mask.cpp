@@ -1,3 +1,4 @@
+// build: one level
 // Random masks on the CPU: the arithmetic is in common/masks.h. One level serves all.
 #ifdef SSLFAST_CPU_DISPATCH
 #include <algorithm>
@@ -5,8 +6,8 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/masks_host.h"
-#include "../torch_api.h"
+#include "common/masks_host.h"
+#include "torch_api.h"
 
 namespace sslfast {
 namespace {

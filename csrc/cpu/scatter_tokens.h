@@ -1,6 +1,6 @@
 // One call of scatter_tokens, and of its backward.
 #pragma once
-#include "token_rows.h"
+#include "cpu/engine/token_rows.h"
 
 namespace sslfast {
 

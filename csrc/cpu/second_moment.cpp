@@ -5,7 +5,7 @@
 //
 // Operations, U = 2·N·D·min(N, D): ½U for each symmetric product, 1U for a moment matrix between two views; backward 1U
 // for each view that learns.
-#include "moment_products.h"
+#include "cpu/engine/moment_products.h"
 
 namespace sslfast {
 namespace SSLFAST_CPU_LEVEL {
@@ -32,7 +32,7 @@ MomentSums second_moment_forward(const MomentInput& input, const MomentSaved& sa
 #ifdef SSLFAST_CPU_DISPATCH
 #include <tuple>
 
-#include "operator.h"
+#include "cpu/engine/operator.h"
 
 namespace sslfast {
 namespace {

@@ -1,7 +1,7 @@
 // Second moments of columns, M = ÂᵀB̂ or M = X̂ᵀX̂ of each view, as sums over M: see sslfast/ops/second_moment.py.
 #pragma once
-#include "levels.h"
-#include "packed_rows.h"
+#include "cpu/engine/levels.h"
+#include "cpu/engine/packed_rows.h"
 
 namespace sslfast {
 

@@ -5,7 +5,7 @@
 //
 // by blocks of columns, each block then taken through its scale and mean. A product without the matrix in memory
 // computes its tiles again, by blocks that are used and forgotten.
-#include "moment_products.h"
+#include "cpu/engine/moment_products.h"
 
 namespace sslfast {
 namespace SSLFAST_CPU_LEVEL {

@@ -6,7 +6,7 @@
 //   dbias = Σ_ij W_ij
 //
 // 3U operations in all (U = 2·M·N·D): no normaliser couples the pairs, so nothing is recomputed.
-#include "cross_similarity.h"
+#include "cpu/engine/cross_similarity.h"
 
 namespace sslfast {
 
@@ -120,7 +120,7 @@ LogSigmoidResult similarity_logsigmoid(const CrossInput& input, double bias, Cro
 #ifdef SSLFAST_CPU_DISPATCH
 #include <tuple>
 
-#include "cross_operator.h"
+#include "cpu/engine/cross_operator.h"
 
 namespace sslfast {
 namespace {

@@ -8,7 +8,7 @@
 // U = 2·M·N·D operations forward and 3U backward, or 2U where all tiles fit the cache from the forward.
 #include <cmath>
 
-#include "cross_similarity.h"
+#include "cpu/engine/cross_similarity.h"
 
 namespace sslfast {
 
@@ -206,7 +206,7 @@ void similarity_lse_backward(const CrossInput& input, const CrossSaved& saved, c
 #ifdef SSLFAST_CPU_DISPATCH
 #include <tuple>
 
-#include "cross_operator.h"
+#include "cpu/engine/cross_operator.h"
 
 namespace sslfast {
 namespace {

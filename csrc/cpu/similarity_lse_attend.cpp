@@ -8,7 +8,7 @@
 // (a queue): it is read once for its norms, then packed a few blocks at a time, so scratch memory does not grow with
 // it.
 
-#include "cross_similarity.h"
+#include "cpu/engine/cross_similarity.h"
 
 namespace sslfast {
 
@@ -231,7 +231,7 @@ void similarity_lse_attend(const CrossInput& input, const AttendOutput& output, 
 #ifdef SSLFAST_CPU_DISPATCH
 #include <tuple>
 
-#include "cross_operator.h"
+#include "cpu/engine/cross_operator.h"
 
 namespace sslfast {
 namespace {

@@ -1,5 +1,5 @@
 // Log-sum-exp of rows against themselves on the CPU; the mathematics is in self_similarity.h.
-#include "self_similarity.h"
+#include "cpu/engine/self_similarity.h"
 
 #include <cmath>
 
@@ -86,7 +86,7 @@ double similarity_lse_self_backward(const SelfInput& input, const SelfSaved& sav
 #ifdef SSLFAST_CPU_DISPATCH
 #include <tuple>
 
-#include "operator.h"
+#include "cpu/engine/operator.h"
 
 namespace sslfast {
 namespace {

@@ -1,6 +1,6 @@
 // The last pass over a view: blur, solarize, normalise, cast and layout, one row at a time.
 #pragma once
-#include "../common/blur.h"
+#include "common/blur.h"
 #include "view_colour.h"
 
 namespace sslfast {

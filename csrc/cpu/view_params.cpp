@@ -1,13 +1,14 @@
+// build: one level, exact
 // Sampling of augmentation parameters on the CPU: the arithmetic is in common/view_params.h. One level serves all, and
 // the build switches the joining of products and sums off for this file, so that the bits are the same everywhere.
 #ifdef SSLFAST_CPU_DISPATCH
-#include "../common/view_params.h"
+#include "common/view_params.h"
 
 #include <algorithm>
 #include <optional>
 #include <vector>
 
-#include "../torch_api.h"
+#include "torch_api.h"
 
 namespace sslfast {
 namespace {

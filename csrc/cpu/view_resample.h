@@ -2,10 +2,10 @@
 // so that they stand beside each other in memory; columns are then sums of whole vectors. Turned back, each row is
 // added to the rows of the view that it has a weight in.
 #pragma once
-#include "../common/pixel.h"
-#include "../common/resample.h"
 #include "augment_views.h"
-#include "transpose.h"
+#include "common/pixel.h"
+#include "common/resample.h"
+#include "cpu/engine/transpose.h"
 
 namespace sslfast {
 namespace SSLFAST_CPU_LEVEL {

@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../torch_api.h"
+#include "torch_api.h"
 #include "view_blur.h"
 #include "view_box.h"
 #include "view_colour.h"

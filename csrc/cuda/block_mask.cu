@@ -2,9 +2,9 @@
 // every bit of the result, is that of common/masks.h.
 #include <vector>
 
-#include "../common/masks_host.h"
-#include "../torch_api.h"
+#include "common/masks_host.h"
 #include "partition.h"
+#include "torch_api.h"
 
 namespace sslfast {
 namespace {

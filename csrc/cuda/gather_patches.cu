@@ -4,7 +4,7 @@
 // below it, divisions are by multiplication, and from one number to the next a place is counted on.
 #include <type_traits>
 
-#include "../gather_patches.h"
+#include "checks/gather_patches.h"
 #include "inverse_ids.h"
 #include "token_rows.h"
 

@@ -2,7 +2,7 @@
 // token, or patch, l), and which images have ids that are no permutation. Nothing here waits for the host, so what is
 // not allowed comes out as NaN, the same in every run.
 #pragma once
-#include "../torch_api.h"
+#include "torch_api.h"
 
 namespace sslfast {
 namespace {

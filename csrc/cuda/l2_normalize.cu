@@ -1,11 +1,11 @@
 // Row-wise L2-normalisation on the GPU: a group of threads a row, one warp where the row is short, one block where it
 // is long. Memory traffic is the bound: a row is read once from memory, once more from the cache, and written once.
-#include "../common/l2_normalize.h"
+#include "common/l2_normalize.h"
 
 #include <tuple>
 #include <type_traits>
 
-#include "../torch_api.h"
+#include "torch_api.h"
 
 namespace sslfast {
 namespace {

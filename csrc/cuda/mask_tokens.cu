@@ -1,12 +1,12 @@
 // BERT's masking of words on the GPU: a thread for the four tokens of a Philox block; for an exact number a block of
 // threads a row, which sorts the candidates by key. What is chosen and drawn is in common/mask_tokens.h.
-#include "../common/mask_tokens.h"
+#include "common/mask_tokens.h"
 
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "../torch_api.h"
+#include "torch_api.h"
 
 namespace sslfast {
 namespace {

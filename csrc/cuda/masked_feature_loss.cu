@@ -1,7 +1,7 @@
 // The loss of predicted features on the GPU: a block of threads takes a teacher's row into shared memory and normalises
 // it there. Memory traffic is the bound: predictions and gathered rows are read once each way.
-#include "../torch_api.h"
 #include "target_rows.h"
+#include "torch_api.h"
 
 namespace sslfast {
 namespace {

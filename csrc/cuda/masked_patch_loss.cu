@@ -3,8 +3,8 @@
 #include <tuple>
 #include <vector>
 
-#include "../torch_api.h"
 #include "target_rows.h"
+#include "torch_api.h"
 
 namespace sslfast {
 namespace {

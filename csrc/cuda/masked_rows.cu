@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <tuple>
 
-#include "../torch_api.h"
 #include "partition.h"
+#include "torch_api.h"
 
 namespace sslfast {
 namespace {

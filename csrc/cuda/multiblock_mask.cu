@@ -1,10 +1,10 @@
 // I-JEPA's multi-block masks on the GPU: a block of threads a sample, a thread a patch. What is drawn, and the order in
 // which patches are taken, is in common/multiblock_mask.h.
-#include "../common/multiblock_mask.h"
+#include "common/multiblock_mask.h"
 
 #include <tuple>
 
-#include "../torch_api.h"
+#include "torch_api.h"
 
 namespace sslfast {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "../torch_api.h"
+#include "torch_api.h"
 
 namespace sslfast {
 namespace {

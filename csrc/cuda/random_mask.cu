@@ -5,9 +5,9 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/masks_host.h"
-#include "../torch_api.h"
+#include "common/masks_host.h"
 #include "partition.h"
+#include "torch_api.h"
 
 namespace sslfast {
 namespace {

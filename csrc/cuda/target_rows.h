@@ -4,7 +4,7 @@
 #pragma once
 #include <algorithm>
 
-#include "../common/patch_target.h"
+#include "common/patch_target.h"
 
 namespace sslfast {
 namespace {

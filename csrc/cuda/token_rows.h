@@ -9,7 +9,7 @@
 #include <optional>
 #include <type_traits>
 
-#include "../torch_api.h"
+#include "torch_api.h"
 
 namespace sslfast {
 namespace {

@@ -1,12 +1,12 @@
 // Sampling of augmentation parameters on the GPU, one thread a view of an image: the arithmetic, and so every bit of
 // the result, is that of common/view_params.h.
-#include "../common/view_params.h"
+#include "common/view_params.h"
 
 #include <algorithm>
 #include <optional>
 #include <vector>
 
-#include "../torch_api.h"
+#include "torch_api.h"
 
 namespace sslfast {
 namespace {

@@ -6,10 +6,10 @@
 
 #include <type_traits>
 
-#include "../common/blur.h"
-#include "../common/pixel.h"
-#include "../common/resample.h"
-#include "../common/view_params.h"
+#include "common/blur.h"
+#include "common/pixel.h"
+#include "common/resample.h"
+#include "common/view_params.h"
 
 namespace sslfast {
 namespace {

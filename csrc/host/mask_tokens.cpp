@@ -1,6 +1,6 @@
 // BERT's masking of words over NumPy arrays: the row kernel of the CPU operator, without torch.
 #define SSLFAST_CPU_LEVEL host
-#include "cpu/mask_tokens.h"
+#include "common/mask_tokens_host.h"
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>

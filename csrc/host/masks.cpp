@@ -6,7 +6,7 @@
 #include <optional>
 #include <stdexcept>
 
-#include "../common/masks_host.h"
+#include "common/masks_host.h"
 
 namespace py = pybind11;
 

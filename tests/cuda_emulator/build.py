@@ -53,7 +53,8 @@ def build(sanitizer: str | None = None, csrc: Path = ROOT / "csrc", out: Path = 
 
 
 def _build(gxx: str, sanitizer: str | None, csrc: Path, out: Path) -> Path:
-    shared = {path: path.read_text() for path in [*sorted(csrc.glob("*.h")), *sorted((csrc / "common").glob("*.h"))]}
+    headers = [*csrc.glob("*.h"), *(csrc / "common").glob("*.h"), *(csrc / "checks").glob("*.h")]
+    shared = {path: path.read_text() for path in sorted(headers)}
     shared |= {path: rewritten(path, path.read_text()) for path in sorted((csrc / "cuda").glob("*.h"))}
     own = {path: path.read_text() for path in [*sorted(HERE.glob("*.h")), *sorted((HERE / "include").glob("*.h"))]}
     for path, text in shared.items():

@@ -1,3 +1,4 @@
+// build: one level
 // Which instruction set the kernels use, found once, and two operators that tell.
 #include "levels.h"
 
@@ -5,7 +6,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "../torch_api.h"
+#include "torch_api.h"
 
 namespace sslfast {
 namespace {

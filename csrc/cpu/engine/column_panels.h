@@ -1,8 +1,8 @@
 // Columns of a row-major matrix in panels [columns/kColumns][rows][kColumns]: their means and scales on the way in, the
 // gradients through them on the way out. A panel holds whole columns, so each is finished while it is in the cache.
 #pragma once
+#include "cpu/second_moment.h"
 #include "packed_blocks.h"
-#include "second_moment.h"
 #include "transpose.h"
 
 namespace sslfast {

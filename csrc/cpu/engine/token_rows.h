@@ -2,7 +2,7 @@
 #pragma once
 #include <cstddef>
 
-#include "../common/half.h"
+#include "common/half.h"
 #include "levels.h"
 
 namespace sslfast {

@@ -1,4 +1,4 @@
-// CPU instruction-set levels: every csrc/cpu/<op>.cpp is compiled once per level, and the widest level that the
+// CPU instruction-set levels: every csrc/cpu/<op>.cpp that does not say `// build: one level` is compiled once per level, and the widest level that the
 // processor has is chosen when a kernel is called.
 //
 // The build defines SSLFAST_CPU_LEVEL as `baseline`, `avx2` or `avx512` (with the compiler flags to match), and
@@ -8,7 +8,7 @@
 // The kernel part must not use the C++ library's or torch's inline functions: the linker keeps one copy of those, and
 // it could be the one compiled for a processor that is not there.
 #pragma once
-#include <cstdint>
+#include "common/parallel.h"
 
 #if defined(__x86_64__)
 #define SSLFAST_X86_LEVELS 1
@@ -19,20 +19,8 @@ namespace sslfast {
 enum class Level { baseline, avx2, avx512 };
 
 // The level in use: the widest available one, or what SSLFAST_CPU_CAPABILITY names (baseline, avx2, avx512; an error if
-// the processor lacks it). Defined in csrc/cpu/levels.cpp.
+// the processor lacks it). Defined in csrc/cpu/engine/levels.cpp.
 Level active_level();
-
-// How a kernel shares work among threads without naming a thread library: run(count, body, data) calls body(data, i)
-// once for every i in [0, count), in any order, and returns when all are done.
-struct Parallel {
-  void (*run)(int64_t count, void (*body)(void*, int64_t), void* data);
-  int64_t threads;  // how many bodies can run at the same time
-};
-
-template <typename F>
-void parallel_each(const Parallel& parallel, int64_t count, F& f) {
-  parallel.run(count, [](void* data, int64_t i) { (*static_cast<F*>(data))(i); }, &f);
-}
 
 }  // namespace sslfast
 

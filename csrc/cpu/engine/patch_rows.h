@@ -1,6 +1,6 @@
 // Rows of pixels: one patch of an image read as numbers, or numbers written back as a patch.
 #pragma once
-#include "../common/patches.h"
+#include "common/patches.h"
 #include "levels.h"
 #include "packed_rows.h"
 

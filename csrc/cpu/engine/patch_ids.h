@@ -2,7 +2,7 @@
 #pragma once
 #include <vector>
 
-#include "../gather_patches.h"
+#include "checks/gather_patches.h"
 #include "operator.h"
 #include "patch_rows.h"
 

@@ -42,7 +42,7 @@ double tile_peak(int64_t m, int64_t n, int64_t k, int64_t repeats, float* memory
 #ifdef SSLFAST_CPU_DISPATCH
 #include <vector>
 
-#include "../torch_api.h"
+#include "torch_api.h"
 
 namespace sslfast {
 namespace {

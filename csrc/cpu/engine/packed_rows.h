@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "../common/half.h"
+#include "common/half.h"
 #include "tile_gemm.h"
 
 namespace sslfast {

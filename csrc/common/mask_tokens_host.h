@@ -1,7 +1,7 @@
 // One row of BERT's masking on the CPU, of the level being compiled: random numbers by vectors of Philox blocks, the
 // choice without branches, and the replacements' numbers for the chosen tokens alone.
 #pragma once
-#include "../common/mask_tokens.h"
+#include "mask_tokens.h"
 
 namespace sslfast {
 namespace SSLFAST_CPU_LEVEL {

@@ -9,7 +9,7 @@
 // half of them again backward, and W z in full: 2U in all. Tiles that fit the cache from the forward are not
 // recomputed.
 #pragma once
-#include "../common/l2_normalize.h"
+#include "common/l2_normalize.h"
 #include "levels.h"
 #include "packed_blocks.h"
 #include "pair_schedule.h"

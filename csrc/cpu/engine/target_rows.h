@@ -1,6 +1,6 @@
 // Rows of predictions against rows of targets that lie in the cache: statistics, the loss of a row and its gradient.
 #pragma once
-#include "../common/patch_target.h"
+#include "common/patch_target.h"
 #include "levels.h"
 #include "vec.h"
 

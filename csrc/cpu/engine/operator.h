@@ -3,9 +3,9 @@
 #pragma once
 #include <optional>
 
-#include "../torch_api.h"
 #include "huge_pages.h"
 #include "packed_rows.h"
+#include "torch_api.h"
 
 namespace sslfast {
 
