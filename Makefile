@@ -59,7 +59,7 @@ $(OTHER_TRITONS): build/triton-%: | $(READY)
 
 triton-versions: $(BUILT) $(OTHER_TRITONS)
 	for triton in $(OTHER_TRITONS); do \
-	  PYTHONPATH=$(CURDIR)/$$triton $(BIN)/python -m pytest -n $(JOBS) tests/test_triton_aot.py || exit 1; \
+	  PYTHONPATH=$(CURDIR)/$$triton $(BIN)/python -m pytest -n $(JOBS) tests/gpu/test_triton_aot.py || exit 1; \
 	done
 
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, built apart from the ordinary libraries.
@@ -70,17 +70,12 @@ sanitize: $(READY)
 	git ls-files -z | tar --create --null --files-from - | tar --extract --directory $(SANITIZED)
 	cd $(SANITIZED) && SSLFAST_SANITIZE=address,undefined $(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 PYTHONPATH=. \
-	  $(CURDIR)/$(BIN)/python -m pytest -q tests/test_l2_normalize.py tests/test_nt_xent.py \
-	  tests/test_similarity_lse.py tests/test_similarity_logsigmoid.py tests/test_second_moment.py \
-	  tests/test_view_params.py tests/test_augment_views.py \
-	  tests/test_random_mask.py tests/test_block_mask.py tests/test_masked_rows.py tests/test_multiblock_mask.py \
-	  tests/test_mask_tokens.py tests/test_gather_tokens.py tests/test_scatter_tokens.py tests/test_gather_patches.py \
-	  tests/test_embed_patches.py tests/test_masked_patch_loss.py tests/test_masked_feature_loss.py \
-	  -m "not slow" -k "not compile and not memory and not every_cpu_level"
+	  $(CURDIR)/$(BIN)/python -m pytest -q -m "sanitize and not slow" \
+	  -k "not compile and not memory and not every_cpu_level"
 
 sanitize-cuda: $(BUILT)
-	PYTHONPATH=tests $(BIN)/python -m cuda_emulator --sanitizer address
-	PYTHONPATH=tests $(BIN)/python -m cuda_emulator --sanitizer thread
+	PYTHONPATH=tests:tests/helpers $(BIN)/python -m cuda_emulator --sanitizer address
+	PYTHONPATH=tests:tests/helpers $(BIN)/python -m cuda_emulator --sanitizer thread
 
 lint: $(READY)
 	$(BIN)/ruff check .

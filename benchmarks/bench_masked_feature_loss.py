@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sslfast.ops import masked_feature_loss
+from sslfast.ops.masked_feature_loss import masked_feature_loss
 
 from .contrastive import generator
 from .harness import Case

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sslfast.ops import masked_patch_loss
+from sslfast.ops.masked_patch_loss import masked_patch_loss
 
 from .harness import Case
 from .masking import Benchmark, Function, Problem, leaf, normal, pictures, pixel_loss, pixels, shuffle, tokens

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from . import Failed, Unavailable
-from . import machine as machine_module
+from . import Failed, Unavailable, machine as machine_module
 from .harness import Case, discover
 from .machine import MIB, ROOT
 

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import machine as machine_module
-from . import memory as memory_module
+from . import machine as machine_module, memory as memory_module
 from .equality import AGREEMENT, TRUSTED, allowance, errors, excess
 from .harness import BASELINES, WHOLE, Case, Work, speedups, time_interleaved
 from .machine import MIB, Clock, Machine, Peaks

@@ -1,6 +1,6 @@
 """Tile sizes of NT-Xent's kernels, by architecture, element size and number of features.
 
-Chosen so that ptxas spills no register and shared memory fits (tests/test_triton_aot.py holds every row to that).
+Chosen so that ptxas spills no register and shared memory fits (tests/gpu/test_triton_aot.py).
 """
 
 from __future__ import annotations

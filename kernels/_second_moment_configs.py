@@ -1,7 +1,7 @@
 """Tile sizes of second_moment's products, by architecture, element size and whether the result is large.
 
-Chosen so that ptxas spills no register and shared memory fits (tests/test_triton_aot.py holds every row to that). A
-small result has too few large tiles to fill a GPU.
+Chosen so that ptxas spills no register and shared memory fits (tests/gpu/test_triton_aot.py). A small result has too
+few large tiles to fill a GPU.
 """
 
 from __future__ import annotations

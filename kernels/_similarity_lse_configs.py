@@ -1,7 +1,7 @@
 """Tile sizes of the similarity kernels, by architecture, element size and number of features.
 
-Chosen so that ptxas spills no register and shared memory fits (tests/test_triton_aot.py holds every row to that). Keys
-are those of ``_nt_xent_configs.py``; a narrow D is one product, so block_d equals block_k there.
+Chosen so that ptxas spills no register and shared memory fits (tests/gpu/test_triton_aot.py). Keys are those of
+``_nt_xent_configs.py``; a narrow D is one product, so block_d equals block_k there.
 
 The forward's logits and the backward's must agree to the last bit: each row of probabilities then sums to one whatever
 the rounding. A product adds its features in order, 16-bit ones in any step, so block_k may differ there; float32 takes

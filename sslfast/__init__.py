@@ -1,140 +1,70 @@
 """sslfast: the expensive parts of self-supervised learning, made cheap."""
 
-from . import _native as _native
-from . import augment as augment
-from . import masking as masking
-from ._backends import use_backend, use_gradient_form
-from .adapters import Patch, patch, unpatch
-from .losses import (
-    BarlowTwinsLoss,
-    ClipLoss,
-    DCLLoss,
-    DCLWLoss,
-    Diagnostics,
-    FroSSLLoss,
-    HypersphereLoss,
-    InfoNCELoss,
-    MaskedFeatureLoss,
-    MaskedPatchLoss,
-    MaskedTokenLoss,
-    MemoryQueue,
-    MMCRLoss,
-    MoCoLoss,
-    MoCoV3Loss,
-    MultipleNegativesRankingLoss,
-    NTXentLoss,
-    SigLipLoss,
-    SpectralContrastiveLoss,
-    SupConLoss,
-    TiCoLoss,
-    VIbCRegLoss,
-    VICRegLLoss,
-    VICRegLoss,
-    Whitening2d,
-    WMSELoss,
-)
-from .losses.barlow_twins import CrossCorrelation, barlow_twins, cross_correlation_loss
-from .losses.clip import clip
-from .losses.dcl import dcl, dclw
-from .losses.frossl import frossl
-from .losses.hypersphere import alignment, hypersphere, uniformity
-from .losses.info_nce import info_nce
-from .losses.masked_token import masked_token_cross_entropy
-from .losses.mmcr import mmcr
-from .losses.moco import moco, moco_v3
-from .losses.nt_xent import nt_xent
-from .losses.pair_nt_xent import pair_nt_xent
-from .losses.ranking import multiple_negatives_ranking
-from .losses.sig_lip import sig_lip
-from .losses.spectral_contrastive import spectral_contrastive
-from .losses.sup_con import sup_con
-from .losses.sup_con_keys import sup_con_keys
-from .losses.tico import tico
-from .losses.vibcreg import vibcreg
-from .losses.vicreg import covariance_loss, invariance_loss, variance_loss, vicreg
-from .losses.vicregl import vicregl
-from .losses.w_mse import norm_mse_loss
-from .ops import (
-    l2_normalize,
-    masked_feature_loss,
-    masked_patch_loss,
-    second_moment,
-    similarity_logsigmoid,
-    similarity_lse,
-)
-from .ops.similarity_lse import SimilarityTerms, similarity_terms
-from .reference.second_moment import SecondMoment
+from types import ModuleType as _ModuleType
 
-__version__ = "0.1.0"
-__all__ = [
-    "BarlowTwinsLoss",
-    "ClipLoss",
-    "CrossCorrelation",
-    "DCLLoss",
-    "DCLWLoss",
-    "Diagnostics",
-    "FroSSLLoss",
-    "HypersphereLoss",
-    "InfoNCELoss",
-    "MMCRLoss",
-    "MaskedFeatureLoss",
-    "MaskedPatchLoss",
-    "MaskedTokenLoss",
-    "MemoryQueue",
-    "MoCoLoss",
-    "MoCoV3Loss",
-    "MultipleNegativesRankingLoss",
-    "NTXentLoss",
-    "Patch",
-    "SecondMoment",
-    "SigLipLoss",
-    "SimilarityTerms",
-    "SpectralContrastiveLoss",
-    "SupConLoss",
-    "TiCoLoss",
-    "VICRegLLoss",
-    "VICRegLoss",
-    "VIbCRegLoss",
-    "WMSELoss",
-    "Whitening2d",
-    "alignment",
-    "barlow_twins",
-    "clip",
-    "covariance_loss",
-    "cross_correlation_loss",
-    "dcl",
-    "dclw",
-    "frossl",
-    "hypersphere",
-    "info_nce",
-    "invariance_loss",
-    "l2_normalize",
-    "masked_feature_loss",
-    "masked_patch_loss",
-    "masked_token_cross_entropy",
-    "mmcr",
-    "moco",
-    "moco_v3",
-    "multiple_negatives_ranking",
-    "norm_mse_loss",
-    "nt_xent",
-    "pair_nt_xent",
-    "patch",
-    "second_moment",
-    "sig_lip",
-    "similarity_logsigmoid",
-    "similarity_lse",
-    "similarity_terms",
-    "spectral_contrastive",
-    "sup_con",
-    "sup_con_keys",
-    "tico",
-    "uniformity",
-    "unpatch",
-    "use_backend",
-    "use_gradient_form",
-    "variance_loss",
-    "vibcreg",
-    "vicreg",
-    "vicregl",
-]
+from . import _native as _native, augment as augment, distributed as distributed, masking as masking, pretext as pretext
+from ._backends import use_backend as use_backend, use_gradient_form as use_gradient_form
+from ._version import __version__ as __version__
+from .adapters import Patch as Patch, patch as patch, unpatch as unpatch
+from .losses.contrastive.clip import ClipLoss as ClipLoss, clip as clip
+from .losses.contrastive.dcl import DCLLoss as DCLLoss, DCLWLoss as DCLWLoss, dcl as dcl, dclw as dclw
+from .losses.contrastive.diagnostics import Diagnostics as Diagnostics
+from .losses.contrastive.hypersphere import (
+    HypersphereLoss as HypersphereLoss,
+    alignment as alignment,
+    hypersphere as hypersphere,
+    uniformity as uniformity,
+)
+from .losses.contrastive.info_nce import InfoNCELoss as InfoNCELoss, info_nce as info_nce
+from .losses.contrastive.memory_queue import MemoryQueue as MemoryQueue
+from .losses.contrastive.moco import MoCoLoss as MoCoLoss, MoCoV3Loss as MoCoV3Loss, moco as moco, moco_v3 as moco_v3
+from .losses.contrastive.nt_xent import NTXentLoss as NTXentLoss, nt_xent as nt_xent
+from .losses.contrastive.pair_nt_xent import pair_nt_xent as pair_nt_xent
+from .losses.contrastive.ranking import (
+    MultipleNegativesRankingLoss as MultipleNegativesRankingLoss,
+    multiple_negatives_ranking as multiple_negatives_ranking,
+)
+from .losses.contrastive.sig_lip import SigLipLoss as SigLipLoss, sig_lip as sig_lip
+from .losses.contrastive.sup_con import SupConLoss as SupConLoss, sup_con as sup_con
+from .losses.contrastive.sup_con_keys import sup_con_keys as sup_con_keys
+from .losses.decorrelation.barlow_twins import (
+    BarlowTwinsLoss as BarlowTwinsLoss,
+    CrossCorrelation as CrossCorrelation,
+    barlow_twins as barlow_twins,
+    cross_correlation_loss as cross_correlation_loss,
+)
+from .losses.decorrelation.frossl import FroSSLLoss as FroSSLLoss, frossl as frossl
+from .losses.decorrelation.mmcr import MMCRLoss as MMCRLoss, mmcr as mmcr
+from .losses.decorrelation.spectral_contrastive import (
+    SpectralContrastiveLoss as SpectralContrastiveLoss,
+    spectral_contrastive as spectral_contrastive,
+)
+from .losses.decorrelation.tico import TiCoLoss as TiCoLoss, tico as tico
+from .losses.decorrelation.vibcreg import VIbCRegLoss as VIbCRegLoss, vibcreg as vibcreg
+from .losses.decorrelation.vicreg import (
+    VICRegLoss as VICRegLoss,
+    covariance_loss as covariance_loss,
+    invariance_loss as invariance_loss,
+    variance_loss as variance_loss,
+    vicreg as vicreg,
+)
+from .losses.decorrelation.vicregl import VICRegLLoss as VICRegLLoss, vicregl as vicregl
+from .losses.decorrelation.w_mse import Whitening2d as Whitening2d, WMSELoss as WMSELoss, norm_mse_loss as norm_mse_loss
+from .losses.masked.masked_feature import MaskedFeatureLoss as MaskedFeatureLoss
+from .losses.masked.masked_patch import MaskedPatchLoss as MaskedPatchLoss
+from .losses.masked.masked_token import (
+    MaskedTokenLoss as MaskedTokenLoss,
+    masked_token_cross_entropy as masked_token_cross_entropy,
+)
+from .ops.l2_normalize import l2_normalize as l2_normalize
+from .ops.masked_feature_loss import masked_feature_loss as masked_feature_loss
+from .ops.masked_patch_loss import masked_patch_loss as masked_patch_loss
+from .ops.second_moment import second_moment as second_moment
+from .ops.similarity_logsigmoid import similarity_logsigmoid as similarity_logsigmoid
+from .ops.similarity_lse import similarity_lse as similarity_lse, similarity_terms as similarity_terms
+from .ops.types import SecondMoment as SecondMoment, SimilarityTerms as SimilarityTerms
+
+# What stands above, without the modules.
+__all__ = sorted(
+    name for name, value in globals().items() if not name.startswith("_") and not isinstance(value, _ModuleType)
+)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import platform
 from importlib import metadata
 
@@ -10,7 +9,7 @@ import torch
 
 import sslfast
 from sslfast import _native, ops
-from sslfast.adapters._patch import PACKAGES
+from sslfast.adapters import PACKAGES
 
 
 def _version(package: str) -> str:
@@ -56,7 +55,7 @@ def _backend_rows(devices: list[str]) -> list[tuple[str, str]]:
     """For each operation and backend: the devices it serves here, or why it serves none."""
     rows = []
     for op in ops.__all__:
-        module = importlib.import_module(f"sslfast.ops.{op}")
+        module = getattr(ops, op)
         for backend in module.BACKENDS:
             if backend == "reference":
                 rows.append((f"{op} / {backend}", f"usable on {', '.join(devices)}"))

@@ -133,3 +133,13 @@ def scalar_tensor(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return torch.full((), value, dtype=kind, device=like.device)
     raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}")
+
+
+def check_tokens(name: str, x: Tensor) -> None:
+    """``x`` is a batch of token rows [B, L, D] of a floating-point type with at least one feature."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
+    if x.dim() != 3 or x.shape[2] == 0:
+        raise ValueError(f"{name} must have shape [images, tokens, features], got {tuple(x.shape)}")

@@ -54,6 +54,11 @@ def on_the_host() -> Iterator[None]:
         yield
 
 
+def towards(x: Tensor, device: torch.device | str) -> Tensor:
+    """``x`` on ``device``; the copy is waited for only where the host is to read it."""
+    return x.to(device, non_blocking=torch.device(device).type != "cpu")
+
+
 def define(schema: str, fake: Callable[..., Any]) -> None:
     """Define ``sslfast::<schema>`` with its fake kernel (shapes, dtypes and devices, no data)."""
     LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

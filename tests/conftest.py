@@ -50,11 +50,7 @@ CAN_RUN = {
     "cuda": HAS_GPU,
     "triton": importlib.util.find_spec("triton") is not None,
 }
-PAIRS = {
-    (op, backend): CAN_RUN[backend]
-    for op in ops.__all__
-    for backend in importlib.import_module(f"sslfast.ops.{op}").BACKENDS
-}
+PAIRS = {(op, backend): CAN_RUN[backend] for op in ops.__all__ for backend in getattr(ops, op).BACKENDS}
 
 _ran: collections.Counter[tuple[str, str]] = collections.Counter()
 _choose, _use = _backends.select, sslfast.use_backend

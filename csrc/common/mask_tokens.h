@@ -5,10 +5,10 @@
 // selection; what becomes of a chosen token s is block s of its stream for replacement. Rows are at most 2^16 long.
 #pragma once
 #include "philox.h"
+#include "streams.h"
 
 namespace sslfast {
 
-constexpr uint32_t kSelectionView = (1u << 15) + (4u << 10), kReplacementView = (1u << 15) + (5u << 10);
 constexpr int64_t kLongestRow = 65536;
 
 struct TokenRules {
@@ -24,10 +24,10 @@ struct TokenRules {
 };
 
 SSLFAST_INLINE Stream selection_stream(const TokenRules& rules, uint64_t sample) {
-  return {rules.seed, sample, rules.epoch, kSelectionView + rules.view};
+  return {rules.seed, sample, rules.epoch, kTokenSelectionStream + rules.view};
 }
 SSLFAST_INLINE Stream replacement_stream(const TokenRules& rules, uint64_t sample) {
-  return {rules.seed, sample, rules.epoch, kReplacementView + rules.view};
+  return {rules.seed, sample, rules.epoch, kTokenReplacementStream + rules.view};
 }
 
 // What stands in the place of a chosen token `id`, by the first two words of its replacement block.

@@ -2,15 +2,9 @@
 // on both.
 #pragma once
 #include "exact.h"
+#include "streams.h"
 
 namespace sslfast {
-
-// What a stream of masks is for; its place among the views of a sample is 2^15 + 2^10·group + view, view below 2^10.
-enum MaskGroup : uint32_t { kRandomMaskGroup = 1, kBlockMaskGroup = 2 };
-
-SSLFAST_INLINE uint32_t mask_view(MaskGroup group, int64_t view) {
-  return (1u << 15) + (group << 10) + static_cast<uint32_t>(view);
-}
 
 // By comparison and not by index: on a GPU an array with a changing index would live in memory.
 SSLFAST_INLINE uint32_t word_of(const Philox4& block, uint32_t i) {

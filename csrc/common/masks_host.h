@@ -95,7 +95,8 @@ struct RandomMask {
   if (kept < 0 || kept > mask->units) return "kept must be between 0 and the number of units";
   mask->kept = kept;
   mask->ascending = ascending;
-  mask->stream = {static_cast<uint64_t>(seed), 0, static_cast<uint32_t>(epoch), mask_view(kRandomMaskGroup, view)};
+  mask->stream = {static_cast<uint64_t>(seed), 0, static_cast<uint32_t>(epoch),
+                  kRandomMaskStream + static_cast<uint32_t>(view)};
   return {};
 }
 

@@ -7,12 +7,13 @@
 #include <algorithm>
 #include <vector>
 #include "philox.h"
+#include "streams.h"
 
 namespace sslfast {
 
 constexpr int kMostTargets = 256;
 constexpr int64_t kMostPatches = 1 << 17;
-constexpr uint32_t kMultiBlockView = (1u << 15) + (3u << 10), kAttemptBlock = 1024, kPatchKeyBlock = 1u << 15;
+constexpr uint32_t kAttemptBlock = 1024, kPatchKeyBlock = 1u << 15;
 constexpr int kTries = 20;
 
 struct MultiBlockRules {
@@ -32,7 +33,7 @@ struct Corner {
 };
 
 SSLFAST_INLINE Stream multiblock_stream(const MultiBlockRules& rules, uint64_t sample) {
-  return {rules.seed, sample, rules.epoch, kMultiBlockView + rules.view};
+  return {rules.seed, sample, rules.epoch, kMultiblockMaskStream + rules.view};
 }
 
 // Where a block of height × width lies. Upstream never reaches the last row and column.

@@ -30,7 +30,7 @@ Tensor block_mask_cpu(const Tensor& samples_any, const Tensor& counts_any, std::
     MaskScratch scratch;
     for (int64_t b = t * images_per_task; b < std::min(count, (t + 1) * images_per_task); ++b) {
       const Stream stream{static_cast<uint64_t>(seed), static_cast<uint64_t>(sample[b]), static_cast<uint32_t>(epoch),
-                          mask_view(kBlockMaskGroup, view)};
+                          kBlockMaskStream + static_cast<uint32_t>(view)};
       block_mask_image(stream, rule, wanted[b], scratch, row + b * patches);
     }
   };

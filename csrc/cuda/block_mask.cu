@@ -128,7 +128,8 @@ Tensor block_mask_cuda(const Tensor& samples_any, const Tensor& counts_any, std:
   const Tensor samples = contiguous(samples_any), counts = contiguous(counts_any);
   Tensor mask = torch::stable::new_empty(samples, {count, patches}, ScalarType::Bool);
   if (count == 0) return mask;
-  task.stream = {static_cast<uint64_t>(seed), 0, static_cast<uint32_t>(epoch), mask_view(kBlockMaskGroup, view)};
+  task.stream = {static_cast<uint64_t>(seed), 0, static_cast<uint32_t>(epoch),
+                 kBlockMaskStream + static_cast<uint32_t>(view)};
   task.count = count;
   task.samples = const_data<int64_t>(samples);
   task.counts = const_data<double>(counts);

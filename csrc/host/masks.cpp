@@ -68,7 +68,8 @@ py::array_t<bool> block_mask(const Ids& samples, const Numbers<double>& counts, 
     sslfast::MaskScratch scratch;
     for (py::ssize_t b = 0; b < count; ++b) {
       const sslfast::Stream stream{static_cast<uint64_t>(seed), static_cast<uint64_t>(sample[b]),
-                                   static_cast<uint32_t>(epoch), sslfast::mask_view(sslfast::kBlockMaskGroup, view)};
+                                   static_cast<uint32_t>(epoch),
+                                   sslfast::kBlockMaskStream + static_cast<uint32_t>(view)};
       sslfast::block_mask_image(stream, rule, wanted[b], scratch, row + b * patches);
     }
   }

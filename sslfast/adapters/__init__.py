@@ -4,6 +4,6 @@
 them. They import the package, so each is imported only when asked for.
 """
 
-from ._patch import Patch, patch, unpatch
+from ._patch import PACKAGES as PACKAGES, Patch, patch, unpatch
 
 __all__ = ["Patch", "patch", "unpatch"]

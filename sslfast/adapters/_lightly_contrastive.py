@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._checks import FLOATS, readable
-from ..losses.dcl import dcl
-from ..losses.hypersphere import hypersphere
-from ..losses.moco import moco
-from ..losses.nt_xent import nt_xent
+from ..losses.contrastive.dcl import dcl
+from ..losses.contrastive.hypersphere import hypersphere
+from ..losses.contrastive.moco import moco
+from ..losses.contrastive.nt_xent import nt_xent
 from ._serve import Unserved, overridden, unserved_matrices
 
 

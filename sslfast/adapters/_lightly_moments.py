@@ -11,14 +11,14 @@ import lightly.loss.wmse_loss as wmse_loss
 import torch
 from torch import Tensor
 
-from ..distributed.scope import scope_of
-from ..losses.barlow_twins import barlow_twins
-from ..losses.frossl import frossl
-from ..losses.mmcr import mmcr
-from ..losses.tico import tico
-from ..losses.vicreg import covariance_loss, vicreg
-from ..losses.vicregl import vicregl
-from ..losses.w_mse import whiten, whitened_pairs
+from ..distributed.choose import scope_of
+from ..losses.decorrelation.barlow_twins import barlow_twins
+from ..losses.decorrelation.frossl import frossl
+from ..losses.decorrelation.mmcr import mmcr
+from ..losses.decorrelation.tico import tico
+from ..losses.decorrelation.vicreg import covariance_loss, vicreg
+from ..losses.decorrelation.vicregl import vicregl
+from ..losses.decorrelation.w_mse import whiten, whitened_pairs
 from ._lightly_contrastive import gathers, in_dtype_of, is_number, is_unhooked
 from ._serve import Unserved, overridden, unserved_matrices, unserved_tensors
 

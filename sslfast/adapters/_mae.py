@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import FLOATS, readable
-from ..masking.dropin import by_noise
+from ..masking.compat import by_noise
 from ..masking.patches import embed_patches
 from ..masking.tokens import gather_tokens, scatter_tokens
 from ..ops.masked_patch_loss import masked_patch_loss

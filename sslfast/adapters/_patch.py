@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from .._version import __version__
 from ._serve import Package, is_served
 
 
@@ -188,7 +189,6 @@ def _version(package: str, known: _Known, allow_untested: bool) -> str:
 
 
 def _own_version() -> str:
-    from .. import __version__
 
     return __version__
 

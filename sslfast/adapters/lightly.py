@@ -22,9 +22,8 @@ import lightly.models.utils as utils
 import torch
 from torch import Tensor
 
-from ..masking import dropin
-from . import _lightly_contrastive as contrastive
-from . import _lightly_moments as moments
+from ..masking import compat
+from . import _lightly_contrastive as contrastive, _lightly_moments as moments
 from ._serve import Package, Unserved, served, unserved_tensors
 
 
@@ -106,12 +105,12 @@ def _mask_at_index(tokens: Any, index: Any, mask_token: Any) -> Tensor | Unserve
         return Unserved("a mask token that is not (1, 1, D) on the tokens' device")
     if not isinstance(index, Tensor) or index.dim() != 2 or index.dtype != torch.int64:
         return Unserved("an index that is not [B, K] int64")
-    return dropin.mask_at_index(tokens, index, mask_token)
+    return compat.mask_at_index(tokens, index, mask_token)
 
 
 covariance_loss = served(vicreg_loss.covariance_loss, moments.fast_covariance_loss)
-get_at_index = served(utils.get_at_index, dropin.get_at_index)
-set_at_index = served(utils.set_at_index, dropin.set_at_index)
+get_at_index = served(utils.get_at_index, compat.get_at_index)
+set_at_index = served(utils.set_at_index, compat.set_at_index)
 mask_at_index = served(utils.mask_at_index, _mask_at_index)
 
 _NO_KERNEL = "sslfast has no faster form"

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._checks import FLOATS
-from ..distributed.scope import scope_of
-from ..losses.clip import clip
-from ..losses.sig_lip import sig_lip
+from ..distributed.choose import scope_of
+from ..losses.contrastive.clip import clip
+from ..losses.contrastive.sig_lip import sig_lip
 from ._serve import Package, Unserved, overridden, served, unserved_matrices
 
 _Loss = Tensor | dict[str, Tensor] | Unserved

@@ -11,9 +11,9 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
 from .._checks import check_temperature
-from ..losses.pair_nt_xent import pair_nt_xent
-from ..losses.sup_con_keys import sup_con_keys
-from ..losses.vicreg import vicreg
+from ..losses.contrastive.pair_nt_xent import pair_nt_xent
+from ..losses.contrastive.sup_con_keys import sup_con_keys
+from ..losses.decorrelation.vicreg import vicreg
 from ._serve import Package, Unserved, overridden, served, unserved_matrices, unserved_tensors
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -16,7 +16,7 @@ from sentence_transformers.util.similarity import cos_sim, dot_score, pytorch_co
 from torch import Tensor
 
 from .._checks import FLOATS
-from ..losses.ranking import DIRECTIONS, PARTITION_MODES, multiple_negatives_ranking
+from ..losses.contrastive.ranking import DIRECTIONS, PARTITION_MODES, multiple_negatives_ranking
 from ._serve import Package, Unserved, served, unserved_matrices
 
 _COSINE = (cos_sim, pytorch_cos_sim)

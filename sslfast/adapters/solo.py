@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from .._checks import readable
-from ..losses.barlow_twins import barlow_twins
-from ..losses.group_nt_xent import group_members, group_nt_xent
-from ..losses.info_nce import info_nce
-from ..losses.moco import moco
-from ..losses.nt_xent import nt_xent
-from ..losses.vibcreg import vibcreg
-from ..losses.vicreg import vicreg
+from ..losses.contrastive.group_nt_xent import group_members, group_nt_xent
+from ..losses.contrastive.info_nce import info_nce
+from ..losses.contrastive.moco import moco
+from ..losses.contrastive.nt_xent import nt_xent
+from ..losses.decorrelation.barlow_twins import barlow_twins
+from ..losses.decorrelation.vibcreg import vibcreg
+from ..losses.decorrelation.vicreg import vicreg
 from ._mae import patch_loss
 from ._serve import Package, Unserved, served, unserved_matrices, unserved_tensors
 

@@ -1,6 +1,5 @@
 """Augmentation for self-supervised learning: views of images from uint8 pixels to training tensors, CPU and GPU."""
 
-from . import pretext
 from .params import ViewParams
 from .recipes import RECIPES, recipe
 from .spec import IMAGENET_MEAN, IMAGENET_STD, ViewSpec
@@ -14,7 +13,6 @@ __all__ = [
     "ViewParams",
     "ViewSpec",
     "apply",
-    "pretext",
     "recipe",
     "sample_params",
 ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._ids import towards
+from .._library import towards
 from ..ops.view_params import COLUMNS
 
 

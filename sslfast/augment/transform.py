@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._ids import Ids, sample_ids, towards
+from .._library import towards
+from .._random.ids import Ids, sample_ids
 from ..ops.augment_views import VIEWS, augment_views, check_images
 from ..ops.view_params import check_seed, view_params
 from .params import ViewParams

@@ -1,5 +1,6 @@
 """Losses over the batches of all ranks, on torch.distributed."""
 
-from .scope import Scope, Shard, scope_of
+from .choose import scope_of
+from .scope import Scope, Shard
 
 __all__ = ["Scope", "Shard", "scope_of"]

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .._checks import accumulator, check_integers, check_keys, readable
 from ..ops.similarity_logsigmoid import similarity_logsigmoid
-from ..ops.similarity_lse import SimilarityTerms, similarity_terms
-from ..reference.second_moment import SecondMoment
+from ..ops.similarity_lse import similarity_terms
+from ..ops.types import SecondMoment, SimilarityTerms
 from . import moments
 from .agreement import sizes_of
 from .collectives import Ranks, gather_rows, parts_of_mine, total

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from .._checks import accumulator, check_matrix, check_same, without_autocast
-from ..ops._second_moment_operators import SCALES
+from ..ops.moment_losses import SCALES
 from ..ops.second_moment import FORMS, dual_is_cheaper
-from ..reference.second_moment import SecondMoment
+from ..ops.types import SecondMoment
 from .agreement import named, sizes_of
 from .collectives import Ranks, recorded, total
 from .scope import STATISTICS

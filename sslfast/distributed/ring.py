@@ -17,11 +17,11 @@ from torch import Tensor
 
 from .. import _backends
 from .._checks import accumulator, scalar_tensor
-from ..ops import _similarity_blocks as blocks
-from ..ops._similarity_blocks import Pairs, Statistics
 from ..ops.similarity_logsigmoid import why_not as why_not_logsigmoid
-from ..ops.similarity_lse import SimilarityTerms
 from ..ops.similarity_lse import why_not as why_not_lse
+from ..ops.types import SimilarityTerms
+from . import blocks as blocks
+from .blocks import Pairs, Statistics
 from .collectives import Block, Ranks, recorded, travel
 from .gather import NOT_TRACED, GatherScope, learns
 

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from ..ops.second_moment import second_moment
 from ..ops.similarity_logsigmoid import similarity_logsigmoid
-from ..ops.similarity_lse import SimilarityTerms, similarity_terms
-from ..reference.second_moment import SecondMoment
-from .collectives import Ranks
+from ..ops.similarity_lse import similarity_terms
+from ..ops.types import SecondMoment, SimilarityTerms
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    pass
 
 STRATEGIES = ("gather", "ring")
 STATISTICS = ("global", "local")
@@ -150,36 +149,3 @@ def check_strategy(strategy: str) -> None:
     """``strategy`` is one of ``STRATEGIES``."""
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
-
-
-def scope_of(gather_distributed: bool, strategy: str = "gather", group: ProcessGroup | None = None) -> Scope:
-    """The scope that a loss's arguments name. Make one for each call of a loss: that is cheap.
-
-    Args:
-        gather_distributed: ``False``: the local batch, whatever the other arguments.
-        strategy: ``"gather"`` (every rank holds the columns of all) or ``"ring"`` (columns visit rank after rank; no
-            rank ever holds the global batch).
-        group: the process group (default: all processes).
-
-    Returns:
-        The local scope also where the group has only one process.
-
-    Raises:
-        ValueError: ``strategy`` is neither of the two.
-        RuntimeError: ``gather_distributed=True`` without an initialised process group, or from a process outside it.
-
-    Example:
-        >>> scope = sslfast.distributed.scope_of(gather_distributed=False)
-        >>> scope.shard(torch.zeros(8, 4))
-        Shard(local=8, offset=0, total=8, sizes=(8,))
-    """
-    check_strategy(strategy)
-    if not gather_distributed:
-        return Scope()
-    from .gather import GatherScope  # these build on this module
-    from .ring import RingScope
-
-    ranks = Ranks(group)
-    if ranks.size == 1:
-        return Scope()
-    return RingScope(ranks) if strategy == "ring" else GatherScope(ranks)

@@ -1,8 +1,7 @@
 """Masks of patches and of words, and what is computed from the kept or the masked ones alone."""
 
+from . import compat as compat
 from .block_masks import PatchMasks, beit_masks, block_masks, dinov2_masks, dinov3_masks, ibot_masks
-from .dropin import get_at_index, mask_at_index, random_masking, random_token_mask, repeat_token, set_at_index
-from .mae import forward_loss
 from .masks import Masks
 from .multiblock import MultiBlockMasks, multiblock_masks
 from .patches import embed_patches, gather_patches, patchify, scatter_patches, unpatchify
@@ -19,24 +18,17 @@ __all__ = [
     "dinov2_masks",
     "dinov3_masks",
     "embed_patches",
-    "forward_loss",
     "gather_patches",
     "gather_tokens",
-    "get_at_index",
     "grid_masks",
     "ibot_masks",
-    "mask_at_index",
     "mask_tokens",
     "multiblock_masks",
     "patchify",
-    "random_masking",
     "random_masks",
-    "random_token_mask",
-    "repeat_token",
     "replace_tokens",
     "scatter_patches",
     "scatter_tokens",
-    "set_at_index",
     "tube_masks",
     "unpatchify",
 ]

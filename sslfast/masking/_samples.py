@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._ids import sample_ids
+from .._random.ids import sample_ids
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Samples = int | Tensor | Sequence[int] | Array

@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _native, ops, reference
-from .._ids import towards
-from .._library import constant_to_the_compiler, kept_on_device, on_the_host
-from ..augment.pretext._draws import LOW, philox
-from ..ops.block_mask import check_blocks
+from .. import _native, reference
+from .._library import constant_to_the_compiler, kept_on_device, on_the_host, towards
+from .._random.philox import LOW, philox
+from .._random.streams import stream_of
+from ..ops.block_mask import block_mask, check_blocks
+from ..ops.masked_rows import masked_rows
 from ..ops.random_mask import check_key
 from ._samples import Array, Samples, as_samples
 
 ASPECT = (0.3, 1 / 0.3)
-BATCH_STREAM = 2**15 + (6 << 10)  # ratios and choices in the batch: the first four words of each sample
 
 
 class PatchMasks(NamedTuple):
@@ -124,7 +124,7 @@ def block_masks(
     area = (float(least), 2.0**40 if most is None else float(most))
     bounds = (float(aspect[0]), float(aspect[1]))
     if isinstance(ids, Tensor):
-        return ops.block_mask(
+        return block_mask(
             *(ids, counts, sides),
             area=area,
             aspect=bounds,
@@ -165,9 +165,10 @@ def beit_masks(
 
 
 def _batch_numbers(ids: Tensor, seed: int, epoch: int, view: int) -> Tensor:
-    """[B, 4] float64 in [0, 1) of each sample, apart from its blocks."""
+    """[B, 4] float64 in [0, 1) of each sample, apart from its blocks: ratios and choices in the batch."""
     check_key(seed, epoch, view)
-    counter = (torch.full_like(ids, BATCH_STREAM + view << 16), torch.full_like(ids, epoch), ids & LOW, ids >> 32 & LOW)
+    first = torch.full_like(ids, stream_of("batch_of_masks", view) << 16)
+    counter = (first, torch.full_like(ids, epoch), ids & LOW, ids >> 32 & LOW)
     return torch.stack(philox(counter, seed), 1).to(torch.float64) * 2.0**-32
 
 
@@ -302,7 +303,7 @@ def _dino_masks(
         columns = (torch.arange(width, device=tensor.device) - (numbers[:, 3:4] * width).long()) % width
         source = (rows[:, :, None] * width + columns[:, None, :]).reshape(len(ids), patches)
         masks = np.take_along_axis(masks, source.numpy(), 1) if isinstance(ids, np.ndarray) else masks.gather(1, source)
-    listed = (reference if isinstance(ids, np.ndarray) else ops).masked_rows(masks, upperbound)
+    listed = (reference.masked_rows if isinstance(ids, np.ndarray) else masked_rows)(masks, upperbound)
     return PatchMasks(masks, listed[0], listed[1], upperbound, listed[2])
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import ops, reference
-from .._ids import towards
-from ..ops.partition_mask import check_mask
+from .. import reference
+from .._library import towards
+from ..ops.partition_mask import check_mask, partition_mask
 from ._samples import Array
 
 
@@ -67,7 +67,7 @@ class Masks:
         check_mask(mask)
         if kept is None and not mask.is_cpu:
             raise ValueError(f"kept must be given for a mask on {mask.device}: counting it would wait for the device")
-        return cls(*ops.partition_mask(mask, _first_row(mask) if kept is None else kept))
+        return cls(*partition_mask(mask, _first_row(mask) if kept is None else kept))
 
 
 def _first_row(mask: Any) -> int:

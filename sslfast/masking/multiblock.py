@@ -7,15 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import _native, ops
-from ..ops.multiblock_mask import MOST_PATCHES, MOST_TARGETS
+from .. import _native
+from .._random.philox import LOW, philox
+from .._random.streams import stream_of
+from ..ops.multiblock_mask import MOST_PATCHES, MOST_TARGETS, multiblock_mask
 from ..ops.random_mask import check_key
 from ..reference.multiblock_mask import multiblock_arrays
 from ._samples import as_samples
-
-_SIZES = 2**15 + (6 << 10)  # the stream of choices for a whole batch
-_SIZES_BLOCK = 2**15 + 2**14
-_LOW = 0xFFFFFFFF
 
 Pair = tuple[float, float]
 
@@ -35,17 +33,6 @@ class MultiBlockMasks(NamedTuple):
 
     context: Any
     targets: Any
-
-
-def _philox(counter: list[int], seed: int) -> list[int]:
-    """Four words, as ``csrc/common/philox.h``: block sizes are shapes, so their numbers are drawn here, on the host."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = seed & _LOW, seed >> 32 & _LOW
-    for _ in range(10):
-        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
-        c0, c1, c2, c3 = p1 >> 32 ^ c1 ^ k0, p1 & _LOW, p0 >> 32 ^ c3 ^ k1, p0 & _LOW
-        k0, k1 = k0 + 0x9E3779B9 & _LOW, k1 + 0xBB67AE85 & _LOW
-    return [c0, c1, c2, c3]
 
 
 def _block(grid: tuple[int, int], scale: float, aspect: float, upstream: bool) -> tuple[int, int]:
@@ -151,7 +138,8 @@ def multiblock_masks(
     ranges = {"target_scale": target_scale, "target_aspect": target_aspect, "context_scale": context_scale}
     grid = _check(grid, targets, ranges, min_keep, step)
     seed = check_key(seed, epoch, view)
-    words = _philox([_SIZES_BLOCK | _SIZES + view << 16, epoch, step & _LOW, step >> 32], seed)
+    # Block sizes are shapes, so their numbers are drawn on the host.
+    words = philox((stream_of("multiblock_sizes", view) << 16, epoch, step & LOW, step >> 32), seed)
     u = [word * 2.0**-32 for word in words]
     scale, aspect, of_context = (low + (high - low) * u[i] for i, (low, high) in enumerate(ranges.values()))
     if upstream:
@@ -176,7 +164,7 @@ def multiblock_masks(
     def place(kept: int) -> tuple[Any, Any, Any]:
         if isinstance(who, torch.Tensor):
             options: dict[str, Any] = {"min_keep": min_keep, "allow_overlap": allow_overlap, "upstream": upstream}
-            return ops.multiblock_mask(who, grid, targets, *blocks, kept, **options, seed=seed, epoch=epoch, view=view)
+            return multiblock_mask(who, grid, targets, *blocks, kept, **options, seed=seed, epoch=epoch, view=view)
         function = multiblock_arrays if _native.host is None else _native.host.multiblock_mask
         return function(who, grid, targets, *blocks, kept, min_keep, allow_overlap, upstream, seed, epoch, view)
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _native, ops, reference
-from ..ops.random_mask import check_key, check_units
+from .. import _native, reference
+from ..ops.random_mask import check_key, check_units, random_mask
 from ._samples import Array, Samples, as_samples
 from .masks import Masks
 
@@ -50,7 +50,7 @@ def _masks(
     if isinstance(ids, Tensor):
         if noise is not None and not isinstance(noise, Tensor):
             raise TypeError(f"noise must be a torch.Tensor like the samples, got {type(noise).__name__}")
-        return Masks(*ops.random_mask(ids, grid, kept, unit=unit, noise=noise, ascending=ascending, **key))
+        return Masks(*random_mask(ids, grid, kept, unit=unit, noise=noise, ascending=ascending, **key))
     check_units(grid, unit, kept)
     key = {**key, "seed": check_key(**key)}
     if noise is not None:

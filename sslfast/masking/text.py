@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _native, ops
-from .._ids import Ids, sample_ids
+from .._random.ids import Ids, sample_ids
 from ..ops.mask_tokens import LONGEST, check_rules, limits_of
 from ..ops.random_mask import check_key
 from ..reference.mask_tokens import mask_arrays
@@ -130,7 +130,7 @@ def mask_tokens(
     rows = input_ids.shape[0] if input_ids.dim() else 0  # the operation checks the shape
     if isinstance(samples, (Tensor, Sequence)) and len(samples) != rows:
         raise ValueError(f"samples must be as many as the rows, {rows}, got {len(samples)}")
-    return ops.mask_tokens(
+    return ops.mask_tokens.mask_tokens(
         input_ids,
         sample_ids(samples, rows, input_ids.device),
         None if special is None else special.to(torch.bool),

@@ -1,43 +1,10 @@
-"""One file an operation: schema, fake kernel, autograd, choice of backend, and the public function."""
+"""One module an operation: schema, fake kernel, autograd, choice of backend, and the public function of its name."""
 
-from .augment_views import augment_views
-from .block_mask import block_mask
-from .embed_patches import embed_patches
-from .gather_patches import gather_patches
-from .gather_tokens import gather_tokens
-from .l2_normalize import l2_normalize
-from .mask_tokens import mask_tokens
-from .masked_feature_loss import masked_feature_loss
-from .masked_patch_loss import masked_patch_loss
-from .masked_rows import masked_rows
-from .multiblock_mask import multiblock_mask
-from .nt_xent import nt_xent
-from .partition_mask import partition_mask
-from .random_mask import random_mask
-from .scatter_tokens import scatter_tokens
-from .second_moment import second_moment
-from .similarity_logsigmoid import similarity_logsigmoid
-from .similarity_lse import similarity_lse
-from .view_params import view_params
+import importlib
+import pkgutil
 
-__all__ = [
-    "augment_views",
-    "block_mask",
-    "embed_patches",
-    "gather_patches",
-    "gather_tokens",
-    "l2_normalize",
-    "mask_tokens",
-    "masked_feature_loss",
-    "masked_patch_loss",
-    "masked_rows",
-    "multiblock_mask",
-    "nt_xent",
-    "partition_mask",
-    "random_mask",
-    "scatter_tokens",
-    "second_moment",
-    "similarity_logsigmoid",
-    "similarity_lse",
-    "view_params",
-]
+# The operations: every module here that names its backends.
+__all__: list[str] = []
+for _module in pkgutil.iter_modules(__path__):
+    if not _module.name.startswith("_") and hasattr(importlib.import_module(f".{_module.name}", __name__), "BACKENDS"):
+        __all__.append(_module.name)

@@ -7,58 +7,15 @@ operator gives the sums and a weighted loss of them; its backward takes whicheve
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _library, reference
 from .._checks import accumulator, without_autocast
-from ..reference.second_moment import SecondMoment
-
-SCALES = ("none", "variance", "norm")
-PENALTIES = ("none", "identity", "hinge", "trace")
-
-
-class Loss(NamedTuple):
-    """A weighted sum, ``off·Σ_r off_diagonal_r + distance·‖a − b‖² + columns·penalty``.
-
-    The penalty of the columns is
-
-        "identity"  Σ_i (M_ii/N − 1)²
-        "hinge"     Σ_i max(0, 1 − sqrt(Σ_n c_ni²/(N − 1) + floor)), c the centred columns of each batch, not scaled
-        "trace"     Σ_i M_ii
-
-    Attributes:
-        off, distance, columns: the weights.
-        penalty: one of the three, or "none".
-        floor: added to the variances of "hinge".
-    """
-
-    off: float = 0.0
-    distance: float = 0.0
-    columns: float = 0.0
-    penalty: str = "none"
-    floor: float = 0.0
-
-
-def penalty_of(moment: SecondMoment, squares: Tensor, rows: int, loss: Loss) -> Tensor:
-    """The penalty, in plain PyTorch; ``squares`` [V, D] are Σ of squared deviations."""
-    if loss.penalty == "identity":
-        return (moment.diagonal / rows - 1).square().sum()
-    if loss.penalty == "hinge":
-        return torch.relu(1 - (squares / (rows - 1) + loss.floor).sqrt()).sum()
-    return moment.diagonal.sum()
-
-
-def weighted(moment: SecondMoment, squares: Tensor, rows: int, loss: Loss) -> Tensor:
-    """The loss, in plain PyTorch; [] in the dtype of the sums."""
-    total = loss.off * moment.off_diagonal.sum()
-    if loss.distance:
-        total = total + loss.distance * moment.distance
-    if loss.penalty != "none":
-        total = total + loss.columns * penalty_of(moment, squares, rows, loss)
-    return total
+from .moment_losses import PENALTIES, SCALES, Loss, weighted
+from .types import SecondMoment
 
 
 def by_reference(a: Tensor, b: Tensor | None, cross: bool, center: bool, scale: str, eps: float) -> SecondMoment:
@@ -66,7 +23,9 @@ def by_reference(a: Tensor, b: Tensor | None, cross: bool, center: bool, scale: 
     kind = accumulator(a)
     with without_autocast(a):
         wide = None if b is None else b.to(kind)
-        return reference.second_moment(a.to(kind), wide, cross=cross, center=center, scale=scale, eps=eps)
+        return SecondMoment(
+            *reference.second_moment(a.to(kind), wide, cross=cross, center=center, scale=scale, eps=eps)
+        )
 
 
 def loss_by_reference(

@@ -11,16 +11,6 @@ from .. import _library
 from .._checks import FLOATS, accumulator, autocasts
 
 
-def check_tokens(name: str, x: Tensor) -> None:
-    """``x`` is a batch of token rows [B, L, D] of a floating-point type with at least one feature."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
-    if x.dim() != 3 or x.shape[2] == 0:
-        raise ValueError(f"{name} must have shape [images, tokens, features], got {tuple(x.shape)}")
-
-
 def check_index(name: str, index: Tensor, device: torch.device, *dims: int) -> None:
     """``index`` is an int64 tensor on ``device`` with one of these numbers of dimensions."""
     if not isinstance(index, Tensor):

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _library, reference
-from .._checks import ids_checked
+from .._checks import check_tokens, ids_checked
 from . import _devices
-from ._tokens import check_index, check_tokens, in_accumulator, linear_second_order, table
+from ._tokens import check_index, in_accumulator, linear_second_order, table
 
 BACKENDS = ("cpu", "cuda", "reference")
 why_not = functools.partial(_devices.why_not, "gather_tokens", "ids")

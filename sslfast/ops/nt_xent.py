@@ -16,9 +16,7 @@ from torch import Tensor
 
 from .. import _backends, _library, _native, reference
 from .._checks import accumulator, check_matrix, check_same, check_temperature
-from .l2_normalize import EPS
-from .l2_normalize import by_reference as normalize_by_reference
-from .l2_normalize import why_not as why_not_normalize
+from .l2_normalize import EPS, by_reference as normalize_by_reference, why_not as why_not_normalize
 
 BACKENDS = ("cpu", "triton", "reference")
 

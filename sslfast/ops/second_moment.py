@@ -18,8 +18,9 @@ from torch import Tensor
 
 from .. import _backends, _native
 from .._checks import check_matrix, check_same
-from ..reference.second_moment import SecondMoment
-from ._second_moment_operators import PENALTIES, SCALES, Loss, by_reference
+from ._second_moment_operators import by_reference
+from .moment_losses import PENALTIES, SCALES, Loss
+from .types import SecondMoment
 
 BACKENDS = ("cpu", "triton", "reference")
 FORMS = ("auto", "primal", "dual")

@@ -9,7 +9,7 @@ is in ``docs/similarity_lse.md``; the operators are in ``_similarity_operators.p
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import _backends, _native
 from .._checks import accumulator, check_integers, check_keys, readable, scalar_tensor
 from ._similarity_operators import by_reference
+from .types import SimilarityTerms
 
 BACKENDS = ("cpu", "triton", "reference")
 
@@ -25,24 +26,6 @@ BACKENDS = ("cpu", "triton", "reference")
 TILE_CACHE = 42 * 2**20
 LEAST_CACHE = 16 * 2**20
 TILE = 192  # most rows and columns of a tile
-
-
-class SimilarityTerms(NamedTuple):
-    """What one pass over the tiles gives; ``None`` where it was not asked for.
-
-    ``row_lse`` [M], ``col_lse`` [N], ``positive`` [M] (logit of each row's positive), ``hardest`` [M] (largest logit of
-    a row among the columns that are neither excluded nor its positive; without gradient; −inf where there is none).
-
-    Example:
-        >>> terms = sslfast.similarity_terms(torch.eye(2), torch.eye(2), 2.0, positives=torch.arange(2))
-        >>> terms.positive.tolist(), terms.col_lse is None
-        ([2.0, 2.0], True)
-    """
-
-    row_lse: Tensor
-    col_lse: Tensor | None
-    positive: Tensor | None
-    hardest: Tensor | None
 
 
 def why_not(backend: str, q: Tensor) -> str | None:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .._random.streams import stream_of
 from .philox import exponential
-from .random_mask import BLOCK_MASK, Array, mask_words
+from .random_mask import Array, mask_words
 
 ATTEMPTS = 2**15  # blocks of a stream; the keys of the completion take the other half
 AT_ONCE = 64  # attempts whose numbers are drawn together
@@ -30,7 +31,7 @@ def block_mask(
     """[B, height · width] bool: see ``sslfast.ops.block_mask``."""
     height, width = grid
     masks = np.zeros((len(samples), height, width), dtype=bool)
-    key = {"group": BLOCK_MASK, "seed": seed, "epoch": epoch, "view": view}
+    key = {"stream": stream_of("block_mask", view), "seed": seed, "epoch": epoch}
     for mask, sample, wanted in zip(masks, samples.reshape(-1, 1), counts.tolist(), strict=True):
         units = np.empty((0, 4))
         attempt, masked, failed = 0, 0, 0

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._random.streams import stream_of
 from .philox import LOW, philox4x32
 
 Array = np.ndarray[Any, Any]
-SELECTION, REPLACEMENT = 2**15 + (4 << 10), 2**15 + (5 << 10)
 
 
 def _chosen_places(keys: Array, words: Array, budget: int) -> list[int]:
@@ -52,11 +52,11 @@ def mask_arrays(
     place = np.broadcast_to(np.arange(length), (rows, length))
     word = place if word_ids is None else np.maximum(word_ids, 0)
 
-    def draw(block: Array, stream: int) -> Array:
-        counter = (block | (stream + view) << 16, epoch, ids & LOW, ids >> np.uint64(32))
+    def draw(block: Array, purpose: str) -> Array:
+        counter = (block | stream_of(purpose, view) << 16, epoch, ids & LOW, ids >> np.uint64(32))
         return np.stack(philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)))  # [4, B, S]
 
-    key = np.take_along_axis(draw(word // 4, SELECTION), (word % 4)[None], 0)[0]
+    key = np.take_along_axis(draw(word // 4, "token_selection"), (word % 4)[None], 0)[0]
     candidate = np.ones((rows, length), dtype=bool)
     if special is not None:
         candidate &= ~special
@@ -69,7 +69,7 @@ def mask_arrays(
             among = np.flatnonzero(candidate[b])
             budget = max(1, (len(among) * limits[0] + 2**31) >> 32)
             chosen[b, among[_chosen_places(key[b, among], word[b, among], budget)]] = True
-    fate, which = draw(place, REPLACEMENT)[:2]
+    fate, which = draw(place, "token_replacement")[:2]
     random_word = which * np.uint64(vocab_size) >> np.uint64(32)
     replaced = np.where(fate < limits[1], mask_id, np.where(fate < limits[2], random_word.astype(np.int64), input_ids))
     inputs, labels = np.where(chosen, replaced, input_ids), np.where(chosen, input_ids, ignore_index)

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._random.streams import stream_of
 from .philox import LOW, philox4x32
 
 Array = np.ndarray[Any, Any]
-STREAM = 2**15 + (3 << 10)
 TRIES = 20
 
 
@@ -42,7 +42,7 @@ def multiblock_arrays(
     counts = np.empty(len(samples), dtype=np.int64)
 
     def draw(sample: np.uint64, block: Any) -> tuple[Array, ...]:
-        counter = (block | (STREAM + view) << 16, epoch, sample & LOW, sample >> np.uint64(32))
+        counter = (block | stream_of("multiblock_mask", view) << 16, epoch, sample & LOW, sample >> np.uint64(32))
         return philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
 
     def place(sample: np.uint64, block: int, size: Sequence[int]) -> Array:

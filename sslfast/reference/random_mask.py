@@ -7,19 +7,18 @@ from typing import Any
 
 import numpy as np
 
+from .._random.streams import stream_of
 from .philox import LOW, philox4x32
 
 Array = np.ndarray[Any, np.dtype[Any]]
-STREAMS = 2**15  # where the masks' streams begin among the views of a sample; 2^10 of each group
-RANDOM_MASK, BLOCK_MASK = 1, 2
 
 
 def mask_words(
-    samples: Array, first_block: int, count: int, *, group: int, seed: int, epoch: int, view: int
+    samples: Array, first_block: int, count: int, *, stream: int, seed: int, epoch: int
 ) -> np.ndarray[Any, np.dtype[np.uint64]]:
     """[B, count] random words: word i of a sample is word i mod 4 of its block ``first_block`` + ⌊i / 4⌋."""
     ids = np.asarray(samples).astype(np.uint64)[:, None]
-    block = np.arange(first_block, first_block + -(-count // 4))[None] | STREAMS + (group << 10) + view << 16
+    block = np.arange(first_block, first_block + -(-count // 4))[None] | stream << 16
     words = philox4x32((block, epoch, ids & LOW, ids >> np.uint64(32)), (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
     shape = (len(ids), block.shape[1])
     return np.stack([np.broadcast_to(word, shape) for word in words], 2).reshape(len(ids), 4 * shape[1])[:, :count]
@@ -43,7 +42,7 @@ def random_mask(
     cells = np.arange(t * h * w).reshape(t // ut, ut, h // uh, uh, w // uw, uw).transpose(0, 2, 4, 1, 3, 5)
     cells = cells.reshape(-1, ut * uh * uw)
     if noise is None:
-        keys: Array = mask_words(samples, 0, len(cells), group=RANDOM_MASK, seed=seed, epoch=epoch, view=view)
+        keys: Array = mask_words(samples, 0, len(cells), stream=stream_of("random_mask", view), seed=seed, epoch=epoch)
     else:
         keys = noise
     order = np.argsort(keys, axis=1, kind="stable")

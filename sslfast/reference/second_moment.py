@@ -2,29 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-
-
-class SecondMoment(NamedTuple):
-    """What a second-moment matrix M (one for each of R pairs of batches) says.
-
-    Attributes:
-        off_diagonal: [R], Σ_{i≠j} M_ij².
-        diagonal: [R, D], M_ii.
-        distance: [], ‖a − b‖²_F, or 0.
-
-    Example:
-        >>> moment = sslfast.second_moment(torch.eye(2), torch.zeros(2, 2), center=False)
-        >>> moment.diagonal.tolist(), moment.distance.item()
-        ([[1.0, 1.0], [0.0, 0.0]], 2.0)
-    """
-
-    off_diagonal: Tensor
-    diagonal: Tensor
-    distance: Tensor
 
 
 def prepared(x: Tensor, center: bool, scale: str, eps: float) -> Tensor:
@@ -46,11 +25,15 @@ def second_moment(
     center: bool = True,
     scale: str = "none",
     eps: float = 1e-5,
-) -> SecondMoment:
-    """M = ÂᵀB̂ if ``cross``, else ÂᵀÂ and (with ``b``) B̂ᵀB̂; D × D matrices in memory."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """M = ÂᵀB̂ if ``cross``, else ÂᵀÂ and (with ``b``) B̂ᵀB̂; D × D matrices in memory.
+
+    Returns:
+        (Σ_{i≠j} M_ij² [R], the diagonals [R, D], ‖a − b‖²_F []).
+    """
     left = [prepared(x, center, scale, eps) for x in (a, b) if x is not None]
     moments = [left[0].T @ left[1]] if cross else [x.T @ x for x in left]
     diagonal = torch.stack([m.diagonal() for m in moments])
     off = torch.stack([(m - m.diagonal().diag()).square().sum() for m in moments])
     distance = (a - b).square().sum() if b is not None and not cross else a.new_zeros(())
-    return SecondMoment(off, diagonal, distance)
+    return off, diagonal, distance

@@ -1,9 +1,9 @@
 """Small calls of every CUDA operator, forward and backward: one list for all that runs the kernels.
 
-The emulator runs it without a GPU (``tests/test_cuda_emulated.py``). On one, and under compute-sanitizer, it needs no
-pytest (``python -m cuda_cases --help``):
+The emulator runs it without a GPU (``tests/gpu/test_cuda_emulated.py``). On one, and under compute-sanitizer, it needs
+no pytest (``python -m cuda_cases --help``):
 
-    export PYTHONPATH=tests
+    export PYTHONPATH=tests:tests/helpers
     python -m cuda_cases
     compute-sanitizer --tool racecheck python -m cuda_cases --only masked_rows
 

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslfast import ops
 from sslfast.augment import ViewSpec, sample_params
-from sslfast.ops.gather_patches import scatter_patches
+from sslfast.ops.augment_views import augment_views
+from sslfast.ops.gather_patches import gather_patches, scatter_patches
+from sslfast.ops.masked_feature_loss import masked_feature_loss
+from sslfast.ops.masked_patch_loss import masked_patch_loss
+from sslfast.ops.view_params import view_params
 
 from .case import FLOATS, Case, Function, case, given, name_of, some_ids
 
@@ -56,7 +59,7 @@ def patches() -> Iterator[Case]:
         numbers = [0.5 + 0.1 * c for c in range(shape[1])] if shape[1] < 64 else None
         options: dict[str, Any] = dict(patch_size=patch, order=order, dtype=dtype, mean=numbers, std=numbers)
         x = image_of(shape, pixels).requires_grad_(pixels != torch.uint8)
-        return (lambda x, ids: ops.gather_patches(LAYOUTS[layout](x), ids, **options)), x, ids
+        return (lambda x, ids: gather_patches(LAYOUTS[layout](x), ids, **options)), x, ids
 
     def scatter(image: str, order: Any, dtype: torch.dtype) -> tuple[Any, ...]:
         shape, patch = IMAGES[image]
@@ -89,7 +92,7 @@ def losses() -> Iterator[Case]:
         if shape[1] == 3:
             options |= dict(mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.4])
         pred = given(*index.shape, numbers, dtype=dtype)
-        function = lambda x, pred, index: ops.masked_patch_loss(x, pred, index, **options)  # noqa: E731
+        function = lambda x, pred, index: masked_patch_loss(x, pred, index, **options)  # noqa: E731
         return function, image_of(shape, pixels), pred, index
 
     operators = ("masked_patch_loss", "masked_patch_loss_backward")
@@ -110,7 +113,7 @@ def losses() -> Iterator[Case]:
         ids = some_ids(s, b, kept, length=length, padded=False)
 
         def function(pred: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
-            return ops.masked_feature_loss(pred, teacher[:, 1:], ids, **options)
+            return masked_feature_loss(pred, teacher[:, 1:], ids, **options)
 
         return function, pred, target, ids
 
@@ -163,7 +166,7 @@ def views() -> Iterator[Case]:
         options |= dict(size=spec.height_width, cubic=spec.interpolation == "bicubic", pil=spec.semantics == "pil")
         options |= dict(blur_kernel=spec.blur_kernel, threshold=spec.solarize_threshold)
         options |= {name: spec.channels(name, channels) for name in ("mean", "std")}
-        return (lambda images, params: ops.augment_views(images, params, **options)), images, table
+        return (lambda images, params: augment_views(images, params, **options)), images, table
 
     def of(semantics: str, size: tuple[int, int], changes: dict[str, Any], pixels: torch.dtype, **options: Any) -> Any:
         channels = options.pop("channels", 3)
@@ -220,7 +223,11 @@ def views() -> Iterator[Case]:
         numbers = [spec.numbers() for spec in specs * launches]
         key = dict(seed=-3, epoch=2**32 - 1, view=11)
         ids, sizes = torch.randint(-(2**63), 2**63 - 1, (count,)), torch.randint(1, 700, (count, 2))
-        return (lambda ids, sizes: ops.view_params(ids, sizes, numbers, **key)), ids, sizes if ragged else (375, 500)
+        return (
+            (lambda ids, sizes: view_params(ids, sizes, numbers, **key)),
+            ids,
+            sizes if ragged else (375, 500),
+        )
 
     for count, launches, ragged in ((130, 1, True), (130, 1, False), (3, 6, True), (1, 1, False), (0, 1, False)):
         name = f"view_params of {count} images, {3 * launches} views, {'ragged' if ragged else 'one size'}"

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslfast import masking, ops
+from sslfast import masking
+from sslfast.ops.masked_rows import masked_rows
+from sslfast.ops.multiblock_mask import multiblock_mask
+from sslfast.ops.partition_mask import partition_mask
 
 from .case import Case, Function, case, name_of
 
@@ -39,12 +42,12 @@ PLACED = ((17, 19), 4, (5, 6), (15, 17))
 MULTIBLOCK: dict[tuple[str, int], Function] = {
     ("I-JEPA", 3): lambda ids: masking.multiblock_masks(ids, (14, 14), context_size=28, **KEY),
     ("no sample", 0): lambda ids: masking.multiblock_masks(ids, (14, 14), context_size=28, **KEY),
-    ("only counted", 2): lambda ids: ops.multiblock_mask(ids, *PLACED, 0, **KEY),
-    ("more wanted than there are", 2): lambda ids: ops.multiblock_mask(ids, *PLACED, 300, **KEY),
-    ("overlapping", 2): lambda ids: ops.multiblock_mask(ids, *PLACED, 60, allow_overlap=True, **KEY),
-    ("as upstream", 2): lambda ids: ops.multiblock_mask(ids, *PLACED, 60, upstream=True, **KEY),
-    ("many targets", 2): lambda ids: ops.multiblock_mask(ids, (9, 9), 256, (1, 1), (9, 9), 3, **KEY),
-    ("one patch", 1): lambda ids: ops.multiblock_mask(ids, (1, 1), 1, (1, 1), (1, 1), 1, **KEY),
+    ("only counted", 2): lambda ids: multiblock_mask(ids, *PLACED, 0, **KEY),
+    ("more wanted than there are", 2): lambda ids: multiblock_mask(ids, *PLACED, 300, **KEY),
+    ("overlapping", 2): lambda ids: multiblock_mask(ids, *PLACED, 60, allow_overlap=True, **KEY),
+    ("as upstream", 2): lambda ids: multiblock_mask(ids, *PLACED, 60, upstream=True, **KEY),
+    ("many targets", 2): lambda ids: multiblock_mask(ids, (9, 9), 256, (1, 1), (9, 9), 3, **KEY),
+    ("one patch", 1): lambda ids: multiblock_mask(ids, (1, 1), 1, (1, 1), (1, 1), 1, **KEY),
 }
 
 
@@ -70,7 +73,7 @@ def masks() -> Iterator[Case]:
 def lists() -> Iterator[Case]:
     def partition(count: int, length: int, kept: int) -> tuple[Any, ...]:
         mask = torch.rand(count, length).argsort(1) >= kept
-        return (lambda mask: ops.partition_mask(mask, kept)), mask
+        return (lambda mask: partition_mask(mask, kept)), mask
 
     for sizes in ((3, 300, 150), (2, 257, 0), (2, 31, 31), (1, 1, 1), (0, 9, 4), (3, 0, 0)):
         yield case(f"partition_mask {sizes}", ("partition_mask",), partial(partition, *sizes))
@@ -78,7 +81,7 @@ def lists() -> Iterator[Case]:
     def rows(count: int, length: int, spare: int) -> tuple[Any, ...]:
         mask = torch.rand(count, length) < 0.4
         size = int(mask.sum()) + spare
-        return (lambda mask: ops.masked_rows(mask, size)), mask
+        return (lambda mask: masked_rows(mask, size)), mask
 
     for sizes in ((5, 300, 9), (9, 31, 0), (260, 2, 0), (1, 1, 3), (0, 7, 4), (3, 0, 600)):
         yield case(f"masked_rows {sizes}", ("masked_rows",), partial(rows, *sizes), exact=True)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import sslfast
-from sslfast import masking, ops
+from sslfast import masking
+from sslfast.ops.gather_tokens import gather_tokens
+from sslfast.ops.scatter_tokens import scatter_tokens
 
 from .case import FLOATS, Case, case, given, name_of, some_ids
 
@@ -68,22 +70,22 @@ def tokens() -> Iterator[Tokens]:
 
 def gathered_tokens() -> Iterator[Case]:
     def alone(t: Tokens) -> tuple[Any, ...]:
-        return ops.gather_tokens, t.given(t.b, t.length), t.ids()
+        return gather_tokens, t.given(t.b, t.length), t.ids()
 
     def several_masks(t: Tokens) -> tuple[Any, ...]:
-        call = lambda x, ids, at, first: ops.gather_tokens(x, ids, position=at, prefix=first)  # noqa: E731
+        call = lambda x, ids, at, first: gather_tokens(x, ids, position=at, prefix=first)  # noqa: E731
         return call, t.given(t.b, t.length), t.ids(2), t.given(t.length), t.given(2)
 
     def packed(t: Tokens) -> tuple[Any, ...]:
-        call = lambda x, ids, at, first: ops.gather_tokens(x, ids, position=at, prefix=first, packed=True)  # noqa: E731
+        call = lambda x, ids, at, first: gather_tokens(x, ids, position=at, prefix=first, packed=True)  # noqa: E731
         return call, t.given(t.b, t.kept), t.ids(), t.given(t.length), t.given(2)
 
     def one_token(t: Tokens) -> tuple[Any, ...]:
-        call = lambda ids, at, token: ops.gather_tokens(None, ids, position=at, token=token)  # noqa: E731
+        call = lambda ids, at, token: gather_tokens(None, ids, position=at, token=token)  # noqa: E731
         return call, t.ids(2), t.given(t.length), t.given()
 
     def strided(t: Tokens) -> tuple[Any, ...]:
-        call = lambda x, ids, at: ops.gather_tokens(x[:, 1:], ids, position=at.mT.contiguous().mT)  # noqa: E731
+        call = lambda x, ids, at: gather_tokens(x[:, 1:], ids, position=at.mT.contiguous().mT)  # noqa: E731
         return call, t.given(t.b, t.length + 1), t.ids(), t.given(t.length)
 
     for t, make in itertools.product(tokens(), (alone, several_masks, packed, one_token, strided)):
@@ -93,11 +95,11 @@ def gathered_tokens() -> Iterator[Case]:
 
 def scattered_tokens() -> Iterator[Case]:
     def alone(t: Tokens) -> tuple[Any, ...]:
-        return ops.scatter_tokens, t.given(t.b, t.kept), t.restore(), t.given()
+        return scatter_tokens, t.given(t.b, t.kept), t.restore(), t.given()
 
     def placed(t: Tokens, rows: int) -> tuple[Any, ...]:
         def call(x: Tensor, restore: Tensor, token: Tensor, position: Tensor, prefix: Tensor) -> Tensor:
-            return ops.scatter_tokens(x, restore, token, position=position, prefix=prefix, passed=1)
+            return scatter_tokens(x, restore, token, position=position, prefix=prefix, passed=1)
 
         return call, t.given(t.b, 1 + t.kept), t.restore(), t.given(), t.given(rows), t.given(2)
 

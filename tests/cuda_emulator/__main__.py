@@ -16,7 +16,7 @@ from .sanitize import reports, run_under
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="PYTHONPATH=tests python -m cuda_emulator", description=__doc__)
+    parser = argparse.ArgumentParser(prog="PYTHONPATH=tests:tests/helpers python -m cuda_emulator", description=__doc__)
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name or operators contain it")
     parser.add_argument("--sanitizer", choices=SANITIZERS, help="run under it; what it reports is a fault")
     parser.add_argument("--runs", type=int, default=len(RUNS), help=f"orders of threads; default: {len(RUNS)}")

@@ -32,7 +32,9 @@ def run_under(sanitizer: str, *arguments: str) -> subprocess.CompletedProcess[st
         LIBRARY: str(library),
         "LD_PRELOAD": ":".join(name.strip() for name in runtimes),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT), str(HERE.parent), str(HERE.parent / "helpers"), os.environ.get("PYTHONPATH", "")]
+        ),
     }
     command = [sys.executable, "-m", "cuda_emulator", *arguments]
     return subprocess.run(

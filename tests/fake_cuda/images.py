@@ -7,8 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslfast import augment, masking, ops
-from sslfast.augment import pretext
+from sslfast import augment, masking, pretext
+from sslfast.ops.augment_views import augment_views
+from sslfast.ops.block_mask import block_mask
+from sslfast.ops.mask_tokens import mask_tokens
+from sslfast.ops.masked_rows import masked_rows
+from sslfast.ops.multiblock_mask import multiblock_mask
+from sslfast.ops.partition_mask import partition_mask
+from sslfast.ops.random_mask import random_mask
+from sslfast.ops.view_params import view_params
 
 from .inputs import PATCH, SIDE, B, Case, D, Inputs, L
 
@@ -48,13 +55,13 @@ TOKENS: dict[str, Case] = {
     "masking.embed_patches/all of bytes": lambda x: masking.embed_patches(x.images(), None, **_weights(x)),
     "masking.patchify": lambda x: masking.patchify(x.z(B, 3, SIDE, SIDE), PATCH),
     "masking.unpatchify": lambda x: masking.unpatchify(x.z(B, L, 48), PATCH),
-    "masking.get_at_index": lambda x: masking.get_at_index(x.z(B, L, D), x.ids(B, 5)),
-    "masking.set_at_index": lambda x: masking.set_at_index(x.z(B, L, D), x.ids(B, 5), x.z(B, 5, D)),
-    "masking.set_at_index/a number": lambda x: masking.set_at_index(x.z(B, L, D), x.ids(B, 5), 1.0),
-    "masking.mask_at_index": lambda x: masking.mask_at_index(x.z(B, L, D), x.ids(B, 5), x.z(1, 1, D)),
-    "masking.repeat_token": lambda x: masking.repeat_token(x.z(1, 1, D), (B, L)),
-    "masking.random_masking": lambda x: masking.random_masking(x.z(B, L, D), 0.75),
-    "masking.random_masking/noise": lambda x: masking.random_masking(
+    "masking.compat.get_at_index": lambda x: masking.compat.get_at_index(x.z(B, L, D), x.ids(B, 5)),
+    "masking.compat.set_at_index": lambda x: masking.compat.set_at_index(x.z(B, L, D), x.ids(B, 5), x.z(B, 5, D)),
+    "masking.compat.set_at_index/a number": lambda x: masking.compat.set_at_index(x.z(B, L, D), x.ids(B, 5), 1.0),
+    "masking.compat.mask_at_index": lambda x: masking.compat.mask_at_index(x.z(B, L, D), x.ids(B, 5), x.z(1, 1, D)),
+    "masking.compat.repeat_token": lambda x: masking.compat.repeat_token(x.z(1, 1, D), (B, L)),
+    "masking.compat.random_masking": lambda x: masking.compat.random_masking(x.z(B, L, D), 0.75),
+    "masking.compat.random_masking/noise": lambda x: masking.compat.random_masking(
         x.z(B, L, D), 0.75, torch.rand(B, L, device=x.device)
     ),
 }
@@ -83,19 +90,19 @@ MASKS: dict[str, Case] = {
         B, (14, 14), allow_overlap=True, device=x.device
     ),
     "masking.multiblock_masks/the shortest": lambda x: masking.multiblock_masks(x.ids(B), (14, 14)),
-    "masking.random_token_mask": lambda x: masking.random_token_mask((B, L), device=x.device),
+    "masking.compat.random_token_mask": lambda x: masking.compat.random_token_mask((B, L), device=x.device),
     "masking.mask_tokens": lambda x: masking.mask_tokens(
         x.ids(B, L), x.ids(B), mask_id=103, vocab_size=1000, special=x.mask(), word_ids=x.ids(B, L) // 2, exact=True
     ),
     "masking.mask_tokens/no samples": lambda x: masking.mask_tokens(x.ids(B, L), mask_id=103, vocab_size=1000),
-    "ops.masked_rows": lambda x: ops.masked_rows(x.mask(), 8),
-    "ops.partition_mask": lambda x: ops.partition_mask(x.mask(), 12),
-    "ops.random_mask": lambda x: ops.random_mask(x.ids(B), (1, 4, 4), 4),
-    "ops.block_mask": lambda x: ops.block_mask(
+    "ops.masked_rows.masked_rows": lambda x: masked_rows(x.mask(), 8),
+    "ops.partition_mask.partition_mask": lambda x: partition_mask(x.mask(), 12),
+    "ops.random_mask.random_mask": lambda x: random_mask(x.ids(B), (1, 4, 4), 4),
+    "ops.block_mask.block_mask": lambda x: block_mask(
         x.ids(B), x.ids(B).double(), (14, 14), area=(4.0, 99.0), aspect=(0.3, 3.0)
     ),
-    "ops.multiblock_mask": lambda x: ops.multiblock_mask(x.ids(B), (14, 14), 4, (5, 6), (13, 13), 28),
-    "ops.mask_tokens": lambda x: ops.mask_tokens(
+    "ops.multiblock_mask.multiblock_mask": lambda x: multiblock_mask(x.ids(B), (14, 14), 4, (5, 6), (13, 13), 28),
+    "ops.mask_tokens.mask_tokens": lambda x: mask_tokens(
         x.ids(B, L), x.ids(B), None, None, (2**30, 2**31, 2**31), mask_id=103, vocab_size=1000
     ),
 }
@@ -135,11 +142,11 @@ AUGMENTATION: dict[str, Case] = {
     "augment.ViewParams": lambda x: [
         augment.sample_params(x.images(), augment.recipe("simclr"), [0, 1]).to(x.device)[0].clone().order,
     ],
-    "ops.augment_views": lambda x: ops.augment_views(
+    "ops.augment_views.augment_views": lambda x: augment_views(
         [x.images()], augment.sample_params(x.images(), augment.recipe("simclr")).table, size=(12, 12)
     ),
-    "ops.view_params": lambda x: ops.view_params(x.ids(B), (16, 16), [augment.recipe("simclr")[0].numbers()]),
-    "ops.view_params/sizes": lambda x: ops.view_params(
+    "ops.view_params.view_params": lambda x: view_params(x.ids(B), (16, 16), [augment.recipe("simclr")[0].numbers()]),
+    "ops.view_params.view_params/sizes": lambda x: view_params(
         x.ids(B), torch.full((B, 2), 16, device=x.device), [augment.recipe("simclr")[0].numbers()]
     ),
     "pretext.rotation": lambda x: pretext.rotation(x.images(), x.ids(B), all_four=False),

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import sslfast
-from sslfast import losses, masking, ops
+from sslfast import masking
+from sslfast.ops.nt_xent import nt_xent
 
 from .inputs import PATCH, B, Case, D, Inputs, L, N
 
@@ -49,9 +50,9 @@ CONTRASTIVE: dict[str, Case] = {
     "nt_xent": _function(sslfast.nt_xent),
     "nt_xent/a learnt temperature": lambda x: sslfast.nt_xent(x.z(), x.z(), x.number(0.5), normalize=False),
     "nt_xent/diagnostics": _function(sslfast.nt_xent, diagnostics=True),
-    "NTXentLoss": _module(losses.NTXentLoss, 0.3),
-    "NTXentLoss/with a bank": _module(losses.NTXentLoss, memory_bank_size=(40, D)),
-    "NTXentLoss/a learnt temperature": lambda x: x.made(lambda: losses.NTXentLoss(nn.Parameter(torch.tensor(0.3))))(
+    "NTXentLoss": _module(sslfast.NTXentLoss, 0.3),
+    "NTXentLoss/with a bank": _module(sslfast.NTXentLoss, memory_bank_size=(40, D)),
+    "NTXentLoss/a learnt temperature": lambda x: x.made(lambda: sslfast.NTXentLoss(nn.Parameter(torch.tensor(0.3))))(
         x.z(), x.z()
     ),
     "info_nce": _function(sslfast.info_nce),
@@ -65,30 +66,30 @@ CONTRASTIVE: dict[str, Case] = {
     "info_nce/ids": lambda x: sslfast.info_nce(
         x.z(), x.z(), positives=x.ids(N), row_ids=x.labels(), col_ids=x.labels() + 1
     ),
-    "InfoNCELoss": _module(losses.InfoNCELoss, label_smoothing=0.1),
+    "InfoNCELoss": _module(sslfast.InfoNCELoss, label_smoothing=0.1),
     "moco": lambda x: sslfast.moco(x.z(), x.fixed(), x.fixed(40, D)),
     "moco/diagnostics": lambda x: sslfast.moco(x.z(), x.fixed(), x.fixed(40, D), x.number(0.1), diagnostics=True),
-    "MoCoLoss": _module(losses.MoCoLoss, 40, D),
+    "MoCoLoss": _module(sslfast.MoCoLoss, 40, D),
     "moco_v3": _function(sslfast.moco_v3),
-    "MoCoV3Loss": _module(losses.MoCoV3Loss),
-    "MemoryQueue": lambda x: _enqueued(x.made(lambda: losses.MemoryQueue(40, D)), x),
+    "MoCoV3Loss": _module(sslfast.MoCoV3Loss),
+    "MemoryQueue": lambda x: _enqueued(x.made(lambda: sslfast.MemoryQueue(40, D)), x),
     "dcl": _function(sslfast.dcl),
     "dcl/weights": _function(sslfast.dcl, weight_fn=lambda a, b: (a * b).sum(1), diagnostics=True),
     "dclw": _function(sslfast.dclw),
-    "DCLLoss": _module(losses.DCLLoss),
-    "DCLWLoss": _module(losses.DCLWLoss),
+    "DCLLoss": _module(sslfast.DCLLoss),
+    "DCLWLoss": _module(sslfast.DCLWLoss),
     "clip": lambda x: sslfast.clip(x.z(), x.z(), x.number(10.0), x.number(-1.0)),
     "clip/a frozen tower": lambda x: sslfast.clip(x.fixed(), x.z(), 10.0, diagnostics=True),
-    "ClipLoss": lambda x: losses.ClipLoss()(x.z(), x.z(), x.number(10.0), output_dict=True),
+    "ClipLoss": lambda x: sslfast.ClipLoss()(x.z(), x.z(), x.number(10.0), output_dict=True),
     "sig_lip": lambda x: sslfast.sig_lip(x.z(), x.z(), x.number(10.0), x.number(-10.0)),
-    "SigLipLoss": lambda x: losses.SigLipLoss()(x.z(), x.z(), 10.0, x.number(-10.0)),
+    "SigLipLoss": lambda x: sslfast.SigLipLoss()(x.z(), x.z(), 10.0, x.number(-10.0)),
     "sup_con": lambda x: sslfast.sup_con(x.z(N, 2, D), x.labels()),
     "sup_con/a mask": lambda x: sslfast.sup_con(x.z(N, 2, D), mask=(x.labels()[:, None] == x.labels()).float()),
     "sup_con/no labels": lambda x: sslfast.sup_con(x.z(N, 2, D), normalize=True, diagnostics=True),
     "sup_con/one view": lambda x: sslfast.sup_con(
         x.z(N, 2, D), x.labels(), contrast_mode="one", reduction="mean_nonzero"
     ),
-    "SupConLoss": lambda x: losses.SupConLoss()(x.z(N, 2, D), x.labels()),
+    "SupConLoss": lambda x: sslfast.SupConLoss()(x.z(N, 2, D), x.labels()),
     "sup_con_keys": lambda x: sslfast.sup_con_keys(x.z(), x.labels()),
     "sup_con_keys/keys": lambda x: sslfast.sup_con_keys(
         x.z(), x.labels(), x.fixed(40, D), x.labels(40), own=x.ids(N), temperature=x.number(0.1)
@@ -101,11 +102,11 @@ CONTRASTIVE: dict[str, Case] = {
     "multiple_negatives_ranking/apart": _function(
         sslfast.multiple_negatives_ranking, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"
     ),
-    "MultipleNegativesRankingLoss": lambda x: losses.MultipleNegativesRankingLoss(x.number(20.0))(
+    "MultipleNegativesRankingLoss": lambda x: sslfast.MultipleNegativesRankingLoss(x.number(20.0))(
         x.z(), x.z(), x.z(N, 2, D)
     ),
     "hypersphere": _function(sslfast.hypersphere),
-    "HypersphereLoss": _module(losses.HypersphereLoss),
+    "HypersphereLoss": _module(sslfast.HypersphereLoss),
     "alignment": _function(sslfast.alignment, normalize=True),
     "uniformity": lambda x: sslfast.uniformity(x.z(), normalize=True),
     "uniformity/as they are": lambda x: sslfast.uniformity(x.z()),
@@ -124,7 +125,7 @@ CONTRASTIVE: dict[str, Case] = {
         x.z(), x.z(30, D), x.number(5.0), x.number(-5.0), row_ids=x.labels(), col_ids=x.labels(30)
     ),
     "l2_normalize": lambda x: sslfast.l2_normalize(x.z()),
-    "ops.nt_xent": _function(ops.nt_xent),
+    "ops.nt_xent.nt_xent": _function(nt_xent),
     "nt_xent/in an autocast region": _mixed(sslfast.nt_xent),
     "info_nce/in an autocast region": _mixed(sslfast.info_nce),
     "clip/in an autocast region": _mixed(sslfast.clip, 10.0),
@@ -134,33 +135,33 @@ DECORRELATION: dict[str, Case] = {
     "barlow_twins": _function(sslfast.barlow_twins),
     "barlow_twins/in an autocast region": _mixed(sslfast.barlow_twins),
     "barlow_twins/primal": _function(sslfast.barlow_twins, form="primal"),
-    "BarlowTwinsLoss": _module(losses.BarlowTwinsLoss),
+    "BarlowTwinsLoss": _module(sslfast.BarlowTwinsLoss),
     "cross_correlation_loss": _function(sslfast.cross_correlation_loss, form="dual"),
     "vicreg": _function(sslfast.vicreg),
     "vicreg/wide": lambda x: sslfast.vicreg(x.z(N, 128), x.z(N, 128), variance_reduction="sum"),
-    "VICRegLoss": _module(losses.VICRegLoss),
+    "VICRegLoss": _module(sslfast.VICRegLoss),
     "vicregl/a local view": lambda x: sslfast.vicregl(*vicregl_views(x), *(part[:1] for part in vicregl_views(x))),
-    "VICRegLLoss": lambda x: losses.VICRegLLoss()(*vicregl_views(x)),
+    "VICRegLLoss": lambda x: sslfast.VICRegLLoss()(*vicregl_views(x)),
     "vibcreg": _function(sslfast.vibcreg),
-    "VIbCRegLoss": _module(losses.VIbCRegLoss),
+    "VIbCRegLoss": _module(sslfast.VIbCRegLoss),
     "covariance_loss": lambda x: sslfast.covariance_loss(x.z()),
     "variance_loss": lambda x: sslfast.variance_loss(x.z()),
     "invariance_loss": _function(sslfast.invariance_loss),
     "frossl": lambda x: sslfast.frossl([x.z(), x.z(), x.z()]),
     "frossl/wide": lambda x: sslfast.frossl([x.z(N, 128), x.z(N, 128)]),
-    "FroSSLLoss": lambda x: losses.FroSSLLoss()([x.z(), x.z()]),
+    "FroSSLLoss": lambda x: sslfast.FroSSLLoss()([x.z(), x.z()]),
     "spectral_contrastive": _function(sslfast.spectral_contrastive),
-    "SpectralContrastiveLoss": _module(losses.SpectralContrastiveLoss, mu=None),
+    "SpectralContrastiveLoss": _module(sslfast.SpectralContrastiveLoss, mu=None),
     "tico": _function(sslfast.tico),
     "tico/covariance": lambda x: sslfast.tico(x.z(), x.z(), x.fixed(D, D)),
-    "TiCoLoss": lambda x: _twice(x.made(losses.TiCoLoss), x),
+    "TiCoLoss": lambda x: _twice(x.made(sslfast.TiCoLoss), x),
     "mmcr": lambda x: sslfast.mmcr(x.z(N, 3, D), x.z(N, 3, D)),
     "mmcr/few": lambda x: sslfast.mmcr(x.z(4, 20, D), x.z(4, 20, D)),
-    "MMCRLoss": lambda x: losses.MMCRLoss()(x.z(N, 3, D), x.z(N, 3, D)),
+    "MMCRLoss": lambda x: sslfast.MMCRLoss()(x.z(N, 3, D), x.z(N, 3, D)),
     "norm_mse_loss": _function(sslfast.norm_mse_loss),
-    "Whitening2d": lambda x: x.made(lambda: losses.Whitening2d(D))(x.z()),
-    "Whitening2d/evaluated": lambda x: x.made(lambda: losses.Whitening2d(D, eps=0.1)).eval()(x.z()),
-    "WMSELoss": lambda x: x.made(lambda: losses.WMSELoss(4, w_size=12))(x.z(2 * N, 4)),
+    "Whitening2d": lambda x: x.made(lambda: sslfast.Whitening2d(D))(x.z()),
+    "Whitening2d/evaluated": lambda x: x.made(lambda: sslfast.Whitening2d(D, eps=0.1)).eval()(x.z()),
+    "WMSELoss": lambda x: x.made(lambda: sslfast.WMSELoss(4, w_size=12))(x.z(2 * N, 4)),
     "second_moment": lambda x: _moments(x, form="dual"),
     "second_moment/cross": lambda x: _moments(x, cross=True, scale="variance", form="primal"),
     "second_moment/wide": lambda x: sslfast.second_moment(x.z(N, 256), center=False),
@@ -203,16 +204,16 @@ MASKED: dict[str, Case] = {
     "masked_patch_loss/numbers": lambda x: sslfast.masked_patch_loss(
         x.pixels(), x.z(B, L, 48), x.mask().float(), patch_size=PATCH
     ),
-    "MaskedPatchLoss": lambda x: losses.MaskedPatchLoss(PATCH)(x.images(), x.z(B, L, 48), _masks(x)),
-    "masking.forward_loss": lambda x: masking.forward_loss(
+    "MaskedPatchLoss": lambda x: sslfast.MaskedPatchLoss(PATCH)(x.images(), x.z(B, L, 48), _masks(x)),
+    "masking.compat.forward_loss": lambda x: masking.compat.forward_loss(
         x.pixels(), x.z(B, L, 48), x.mask().float(), patch_size=PATCH, norm_pix_loss=True
     ),
     "masked_feature_loss": lambda x: sslfast.masked_feature_loss(x.z(3, B, 5, D), x.fixed(B, L, D), x.ids(3, B, 5)),
     "masked_feature_loss/mse": lambda x: sslfast.masked_feature_loss(
         x.z(B, 5, D), x.fixed(B, L, D), x.ids(B, 5), loss="mse", layer_norm=False
     ),
-    "MaskedFeatureLoss": lambda x: losses.MaskedFeatureLoss()(x.z(B, 5, D), x.fixed(B, L, D), x.ids(B, 5)),
+    "MaskedFeatureLoss": lambda x: sslfast.MaskedFeatureLoss()(x.z(B, 5, D), x.fixed(B, L, D), x.ids(B, 5)),
     "masked_token_cross_entropy": lambda x: sslfast.masked_token_cross_entropy(*_token_losses(x), bias=x.z(50)),
     "masked_token_cross_entropy/capacity": lambda x: sslfast.masked_token_cross_entropy(*_token_losses(x), capacity=12),
-    "MaskedTokenLoss": lambda x: losses.MaskedTokenLoss()(*_token_losses(x)),
+    "MaskedTokenLoss": lambda x: sslfast.MaskedTokenLoss()(*_token_losses(x)),
 }

@@ -1,6 +1,6 @@
 """Stage A: every CUDA operator, Triton launch and public loss against float64, and what else a GPU alone can show.
 
-Of each call: the results by the error budget of the tests (``tests/helpers.py``); the same bits twice; memory that the
+Of each call: the results by the error budget of the tests (``tests/helpers``); the same bits twice; memory that the
 allocator hands out filled with NaN, so that an entry nobody writes is seen; no wait of the host for the device; and one
 CUDA graph, replayed on other inputs, whose results have the bits of a plain call.
 """

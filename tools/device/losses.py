@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sslfast
-from sslfast import losses
-from sslfast.losses.group_nt_xent import group_nt_xent
+from sslfast.losses.contrastive.group_nt_xent import group_nt_xent
 
 
 class Problem(NamedTuple):
@@ -152,7 +151,7 @@ def _ranking(n: int, d: int) -> Problem:
 
 def _bank(n: int, d: int) -> Problem:
     def function(q: Tensor, k: Tensor) -> Tensor:
-        criterion = losses.NTXentLoss(temperature=0.2, memory_bank_size=(2 * n, d)).to(q.device)
+        criterion = sslfast.NTXentLoss(temperature=0.2, memory_bank_size=(2 * n, d)).to(q.device)
         fill(criterion)
         return criterion(q, k)
 
@@ -161,7 +160,7 @@ def _bank(n: int, d: int) -> Problem:
 
 def _queue(n: int, d: int) -> Problem:
     def function(q: Tensor, k: Tensor) -> Tensor:
-        criterion = losses.MoCoLoss(size=2 * n, dim=d, temperature=0.2).to(q.device)
+        criterion = sslfast.MoCoLoss(size=2 * n, dim=d, temperature=0.2).to(q.device)
         fill(criterion)
         return criterion(q, k.detach())
 
@@ -247,7 +246,7 @@ def _tico(z_a: Tensor, z_b: Tensor) -> tuple[Tensor, Tensor]:
 def _w_mse(n: int, d: int) -> Problem:
     def function(x: Tensor) -> Tensor:
         torch.manual_seed(0)  # of the permutation of a batch, which is whitened whole
-        return losses.WMSELoss(embedding_dim=8, w_size=n, w_iter=1, eps=1e-3).to(x.device)(x)
+        return sslfast.WMSELoss(embedding_dim=8, w_size=n, w_iter=1, eps=1e-3).to(x.device)(x)
 
     return Problem(function, (torch.cat(_columns(n, 8)),))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TESTS = ROOT / "tests"
+TESTS = (ROOT / "tests", ROOT / "tests" / "helpers")
 
 GREEN, RED, NOT_RUN = "green", "red", "not run"
 # Seconds that a step may take, where it says nothing else: the first call of a kernel compiles it.
@@ -69,5 +69,4 @@ class Context:
 
 def with_tests_on_path() -> None:
     """The lists of cases and the error budget are those of the tests."""
-    if str(TESTS) not in sys.path:
-        sys.path.append(str(TESTS))
+    sys.path += [str(folder) for folder in TESTS if str(folder) not in sys.path]

@@ -31,7 +31,7 @@ def command(context: Context) -> list[str]:
     if importlib.util.find_spec("pytest_timeout"):
         words += [f"--timeout={PER_TEST}"]
     if context.rehearse:
-        return [*words, "tests/test_bench_rows.py"]
+        return [*words, "tests/benchmarks/test_bench_rows.py"]
     return [*words, f"--maxfail={MOST_FAILURES}", "-m", "gpu and not slow"]
 
 

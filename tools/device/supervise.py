@@ -170,7 +170,7 @@ class _Job:
             "done": sorted(self.done),
             **vars(self.settings),
         }
-        path = os.pathsep.join(filter(None, [str(ROOT), str(TESTS), os.environ.get("PYTHONPATH")]))
+        path = os.pathsep.join(filter(None, [str(ROOT), *map(str, TESTS), os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, **self.group.environment, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         with (self.record.output / LOG).open("ab") as log:
             process = subprocess.Popen(

@@ -7,7 +7,6 @@ result the host needs.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -165,7 +164,7 @@ def triton_on_cpu() -> Iterator[None]:
 
 def _backends_of(op: str) -> Sequence[str]:
     with contextlib.suppress(ImportError, AttributeError):
-        found: Sequence[str] = importlib.import_module(f"sslfast.ops.{op}").BACKENDS
+        found: Sequence[str] = getattr(ops, op).BACKENDS
         return found
     return ()
 

@@ -1,0 +1,1 @@
+"""Contrastive losses: log-sum-exp of scaled similarities (:mod:`sslfast.ops.similarity_lse`)."""

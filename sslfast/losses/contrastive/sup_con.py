@@ -1,0 +1,335 @@
+"""Supervised contrastive loss: the log-sum-exp of each row minus its mean positive, which comes from class sums."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from ..._checks import FLOATS, accumulator, check_integers, without_autocast
+from ...distributed.choose import scope_of
+from ...distributed.scope import Scope, Shard
+from ...ops.l2_normalize import l2_normalize
+from ...ops.types import SimilarityTerms
+from ._inputs import ContrastiveLoss, inverse
+from .diagnostics import Diagnostics, diagnostics_of
+
+CONTRAST_MODES = ("all", "one")
+REDUCTIONS = ("mean", "mean_nonzero")
+# Below this an anchor has no positive (a float mask may hold rounding).
+LEAST_COUNT = 1e-6
+
+
+def _check_options(contrast_mode: str, base_temperature: float, reduction: str) -> None:
+    if isinstance(base_temperature, bool) or not isinstance(base_temperature, (int, float)) or base_temperature == 0:
+        raise ValueError(f"base_temperature must be a number and not zero, got {base_temperature!r}")
+    if contrast_mode not in CONTRAST_MODES:
+        raise ValueError(f"contrast_mode must be 'all' or 'one', got {contrast_mode!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be 'mean' or 'mean_nonzero', got {reduction!r}")
+
+
+def _check_features(features: Tensor) -> None:
+    if not isinstance(features, Tensor):
+        raise TypeError(f"features must be a torch.Tensor, got {type(features).__name__}")
+    if features.dim() < 3:
+        raise ValueError(
+            "features must be [samples, views, features ...] (one view: features[:, None]), "
+            f"got shape {tuple(features.shape)}"
+        )
+    if features.dtype not in FLOATS:
+        raise TypeError(f"features must be float32, float64, bfloat16 or float16, got {features.dtype}")
+    if features.numel() == 0:
+        raise ValueError(
+            f"features must have at least one sample, one view and one feature, got shape {tuple(features.shape)}"
+        )
+
+
+def _check_mask(mask: Tensor, shard: Shard, device: torch.device) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
+    if mask.shape != (shard.local, shard.total):
+        raise ValueError(f"mask must have shape ({shard.local}, {shard.total}), got {tuple(mask.shape)}")
+    if mask.is_complex():
+        raise TypeError(f"mask must be bool, integer or floating point, got {mask.dtype}")
+    if mask.device != device:
+        raise ValueError(f"mask must be on the features' device {device}, got {mask.device}")
+
+
+def _sum_by_class(index: Tensor, rows: Tensor, classes: int) -> Tensor:
+    """``out[c] = Σ rows[i]`` over ``index[i] == c`` [classes, D], in a fixed order on either device."""
+    out = rows.new_zeros(classes, rows.shape[1])
+    if rows.device.type == "cuda":
+        return out.index_put((index,), rows, accumulate=True)  # sorts; index_add would use atomics
+    return out.index_add(0, index, rows)
+
+
+def _positive_sums(
+    scope: Scope, shard: Shard, z: Tensor, labels: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Over the positives of each local sample, its own views among them: their sum, count, and its own weight.
+
+    ``z`` [B, V, D] in the accumulator's dtype; returns [B, D], [B], [B].
+    """
+    batch, views = z.shape[:2]
+    per_sample = z.sum(1)
+    own = z.new_ones(batch)
+    if labels is not None:
+        # A class is numbered by the first place of its label in the sorted batch: static shapes, no host sync.
+        everyone = scope.gather(labels).sort().values
+        first = torch.searchsorted(everyone, labels)
+        members = torch.searchsorted(everyone, labels, right=True) - first
+        sums = scope.total(_sum_by_class(first, per_sample, shard.total))
+        return sums.index_select(0, first), views * members.to(z.dtype), own
+    if mask is not None:
+        weights = mask.to(z.dtype)
+        here = weights[:, shard.offset : shard.offset + shard.local]
+        with without_autocast(z):
+            return weights @ scope.gather(per_sample), views * weights.sum(1), here.diagonal()
+    return per_sample, views * own, own
+
+
+@overload
+def sup_con(
+    features: Tensor,
+    labels: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 0.07,
+    contrast_mode: str = "all",
+    base_temperature: float = 0.07,
+    normalize: bool = False,
+    reduction: str = "mean",
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def sup_con(
+    features: Tensor,
+    labels: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 0.07,
+    contrast_mode: str = "all",
+    base_temperature: float = 0.07,
+    normalize: bool = False,
+    reduction: str = "mean",
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: Literal[True],
+) -> tuple[Tensor, Diagnostics]: ...
+
+
+@overload
+def sup_con(
+    features: Tensor,
+    labels: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 0.07,
+    contrast_mode: str = "all",
+    base_temperature: float = 0.07,
+    normalize: bool = False,
+    reduction: str = "mean",
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: bool = False,
+) -> Tensor | tuple[Tensor, Diagnostics]: ...
+
+
+def sup_con(
+    features: Tensor,
+    labels: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 0.07,
+    contrast_mode: str = "all",
+    base_temperature: float = 0.07,
+    normalize: bool = False,
+    reduction: str = "mean",
+    gather_distributed: bool = False,
+    strategy: str = "gather",
+    diagnostics: bool = False,
+) -> Tensor | tuple[Tensor, Diagnostics]:
+    """Supervised contrastive loss, the form L_out: log-probability first, then the mean over the positives.
+
+        ℓ_i = log Σ_{a≠i} exp(z_i·z_a/τ) − (1/|P(i)|) Σ_{p∈P(i)} z_i·z_p/τ,   loss = (τ/τ_base) · mean_i ℓ_i
+
+    ``P(i)``: the other rows of i's class. Extra memory grows as N·D; the positives cost class sums, not an N × N mask.
+    The value is that of the authors' code by default. That of pytorch-metric-learning 2.9.0 is ``features[:, None]``,
+    ``temperature=0.1, base_temperature=0.1, normalize=True, reduction="mean_nonzero"`` (but a batch with a single class
+    is 0 there, here the formula).
+
+    Args:
+        features: [B, V, D], V views of each of B samples (further dimensions are flattened into D); float32, float64,
+            bfloat16 or float16. Used as they are, so normalised already, unless ``normalize``.
+        labels: [B] integers. ``None`` (without mask): each sample is its own class, which is SimCLR's loss.
+        mask: [B, B] in place of labels; sample j is a positive of sample i, to that weight, where ``mask[i, j]`` is not
+            zero. Need not be symmetric. Over several ranks [B, sum of all B]. It is B² numbers itself, but nothing of
+            the size (B·V)² is made from it.
+        temperature: τ, finite and not zero; a float, or a one-element tensor, which receives its gradient.
+        contrast_mode: ``"all"``: every view is an anchor; ``"one"``: the first view of each sample.
+        base_temperature: τ_base.
+        normalize: divide each row by its norm first (16-bit rows are rounded again).
+        reduction: ``"mean"``: over all anchors, one without a positive counting as 0. ``"mean_nonzero"``: over the
+            anchors with ℓ_i > 0; 0 where there is none.
+        gather_distributed: contrast with the samples of all ranks; ``False``: this rank's alone. V and D must agree.
+        strategy: how, ``"gather"`` or ``"ring"``.
+        diagnostics: also return :class:`Diagnostics`, at the price of one more forward pass. Negatives are the rows of
+            other classes, ``accuracy`` is the share of anchors whose nearest neighbour is of their class, and the
+            positive's similarity is the mean over the positives. Not with a mask.
+
+    Returns:
+        [] float32 (float64 for float64 inputs), or ``(loss, diagnostics)``. Over several ranks the mean of their values
+        is the loss of the global batch.
+
+    Raises:
+        TypeError: features, labels or mask have a wrong dtype.
+        ValueError: shapes or devices do not fit; both labels and mask; an option is not among those named.
+
+    Source: Khosla et al. 2020, "Supervised Contrastive Learning", equation 2.
+
+    Example:
+        >>> features = torch.eye(4).view(4, 1, 4)  # one view of each of four samples
+        >>> loss = sslfast.sup_con(features, torch.tensor([0, 0, 1, 1]), temperature=0.5)
+        >>> round(loss.item(), 4)
+        7.8472
+    """
+    _check_options(contrast_mode, base_temperature, reduction)
+    _check_features(features)
+    if labels is not None and mask is not None:
+        raise ValueError("give labels or mask, not both")
+    if diagnostics and mask is not None:
+        raise ValueError("diagnostics=True needs labels (or neither labels nor mask): a mask defines no negatives")
+    batch, views = features.shape[:2]
+    device, kind = features.device, accumulator(features)
+    if labels is not None:
+        check_integers("labels", labels, batch, device)
+        labels = labels.long()
+    scope = scope_of(gather_distributed, strategy)
+    z = features.reshape(batch * views, -1)  # [B·V, D], the views of a sample together
+    if normalize:
+        z = l2_normalize(z)
+    shard = scope.shard(features.flatten(1))
+    if mask is not None:
+        _check_mask(mask, shard, device)
+
+    # Row i·V + v holds view v of sample i. The same tensors for rows and columns let the kernel use the symmetry.
+    every = 1 if contrast_mode == "all" else views
+    ids = torch.arange(shard.offset * views, (shard.offset + batch) * views, device=device)
+    anchors, anchor_ids = (z, ids) if every == 1 else (z[::every], ids[::every])
+    scale = inverse(temperature, z)
+    terms = scope.similarity_terms(anchors, z, scale, row_ids=anchor_ids, col_ids=ids, hardest=diagnostics)
+
+    wide = z.to(kind).view(batch, views, -1)
+    sums, count, own = _positive_sums(scope, shard, wide, labels, mask)
+    a = wide[:, ::every]  # [B, V or 1, D]
+    dots = (a * (sums[:, None] - own[:, None, None] * a)).sum(2)  # Σ over the positives of z_i·z_p
+    count = (count - own)[:, None].expand_as(dots)
+    rows = count >= LEAST_COUNT
+    positive = scale * dots / torch.where(rows, count, 1.0)
+    row_loss = torch.where(rows, terms.row_lse.view_as(positive) - positive, 0.0)
+    loss = _reduced(row_loss, reduction, scope, shard) / (scale * base_temperature)
+    if not diagnostics:
+        return loss
+    classes = (shard.ids(device) if labels is None else labels).repeat_interleave(views)
+    terms = terms._replace(positive=positive.flatten())
+    return loss, _diagnostics(scope, shard, terms, anchors, z, scale, classes, rows.flatten())
+
+
+def _reduced(row_loss: Tensor, reduction: str, scope: Scope, shard: Shard) -> Tensor:
+    """This rank's part of the mean over the anchors of all ranks; ``row_loss`` [B, anchors of a sample]."""
+    if reduction == "mean":
+        return shard.weight / row_loss.shape[1] * row_loss.sum()
+    nonzero = ~(row_loss <= 0)  # a NaN counts, and comes out
+    count = scope.total(nonzero.sum().to(row_loss.dtype))
+    return shard.world_size * torch.where(nonzero, row_loss, 0.0).sum() / count.clamp(min=1)
+
+
+@torch.no_grad()
+def _diagnostics(
+    scope: Scope,
+    shard: Shard,
+    terms: SimilarityTerms,
+    anchors: Tensor,
+    z: Tensor,
+    scale: Tensor,
+    classes: Tensor,
+    rows: Tensor,
+) -> Diagnostics:
+    """From ``terms`` whose ``hardest`` is each anchor's nearest neighbour, and a pass over the other classes alone."""
+    with_itself = anchors is z
+    anchor_classes = classes if with_itself else classes[:: len(classes) // shard.local]
+    others = scope.similarity_terms(anchors, z, scale, row_ids=anchor_classes, col_ids=classes, hardest=True)
+    pairs = anchors.shape[0] * (shard.total * (z.shape[0] // shard.local) - 1)
+    # A nearest neighbour beyond every other class is of the anchor's own.
+    return diagnostics_of(terms._replace(hardest=others.hardest), scale, pairs, rows=rows, best_positive=terms.hardest)
+
+
+class SupConLoss(ContrastiveLoss):
+    """The module form of :func:`sup_con`, with the constructor of the authors' class.
+
+    Args:
+        temperature: τ, finite and not zero (default 0.07). A float, or a one-element tensor or ``nn.Parameter`` that
+            learns (moves with the module; part of the ``state_dict`` if a parameter).
+        contrast_mode: ``"all"`` (default) or ``"one"``: which views are anchors.
+        base_temperature: τ_base (default 0.07); the loss is multiplied by τ/τ_base.
+        normalize, reduction, gather_distributed, strategy: as in :func:`sup_con`.
+        diagnostics: return ``(loss, Diagnostics)``.
+
+    Shapes:
+        ``features``: [B, V, D]; ``labels``: [B] integers; ``mask``: [B, B]; output: [].
+
+    Raises:
+        As :func:`sup_con`; wrong options already in the constructor.
+
+    Example:
+        >>> criterion = sslfast.SupConLoss(temperature=0.5)
+        >>> round(criterion(torch.eye(4).view(4, 1, 4), torch.tensor([0, 0, 1, 1])).item(), 4)
+        7.8472
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.07,
+        contrast_mode: str = "all",
+        base_temperature: float = 0.07,
+        *,
+        normalize: bool = False,
+        reduction: str = "mean",
+        gather_distributed: bool = False,
+        strategy: str = "gather",
+        diagnostics: bool = False,
+    ) -> None:
+        super().__init__(temperature, gather_distributed, strategy, diagnostics)
+        _check_options(contrast_mode, base_temperature, reduction)
+        self.contrast_mode = contrast_mode
+        self.base_temperature = base_temperature
+        self.normalize = normalize
+        self.reduction = reduction
+
+    def forward(
+        self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Diagnostics]:
+        """The loss of B samples in V views; without labels and mask every sample is its own class."""
+        return sup_con(
+            features,
+            labels,
+            mask=mask,
+            temperature=self.temperature,
+            contrast_mode=self.contrast_mode,
+            base_temperature=self.base_temperature,
+            normalize=self.normalize,
+            reduction=self.reduction,
+            **self.shared(),
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, contrast_mode={self.contrast_mode!r}, base_temperature={self.base_temperature}, "
+            f"normalize={self.normalize}, reduction={self.reduction!r}"
+        )

@@ -1,0 +1,1 @@
+"""Losses that decorrelate features: sums of second moments (:mod:`sslfast.ops.second_moment`)."""

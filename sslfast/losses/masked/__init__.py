@@ -1,0 +1,1 @@
+"""Losses of what was masked: patches, features, tokens."""

@@ -1,0 +1,177 @@
+"""Augmentation at its edges: what users hand in, edited parameters, compiled transforms, images of other kinds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import sslfast
+from augment_common import BACKENDS, device_of, noise, row, table
+from sslfast import augment
+from sslfast.augment import MultiViewTransform, ViewParams, ViewSpec, recipe
+from sslfast.ops.augment_views import augment_views
+
+SPEC = ViewSpec(24, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, blur_p=0.5, blur_kernel=9, grey_p=0.2)
+
+
+def test_parameters_of_views() -> None:
+    transform = MultiViewTransform([SPEC] * 3)
+    params = transform.sample_params(noise(4, 3, 30, 30), range(4))
+    assert [len(one) for one in params] == [1, 1, 1]  # iteration ends
+    assert torch.equal(params[-1].table, params.table[2:]) and len(params[1:]) == 2
+    with pytest.raises(IndexError):
+        params[3]
+    assert torch.equal(params.to("cpu").table, params.table) and params.clone() is not params
+    images = noise(4, 3, 30, 30)
+    assert torch.equal(transform.apply(images, params.table)[1], transform.apply(images, params)[1])
+    boxes = params.box
+    boxes[0, 0] = torch.tensor([1.0, 2.0, 5.0, 6.0])
+    assert params.table[0, 0, :4].tolist() == [1, 2, 5, 6]
+
+
+@pytest.mark.gpu
+def test_parameters_brought_back_are_complete() -> None:
+    params = ViewParams(torch.zeros(2, 4096, 16, device="cuda"))
+    busy = torch.randn(4096, 4096, device="cuda")
+    for _ in range(20):
+        busy = busy @ busy
+    params.table.fill_(3.0)
+    assert (params.to("cpu").table == 3).all()
+
+
+@pytest.mark.parametrize("ids", [[1.7, 2.2], torch.tensor([1.0, 2.0]), [True, False], [2**63, 1], ["a", "b"], 2.0])
+def test_ids_that_are_no_whole_numbers(ids: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="ids must be"):
+        MultiViewTransform(SPEC)(noise(2, 3, 30, 30), ids)
+
+
+def test_ids_of_every_kind_are_the_same() -> None:
+    images, transform = noise(2, 3, 30, 30), MultiViewTransform(SPEC)
+    expected = transform(images, [3, 2**62])[0]
+    for ids in [(3, 2**62), np.array([3, 2**62]), np.array([3, 2**62], dtype=np.uint64), torch.tensor([3, 2**62])]:
+        assert torch.equal(transform(images, ids)[0], expected)
+    for one in [3, np.int64(3), torch.tensor(3), [3]]:
+        assert torch.equal(transform(images[0], one)[0], expected[0])
+
+
+def test_pil_images_of_other_modes_are_refused() -> None:
+    pil = pytest.importorskip("PIL.Image", reason="PIL is missing")
+    image = pil.fromarray(noise(30, 30, 3).numpy())
+    transform = MultiViewTransform(SPEC)
+    for mode in ("P", "CMYK", "RGBA", "HSV", "1", "F", "I"):
+        with pytest.raises(ValueError, match=f"images must be PIL images of mode RGB or L, got '{mode}'"):
+            transform(image.convert("RGB").convert(mode) if mode != "HSV" else image.convert("HSV"), 0)
+    assert transform(image.convert("L"), 0)[0].shape == (1, 24, 24)
+
+
+def test_arrays_with_steps_backwards() -> None:
+    """As a picture read as BGR and turned to RGB is."""
+    array, transform = noise(30, 40, 3).numpy(), MultiViewTransform(SPEC)
+    assert torch.equal(transform(array[..., ::-1], 1)[0], transform(array[..., ::-1].copy(), 1)[0])
+
+
+EDITS = {
+    "hue": ("hue", 1.3, "hue must be from -0.5 to 0.5"),
+    "factor": ("brightness", -0.1, "brightness must be from 0.0"),
+    "NaN": ("contrast", float("nan"), "contrast must be from 0.0"),
+    "order": ("order2", 0.5, "order must hold 0, 1, 2, 3 at most once each"),
+    "beyond": ("order2", 7.0, "order must hold"),
+    "twice": ("order2", 1.0, "order must hold"),
+    "sigma": ("sigma", float("inf"), "sigma must be 0 or positive and finite"),
+    "below": ("sigma", -1.0, "sigma must be 0 or positive and finite"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_edits_that_make_no_sense(name: str) -> None:
+    column, value, message = EDITS[name]
+    params = table([row((0, 0, 30, 30), [0, 1, 2, 3], brightness=1, contrast=1, saturation=1, hue=0)])
+    params[0, 0, augment.ViewParams.COLUMNS.index(column)] = value
+    with pytest.raises(ValueError, match=message):
+        augment_views([noise(1, 3, 30, 30)], params, size=(8, 8), blur_kernel=3)
+
+
+WRONG = {
+    "seed": (dict(seed=2**70), ValueError, "seed must be"),
+    "dtype": (dict(dtype=torch.float64), TypeError, "dtype must be float32, bfloat16 or float16"),
+    "layout": (dict(layout="HWC"), ValueError, "layout must be one of NCHW, NHWC"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_settings_are_told_when_the_transform_is_made(name: str) -> None:
+    options, error, message = WRONG[name]
+    with pytest.raises(error, match=message):
+        MultiViewTransform(SPEC, **options)
+
+
+def test_images_are_checked_before_sampling() -> None:
+    with pytest.raises(ValueError, match="images must have 1 or 3 channels, got 40"):
+        augment.sample_params(noise(2, 40, 50, 3), SPEC)
+    with pytest.raises(ValueError, match="images must have at least one pixel"):
+        augment.sample_params(torch.zeros(2, 3, 0, 8), SPEC)
+    with pytest.raises(ValueError, match="mean must be one number or one a channel.*dataclasses.replace"):
+        MultiViewTransform(recipe("dino"))(noise(2, 1, 50, 50))
+    with pytest.raises(ValueError, match="brightness must be between 0 and"):
+        ViewSpec(brightness=float("inf"))
+    assert hash(ViewSpec(size=[8, 9], blur_p=0, mean=[0.5])) == hash(ViewSpec(size=(8, 9), blur_p=0, mean=(0.5,)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_in_pil_semantics_is_black(backend: str) -> None:
+    image = torch.rand(1, 3, 20, 20)
+    image[0, 1, 5, 5] = float("nan")
+    expected = image.nan_to_num(0)
+    params = table([row((0, 0, 20, 20), [0, 3], brightness=1.1, hue=0.1, sigma=1)])
+    with sslfast.use_backend(backend):
+        got, clean = (
+            augment_views([x.to(device_of(backend))], params.to(device_of(backend)), size=(16, 16), pil=True)
+            for x in (image, expected)
+        )
+    assert torch.equal(got, clean) and got.isfinite().all()
+
+
+def test_made_in_place_or_not() -> None:
+    """float32 planes of whole vectors are made where they stand in the result; channels last they cannot be."""
+    images = noise(3, 3, 60, 60)
+    spec = replace(SPEC, size=(32, 48), blur_p=0.0)
+    for semantics in ("torchvision", "pil"):
+        views = [replace(spec, semantics=semantics, solarize_p=0.5)] * 2
+        plain = MultiViewTransform(views)(images, range(3))
+        last = MultiViewTransform(views, channels_last=True)(images, range(3))
+        assert all(torch.equal(a, b) for a, b in zip(plain, last, strict=True))
+
+
+def test_compiled() -> None:
+    images, ids = noise(3, 3, 40, 40), torch.arange(3)
+    transform = MultiViewTransform([SPEC, replace(SPEC, size=17)])
+
+    def step(images: torch.Tensor, ids: torch.Tensor) -> list[torch.Tensor]:
+        return [2 * view for view in transform(images, ids, epoch=1)]
+
+    compiled = torch.compile(step, fullgraph=True)
+    assert all(torch.equal(a, b) for a, b in zip(compiled(images, ids), step(images, ids), strict=True))
+
+
+def test_many_large_pictures_to_few_pixels() -> None:
+    """Threads share the work by what is read, too; the result does not show it."""
+    images, params = noise(2, 3, 700, 900), table([row((0, 0, 700, 900))] * 2)
+    with sslfast.use_backend("reference"):
+        expected = augment_views([images], params, size=(5, 5))
+    torch.testing.assert_close(augment_views([images], params, size=(5, 5)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])  # on a GPU σ is not read back
+def test_a_blur_wider_than_the_view_is_an_error(backend: str) -> None:
+    """σ edited in where the spec has no blur, so that the width of its kernel was never checked."""
+    images = noise(1, 3, 16, 16)
+    with sslfast.use_backend(backend):
+        transform = MultiViewTransform([ViewSpec(8)])  # 23 taps
+        params = transform.sample_params(images, [0])
+        params.sigma[:] = 0.5
+        with pytest.raises(ValueError, match="blur_kernel"):
+            transform.apply(images, params)

@@ -1,0 +1,239 @@
+"""The documentation: what it lists, where it links, and that what it shows runs."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import sslfast
+import sslfast.distributed
+import sslfast.pretext
+from adapter_common import peer
+from sslfast.adapters import _patch
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md")])
+PUBLIC = (*(sslfast, sslfast.augment, sslfast.pretext, sslfast.masking, sslfast.masking.compat, sslfast.distributed),)
+LISTED = re.compile(r"^::: ([\w.]+)$", re.MULTILINE)
+FENCE = re.compile(r"^(```+)[^\n]*\n.*?^\1$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"(?<!`)\[[^\]]*\]\(([^)\s]+)\)")
+# A Python block, and a comment just before it: "setup" and code that runs first, "needs <package>", "not run: <why>".
+BLOCK = re.compile(r"(?:^<!-- (?P<note>[^>]*?)\s*-->\n)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def modules() -> Iterator[ModuleType]:
+    """sslfast's Python modules, but for the adapters that need the package that they adapt."""
+    yield sslfast
+    for found in pkgutil.walk_packages(sslfast.__path__, "sslfast."):
+        path, _, name = found.name.rpartition(".")
+        compiled = path == "sslfast" and name in ("_C", "_C_cuda", "_host", "kernels")
+        if not compiled and name != "__main__" and (path != "sslfast.adapters" or name in ("_patch", "_serve")):
+            yield importlib.import_module(found.name)
+
+
+# ------------------------------------------------------------------------------------------------------- what is listed
+
+
+def test_api_pages_list_what_is_public() -> None:
+    pages = "".join(page.read_text("utf-8") for page in (DOCS / "api").glob("*.md"))
+    listed = LISTED.findall(pages)
+    public = {f"{module.__name__}.{name}" for module in PUBLIC for name in module.__all__}
+    assert sorted(listed) == sorted(public)
+
+
+@pytest.mark.parametrize("module", PUBLIC, ids=lambda module: module.__name__)
+def test_what_is_public_exists_and_has_an_example(module: ModuleType) -> None:
+    assert len(set(module.__all__)) == len(module.__all__)
+    missing = []
+    for name in module.__all__:
+        value = getattr(module, name)
+        if callable(value) and ">>> " not in (value.__doc__ or ""):
+            missing.append(name)
+    assert missing == []
+
+
+# ------------------------------------------------------------------------------------------------------------ the links
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and MkDocs make them."""
+    text = FENCE.sub("", page.read_text("utf-8"))
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", title.lower())).strip("-") for title in titles}
+
+
+def test_generated_tables_are_there() -> None:
+    """A page whose table was never filled says nothing."""
+    blocks = [
+        (page.name, *found)
+        for page in PAGES
+        for found in re.findall(
+            r"^<!-- benchmark:(\w+) -->\n(.*?)^<!-- /benchmark -->", page.read_text("utf-8"), re.M | re.S
+        )
+    ]
+    assert {"README.md", "measured.md", "limits.md", "scripts.md"} <= {page for page, _, _ in blocks}
+    assert [(page, op) for page, op, table in blocks if "|---" not in table] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_links_lead_somewhere(page: Path) -> None:
+    dead = []
+    for link in LINK.findall(FENCE.sub("", page.read_text("utf-8"))):
+        if link.startswith(("http://", "https://", "mailto:")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        # The site has nothing but docs/ and the pictures of docs/pictures.py.
+        shown = DOCS in target.parents or (target.parent, target.suffix) == (ROOT / "benchmarks" / "results", ".png")
+        inside = shown or DOCS not in page.parents
+        if not target.exists() or not inside or (anchor and anchor not in anchors(target)):
+            dead.append(link)
+    assert dead == []
+
+
+# --------------------------------------------------------------------------------------------------- what is shown runs
+
+
+@pytest.fixture
+def unpatched() -> Iterator[None]:
+    yield
+    for package in list(_patch._active):
+        sslfast.unpatch(package)
+
+
+def with_blocks(page: Path) -> bool:
+    return "```python\n" in page.read_text("utf-8")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if with_blocks(page)], ids=relative)
+def test_code_blocks_run(page: Path, unpatched: None) -> None:
+    """In order, in one namespace. On the page of a package that can be patched, the package is needed."""
+    text = page.read_text("utf-8")
+    blocks = list(BLOCK.finditer(text))
+    assert len(blocks) == text.count("```python\n")
+    needed = {page.stem} & {name for name, known in _patch.PACKAGES.items() if known.distribution}
+    namespace: dict[str, Any] = {"torch": torch, "sslfast": sslfast, "__name__": "__page__"}
+    for name in needed:
+        peer(name)
+    for block in blocks:
+        kind, _, rest = (block["note"] or "").partition("\n" if (block["note"] or "").startswith("setup") else " ")
+        if kind == "not":
+            assert rest.startswith("run: "), f"{relative(page)}: {block['note']!r}"
+            continue
+        if kind == "needs":
+            peer(rest)
+        elif kind == "setup":
+            exec(compile(rest, f"{relative(page)}, setup", "exec"), namespace)
+        line = text.count("\n", 0, block.start("code"))
+        exec(compile("\n" * line + block["code"], relative(page), "exec"), namespace)
+
+
+def examples() -> list[doctest.DocTest]:
+    """Of every docstring in sslfast; those of private names too."""
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    found = {}
+    for module in modules():
+        for test in finder.find(module, extraglobs={"torch": torch, "sslfast": sslfast}):
+            if test.examples:
+                found[test.name] = test
+    return list(found.values())
+
+
+@pytest.mark.parametrize("example", examples(), ids=lambda example: example.name)
+def test_docstring_examples(example: doctest.DocTest, unpatched: None) -> None:
+    if example.name.startswith("sslfast.adapters."):
+        peer("lightly")
+    said: list[str] = []
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    assert runner.run(example, out=said.append).failed == 0, "".join(said)
+
+
+def test_every_documented_example_was_found() -> None:
+    """None is lost to how doctest walks through modules: a name that is imported elsewhere, a decorated function."""
+    found = {test.docstring for test in examples()}
+    for module in PUBLIC:
+        for name in module.__all__:
+            value = getattr(module, name)
+            if callable(value):
+                assert value.__doc__ in found, f"{module.__name__}.{name}"
+
+
+# ------------------------------------------------------------------------------------------------------------- the site
+
+
+def markdown(docstring: str, **links: str) -> str:
+    pytest.importorskip("griffe", reason="needs requirements-docs.txt")
+    sys.path.insert(0, str(DOCS))
+    try:
+        return importlib.import_module("docstrings").markdown(inspect.cleandoc(docstring), links)
+    finally:
+        sys.path.remove(str(DOCS))
+
+
+def test_docstrings_become_markdown() -> None:
+    made = markdown(
+        """Head of :func:`moco` and :mod:`sslfast.moco`::
+
+            formula
+
+        Args:
+            a, b: one [N, D],
+                and more.
+            The others are those of :func:`sslfast.losses.contrastive.moco.moco`.
+
+        Raises:
+            As :func:`nothing`.
+
+        Example:
+            >>> 1 + 1
+            2
+
+        Source: a paper.
+        """,
+        moco="sslfast.moco",
+    )
+    assert "Head of [`moco`][sslfast.moco] and `sslfast.moco`:\n\n    formula\n" in made
+    assert "**Arguments**\n\n\n- `a`, `b`: one [N, D],\n    and more.\n\nThe others are those of [`moco`]" in made
+    assert "**Raises**\n\nAs `nothing`." in made
+    assert "```pycon\n>>> 1 + 1\n2\n```\n" in made
+    assert "**Source.** a paper." in made
+
+
+def test_site_builds(tmp_path: Path) -> None:
+    """Strictly (so not --quiet): a dead link or anchor, a page that the navigation lacks, an unknown name fails."""
+    pytest.importorskip("mkdocs", reason="needs requirements-docs.txt")
+    pytest.importorskip("mkdocstrings", reason="needs requirements-docs.txt")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = {path: path.read_text("utf-8") for path in (tmp_path / "site").rglob("*.html")}
+    for path, page in pages.items():
+        loaded = re.findall(r"<(?:script|link|img)\b[^>]*(?:src|href)=\"(https?:[^\"]*)", page)
+        assert not [address for address in loaded if "canonical" not in address], path.name
+    reference = "".join(page for path, page in pages.items() if path.parent.name == "api")
+    for module in PUBLIC:
+        for name in module.__all__:
+            if name != "pretext":
+                assert f'id="{module.__name__}.{name}"' in reference, name
+    assert not re.search(r":(func|class|mod):", reference) and "<p>Args:" not in reference
+    assert "doc-symbol-module" not in reference  # a function whose module has its name
+    assert "::: sslfast" not in reference
