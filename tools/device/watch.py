@@ -164,6 +164,8 @@ def triton_on_cpu() -> Iterator[None]:
 
 def _backends_of(op: str) -> Sequence[str]:
     with contextlib.suppress(ImportError, AttributeError):
+        from sslfast import ops
+
         found: Sequence[str] = getattr(ops, op).BACKENDS
         return found
     return ()
