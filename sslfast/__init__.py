@@ -8,14 +8,23 @@ from ._version import __version__ as __version__
 from .adapters import Patch as Patch, patch as patch, unpatch as unpatch
 from .losses.contrastive.clip import ClipLoss as ClipLoss, clip as clip
 from .losses.contrastive.dcl import DCLLoss as DCLLoss, DCLWLoss as DCLWLoss, dcl as dcl, dclw as dclw
-from .losses.contrastive.diagnostics import Diagnostics as Diagnostics
+from .losses.contrastive.diagnostics import (
+    Diagnostics as Diagnostics,
+    contrastive_diagnostics as contrastive_diagnostics,
+)
 from .losses.contrastive.hypersphere import (
     HypersphereLoss as HypersphereLoss,
     alignment as alignment,
     hypersphere as hypersphere,
     uniformity as uniformity,
 )
-from .losses.contrastive.info_nce import InfoNCELoss as InfoNCELoss, info_nce as info_nce
+from .losses.contrastive.info_nce import (
+    InfoNCELoss as InfoNCELoss,
+    debiased_info_nce as debiased_info_nce,
+    info_nce as info_nce,
+    smoothed_info_nce as smoothed_info_nce,
+    symmetric_info_nce as symmetric_info_nce,
+)
 from .losses.contrastive.memory_queue import MemoryQueue as MemoryQueue
 from .losses.contrastive.moco import MoCoLoss as MoCoLoss, MoCoV3Loss as MoCoV3Loss, moco as moco, moco_v3 as moco_v3
 from .losses.contrastive.nt_xent import NTXentLoss as NTXentLoss, nt_xent as nt_xent

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 GRADIENT_FORMS = ("streamed", "banded")
@@ -121,6 +122,11 @@ def select(op: str, preferred: str, why_not: Callable[[str], str | None]) -> str
     return "reference"
 
 
+def serve(op: str, x: Tensor, gpu: str, why_not: Callable[[str, Tensor], str | None]) -> str:
+    """:func:`select` for the device of ``x``: ``gpu`` ("cuda" or "triton") on a GPU, else "cpu"."""
+    return select(op, gpu if x.device.type == "cuda" else "cpu", lambda name: why_not(name, x))
+
+
 def tell_fallback(op: str, preferred: str, reason: str) -> None:
     """Warn, once for each operation and reason, that the reference serves in place of ``preferred``."""
     if torch.compiler.is_compiling() or (op, reason) in _told:
@@ -129,5 +135,5 @@ def tell_fallback(op: str, preferred: str, reason: str) -> None:
     warnings.warn(
         f"sslfast.{op}: backend {preferred!r} cannot serve this call ({reason}); "
         "using 'reference', which computes the same function in plain PyTorch",
-        stacklevel=4,  # the caller of the public function
+        stacklevel=5,  # the caller of the public function
     )

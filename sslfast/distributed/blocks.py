@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .._checks import accumulator
 from ..ops.similarity_logsigmoid import by_reference as logsigmoid_by_reference
+from ..ops.types import Pairs, Want
 
 _LOG2_E = 1 / math.log(2)
 
@@ -39,16 +40,39 @@ class BlockTerms(NamedTuple):
     hardest: Tensor | None
 
 
-class Pairs(NamedTuple):
-    """The arguments that describe one block of s_ij = scale·q_i·k_j + bias_j, as the operators take them."""
+class LogsigmoidBlock(NamedTuple):
+    """Loss and gradients of the pairwise sigmoid loss, in the accumulator's dtype."""
 
-    q: Tensor  # [M, D]
-    k: Tensor  # [N, D]
-    scale: Tensor  # [] in the accumulator's dtype
-    bias: Tensor | None  # [N] in the accumulator's dtype
-    row_ids: Tensor | None
-    col_ids: Tensor | None
-    positives: Tensor | None  # [M], columns of this block, −1 where the positive is elsewhere
+    loss: Tensor
+    dq: Tensor | None
+    dk: Tensor | None
+    dscale: Tensor
+    dbias: Tensor
+
+
+class BlockGradients(NamedTuple):
+    """What one block adds to the gradients, in the accumulator's dtype; ``None`` where it was not asked for."""
+
+    q: Tensor | None
+    k: Tensor | None
+    scale: Tensor
+    bias: Tensor | None
+
+
+class Incoming(NamedTuple):
+    """Gradients of the row LSE [M], the column LSE [N] and the positives' logits [M]."""
+
+    row: Tensor
+    col: Tensor | None
+    positive: Tensor | None
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted; that of the scale needs one of the first two."""
+
+    q: bool
+    k: bool
+    bias: bool
 
 
 def merge_statistics(a: Statistics, b: Statistics) -> Statistics:
@@ -63,66 +87,52 @@ def merge_statistics(a: Statistics, b: Statistics) -> Statistics:
     return Statistics(top, a.sum * torch.exp2(first - shift) + b.sum * torch.exp2(second - shift))
 
 
-def forward_block(backend: str, pairs: Pairs, columns: bool, hardest: bool) -> BlockTerms:
-    """Row statistics of one block, and what else was asked for."""
+def forward_block(backend: str, pairs: Pairs, want: Want) -> BlockTerms:
+    """Row statistics of one block, and what else was asked for; ``positives`` are columns of this block."""
     if backend == "reference":
-        return _forward_by_reference(pairs, columns, hardest)
+        return _forward_by_reference(pairs, want)
     _, _, positive, largest, row_max, row_sum, col_max, col_sum, _ = _operator("similarity_lse", backend)(
-        *pairs, columns, hardest, 0
+        *pairs, *want, 0
     )
     return BlockTerms(
         Statistics(row_max, row_sum),
-        Statistics(col_max, col_sum) if columns else None,
+        Statistics(col_max, col_sum) if want.columns else None,
         None if pairs.positives is None else positive,
-        largest if hardest else None,
+        largest if want.hardest else None,
     )
 
 
 def backward_block(
-    backend: str,
-    grads: tuple[Tensor, Tensor | None, Tensor | None],
-    pairs: Pairs,
-    rows: Statistics,
-    columns: Statistics | None,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
-    """The block's part of dq, dk, dscale and dbias, in the accumulator's dtype.
-
-    Args:
-        grads: with respect to the row LSE [M], the column LSE [N] and the positives' logits [M].
-        rows, columns: total statistics, over all blocks.
-        needs: whether dq, dk and dbias are wanted; dscale needs one of the first two.
-    """
+    backend: str, incoming: Incoming, pairs: Pairs, rows: Statistics, columns: Statistics | None, needs: Needs
+) -> BlockGradients:
+    """The block's part of the gradients; ``rows`` and ``columns`` are total statistics, over all blocks."""
     if backend == "reference":
-        return _backward_by_reference(grads, pairs, rows, columns, needs)
+        return _backward_by_reference(incoming, pairs, rows, columns, needs)
     empty = rows.max.new_empty(0)
     col_max, col_sum = (empty, empty) if columns is None else columns
     dq, dk, dscale, dbias = _operator("similarity_lse", backend, "_backward")(
-        *grads, *pairs, *rows, col_max, col_sum, empty, *needs
+        *incoming, *pairs, *rows, col_max, col_sum, empty, *needs
     )
-    need_q, need_k, need_bias = needs
-    return dq if need_q else None, dk if need_k else None, dscale, dbias if need_bias else None
+    return BlockGradients(dq if needs.q else None, dk if needs.k else None, dscale, dbias if needs.bias else None)
 
 
-def logsigmoid_block(
-    backend: str, pairs: Pairs, bias: Tensor, need_q: bool, need_k: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
-    """Loss, dq, dk, dscale and dbias of one block of the pairwise sigmoid loss, in the accumulator's dtype.
+def logsigmoid_block(backend: str, pairs: Pairs, bias: Tensor, need_q: bool, need_k: bool) -> LogsigmoidBlock:
+    """Loss and gradients of one block of the pairwise sigmoid loss, in the accumulator's dtype.
 
     ``bias`` [] is the logits' one bias; that of ``pairs``, one a column, must be ``None``.
     """
-    q, k, scale, _, row_ids, col_ids, _ = pairs
+    q, k, scale, row_ids, col_ids = pairs.q, pairs.columns, pairs.scale, pairs.row_ids, pairs.col_ids
     if backend != "reference":
         operator = _operator("similarity_logsigmoid", backend)
         loss, dq, dk, dscale, dbias = operator(q, k, scale, bias, row_ids, col_ids, need_q, need_k)
-        return loss, dq if need_q else None, dk if need_k else None, dscale, dbias
+        return LogsigmoidBlock(loss, dq if need_q else None, dk if need_k else None, dscale, dbias)
     kind = accumulator(q)
     assert row_ids is not None and col_ids is not None
     with torch.enable_grad():
         q, k, scale, bias = (t.detach().to(kind).requires_grad_() for t in (q, k, scale, bias))
         loss = logsigmoid_by_reference(q, k, scale, bias, row_ids, col_ids)
         dq, dk, dscale, dbias = torch.autograd.grad(loss, (q, k, scale, bias))
-    return loss.detach(), dq if need_q else None, dk if need_k else None, dscale, dbias
+    return LogsigmoidBlock(loss.detach(), dq if need_q else None, dk if need_k else None, dscale, dbias)
 
 
 def _operator(name: str, backend: str, suffix: str = "") -> torch._ops.OpOverloadPacket:
@@ -133,7 +143,7 @@ def _logits(pairs: Pairs) -> tuple[Tensor, Tensor]:
     """q·k and s, [M, N], in the accumulator's dtype."""
     kind = accumulator(pairs.q)
     with torch.autocast(pairs.q.device.type, enabled=False):
-        dots = pairs.q.to(kind) @ pairs.k.to(kind).T
+        dots = pairs.q.to(kind) @ pairs.columns.to(kind).T
     s = pairs.scale * dots
     return dots, s if pairs.bias is None else s + pairs.bias
 
@@ -146,7 +156,7 @@ def _masked(s: Tensor, pairs: Pairs) -> Tensor:
 
 
 def _one_hot(positives: Tensor, pairs: Pairs) -> Tensor:
-    return positives[:, None] == torch.arange(len(pairs.k), device=positives.device)
+    return positives[:, None] == torch.arange(len(pairs.columns), device=positives.device)
 
 
 def _statistics(x: Tensor, dim: int) -> Statistics:
@@ -155,7 +165,7 @@ def _statistics(x: Tensor, dim: int) -> Statistics:
     return Statistics(top, torch.exp2(x - top.unsqueeze(dim)).sum(dim))
 
 
-def _forward_by_reference(pairs: Pairs, columns: bool, hardest: bool) -> BlockTerms:
+def _forward_by_reference(pairs: Pairs, want: Want) -> BlockTerms:
     _, s = _logits(pairs)
     masked = _masked(s, pairs)
     positive, negatives = None, masked
@@ -166,33 +176,27 @@ def _forward_by_reference(pairs: Pairs, columns: bool, hardest: bool) -> BlockTe
     x = masked * _LOG2_E
     return BlockTerms(
         _statistics(x, 1),
-        _statistics(x, 0) if columns else None,
+        _statistics(x, 0) if want.columns else None,
         positive,
-        negatives.amax(1) if hardest else None,
+        negatives.amax(1) if want.hardest else None,
     )
 
 
 def _backward_by_reference(
-    grads: tuple[Tensor, Tensor | None, Tensor | None],
-    pairs: Pairs,
-    rows: Statistics,
-    columns: Statistics | None,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
-    grad_row, grad_col, grad_positive = grads
+    incoming: Incoming, pairs: Pairs, rows: Statistics, columns: Statistics | None, needs: Needs
+) -> BlockGradients:
     dots, s = _logits(pairs)
     x = _masked(s, pairs) * _LOG2_E
-    w = _softmax(x, rows, 1) * grad_row[:, None]  # [M, N], the gradient of s
-    if columns is not None and grad_col is not None:
-        w = w + _softmax(x, columns, 0) * grad_col
-    if pairs.positives is not None and grad_positive is not None:
-        w = w + _one_hot(pairs.positives, pairs) * grad_positive[:, None]
-    need_q, need_k, need_bias = needs
+    w = _softmax(x, rows, 1) * incoming.row[:, None]  # [M, N], the gradient of s
+    if columns is not None and incoming.col is not None:
+        w = w + _softmax(x, columns, 0) * incoming.col
+    if pairs.positives is not None and incoming.positive is not None:
+        w = w + _one_hot(pairs.positives, pairs) * incoming.positive[:, None]
     kind = w.dtype
     with torch.autocast(w.device.type, enabled=False):
-        dq = pairs.scale * (w @ pairs.k.to(kind)) if need_q else None
-        dk = pairs.scale * (w.T @ pairs.q.to(kind)) if need_k else None
-    return dq, dk, (w * dots).sum(), w.sum(0) if need_bias else None
+        dq = pairs.scale * (w @ pairs.columns.to(kind)) if needs.q else None
+        dk = pairs.scale * (w.T @ pairs.q.to(kind)) if needs.k else None
+    return BlockGradients(dq, dk, (w * dots).sum(), w.sum(0) if needs.bias else None)
 
 
 def _softmax(x: Tensor, statistics: Statistics, dim: int) -> Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import accumulator, check_integers, check_keys, readable
+from .._checks import check_integers, check_keys
 from ..ops.similarity_logsigmoid import similarity_logsigmoid
-from ..ops.similarity_lse import similarity_terms
-from ..ops.types import SecondMoment, SimilarityTerms
+from ..ops.similarity_lse import terms_of
+from ..ops.types import ROW_LSE, Pairs, SecondMoment, SimilarityTerms, Want
 from . import moments
 from .agreement import sizes_of
 from .collectives import Ranks, gather_rows, parts_of_mine, total
@@ -45,30 +45,17 @@ class GatherScope(Scope):
         return Shard(local=sizes[rank], offset=sum(sizes[:rank]), total=sum(sizes), sizes=sizes)
 
     @torch.compiler.disable(reason=NOT_TRACED)
-    def similarity_terms(
-        self,
-        q: Tensor,
-        k: Tensor,
-        scale: float | Tensor,
-        *,
-        bias: Tensor | None = None,
-        row_ids: Tensor | None = None,
-        col_ids: Tensor | None = None,
-        columns: bool = False,
-        positives: Tensor | None = None,
-        hardest: bool = False,
-    ) -> SimilarityTerms:
-        sizes = self._agreed(q, k, scale, bias, row_ids, col_ids, columns, positives)
-        terms = similarity_terms(
-            q,
-            gather_rows(k, sizes, self.ranks),
-            scale,
-            bias=None if bias is None else gather_rows(bias.to(accumulator(q)), sizes, self.ranks),
-            row_ids=row_ids,
-            col_ids=None if col_ids is None else gather_rows(col_ids.long(), sizes, self.ranks),
-            columns=columns,
-            positives=positives,
-            hardest=hardest,
+    def terms(self, pairs: Pairs, want: Want = ROW_LSE, *, trusted: bool = True) -> SimilarityTerms:
+        sizes = self._agreed(pairs, want, trusted)
+        pairs = (pairs if trusted else pairs.converted()).rectangular()
+        pairs.check_positives(sum(sizes), "all ranks")
+        terms = terms_of(
+            pairs._replace(
+                k=gather_rows(pairs.columns, sizes, self.ranks),
+                bias=None if pairs.bias is None else gather_rows(pairs.bias, sizes, self.ranks),
+                col_ids=None if pairs.col_ids is None else gather_rows(pairs.col_ids, sizes, self.ranks),
+            ),
+            want,
         )
         if terms.col_lse is None:
             return terms
@@ -107,50 +94,18 @@ class GatherScope(Scope):
     def total(self, x: Tensor) -> Tensor:
         return total(x, self.ranks)
 
-    def _agreed(
-        self,
-        q: Tensor,
-        k: Tensor,
-        scale: float | Tensor,
-        bias: Tensor | None,
-        row_ids: Tensor | None,
-        col_ids: Tensor | None,
-        columns: bool,
-        positives: Tensor | None,
-    ) -> tuple[int, ...]:
-        """The ranks' numbers of columns for ``similarity_terms``."""
-
-        def check() -> None:
-            check_keys(q, k)
-            if (row_ids is None) != (col_ids is None):
-                raise ValueError("row_ids and col_ids must be given together: pairs with equal ids are excluded")
-            for name, ids, rows in (("row_ids", row_ids, q), ("col_ids", col_ids, k), ("positives", positives, q)):
-                if ids is not None:
-                    check_integers(name, ids, len(rows), q.device)
-            if bias is not None and (bias.shape != k.shape[:1] or not bias.is_floating_point()):
-                raise ValueError(
-                    f"bias must be a floating-point tensor of shape ({len(k)},), "
-                    f"got shape {tuple(bias.shape)}, {bias.dtype}"
-                )
-
+    def _agreed(self, pairs: Pairs, want: Want, trusted: bool) -> tuple[int, ...]:
+        """The ranks' numbers of columns; what one of them refuses is told to all."""
         traits = {
             "the strategy (True: ring)": self._is_ring,
-            "whether bias is given": bias is not None,
-            "whether ids are given": row_ids is not None,
-            "columns": columns,
-            "whether k needs a gradient": learns(k),
-            "whether bias needs a gradient": learns(bias),
-            "whether q or scale needs a gradient": learns(q) or _learns(scale),
+            "whether bias is given": pairs.bias is not None,
+            "whether ids are given": pairs.row_ids is not None,
+            "columns": want.columns,
+            "whether k needs a gradient": learns(pairs.columns),
+            "whether bias needs a gradient": learns(pairs.bias),
+            "whether q or scale needs a gradient": learns(pairs.q) or _learns(pairs.scale),
         }
-        sizes = sizes_of(self.ranks, "similarity_terms", k, traits, check)
-        if positives is not None and readable(positives):
-            low, high = (int(x) for x in torch.aminmax(positives))
-            if low < -1 or high >= sum(sizes):
-                raise ValueError(
-                    f"positives must be columns of all ranks, 0 to {sum(sizes) - 1}, or -1 for none; "
-                    f"got {low} to {high}"
-                )
-        return sizes
+        return sizes_of(self.ranks, "similarity_terms", pairs.columns, traits, None if trusted else pairs.check)
 
     def _agreed_pairs(
         self, q: Tensor, k: Tensor, scale: float | Tensor, bias: float | Tensor, row_ids: Tensor, col_ids: Tensor

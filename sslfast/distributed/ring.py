@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from .. import _backends
-from .._checks import accumulator, scalar_tensor
+from .._checks import scalar_tensor
 from ..ops.similarity_logsigmoid import why_not as why_not_logsigmoid
 from ..ops.similarity_lse import why_not as why_not_lse
-from ..ops.types import SimilarityTerms
-from . import blocks as blocks
-from .blocks import Pairs, Statistics
+from ..ops.types import ROW_LSE, Pairs, SimilarityTerms, Want
+from . import blocks
+from .blocks import LogsigmoidBlock, Statistics
 from .collectives import Block, Ranks, recorded, travel
 from .gather import NOT_TRACED, GatherScope, learns
 
@@ -34,8 +34,7 @@ class _Plan(NamedTuple):
     ranks: Ranks
     sizes: tuple[int, ...]
     backend: str
-    columns: bool
-    hardest: bool
+    want: Want
 
     def positives_in(self, owner: int, positives: Tensor | None) -> Tensor | None:
         """Global columns as columns of ``owner``'s block, −1 where they are elsewhere."""
@@ -69,113 +68,122 @@ def _once(grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> tu
     return tuple(None if grad is None else recorded(_Refusal, grad, *learning) for grad in grads)
 
 
-class _RingTerms(torch.autograd.Function):
-    """Row LSE, column LSE, the positives' logits and the hardest negatives' logits; ``None`` where not asked for."""
+class _Totals:
+    """What the visits of all blocks add up to for the rows of this rank, forward."""
+
+    def __init__(self, pairs: Pairs, plan: _Plan) -> None:
+        self.pairs, self.plan = pairs, plan
+        self.rows: Statistics | None = None
+        self.positive: Tensor | None = None
+        self.hardest: Tensor | None = None
+
+    def visit(self, owner: int, block: Block) -> list[Tensor]:
+        k, bias, col_ids = block
+        pairs = self.pairs._replace(
+            k=k, bias=bias, col_ids=col_ids, positives=self.plan.positives_in(owner, self.pairs.positives)
+        )
+        found = blocks.forward_block(self.plan.backend, pairs, self.plan.want)
+        self.rows = found.rows if self.rows is None else blocks.merge_statistics(self.rows, found.rows)
+        if found.positive is not None:
+            self.positive = found.positive if self.positive is None else self.positive + found.positive
+        if found.hardest is not None:
+            self.hardest = found.hardest if self.hardest is None else torch.maximum(self.hardest, found.hardest)
+        return [] if found.columns is None else list(found.columns)
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        row_ids: Tensor | None,
-        col_ids: Tensor | None,
-        positives: Tensor | None,
-        plan: _Plan,
-    ) -> tuple[Tensor | None, ...]:
-        rows: Statistics | None = None
-        positive: Tensor | None = None
-        hardest: Tensor | None = None
+    def merge(earlier: list[Tensor], latest: list[Tensor]) -> list[Tensor]:
+        return list(blocks.merge_statistics(Statistics(*earlier), Statistics(*latest)))
 
-        def visit(owner: int, block: Block) -> list[Tensor]:
-            nonlocal rows, positive, hardest
-            k, bias, ids = block
-            assert k is not None
-            pairs = Pairs(q, k, scale, bias, row_ids, ids, plan.positives_in(owner, positives))
-            found = blocks.forward_block(plan.backend, pairs, plan.columns, plan.hardest)
-            rows = found.rows if rows is None else blocks.merge_statistics(rows, found.rows)
-            if found.positive is not None:
-                positive = found.positive if positive is None else positive + found.positive
-            if found.hardest is not None:
-                hardest = found.hardest if hardest is None else torch.maximum(hardest, found.hardest)
-            return [] if found.columns is None else list(found.columns)
 
-        def merge(earlier: list[Tensor], latest: list[Tensor]) -> list[Tensor]:
-            return list(blocks.merge_statistics(Statistics(*earlier), Statistics(*latest)))
+class _RowGradients:
+    """What the visits of all blocks add up to for the rows of this rank, backward."""
 
-        home = travel(plan.ranks, plan.sizes, (k, bias, col_ids), visit, merge)
-        assert rows is not None
-        columns = Statistics(*home) if plan.columns else None
-        saved = (*rows, *(columns or (None, None)))
-        ctx.save_for_backward(q, k, scale, bias, row_ids, col_ids, positives, *saved)
+    def __init__(
+        self, pairs: Pairs, plan: _Plan, rows: Statistics, incoming: blocks.Incoming, needs: blocks.Needs
+    ) -> None:
+        self.pairs, self.plan, self.rows, self.incoming, self.needs = pairs, plan, rows, incoming, needs
+        self.q: Tensor | None = None
+        self.scale = torch.zeros_like(pairs.scale)
+
+    def visit(self, owner: int, block: Block) -> list[Tensor]:
+        k, bias, col_ids, col_max, col_sum, grad_col = block
+        pairs = self.pairs._replace(
+            k=k, bias=bias, col_ids=col_ids, positives=self.plan.positives_in(owner, self.pairs.positives)
+        )
+        columns = None if col_max is None or col_sum is None else Statistics(col_max, col_sum)
+        found = blocks.backward_block(
+            self.plan.backend, self.incoming._replace(col=grad_col), pairs, self.rows, columns, self.needs
+        )
+        self.scale = self.scale + found.scale
+        if found.q is not None:
+            self.q = found.q if self.q is None else self.q.add_(found.q)
+        return [part for part in (found.k, found.bias) if part is not None]
+
+
+class _TermGradients(NamedTuple):
+    """With respect to the inputs of :class:`_RingTerms`."""
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+    row_ids: None = None
+    col_ids: None = None
+    positives: None = None
+    plan: None = None
+
+
+class _RingTerms(torch.autograd.Function):
+    """Row LSE, column LSE, the positives' logits and the hardest negatives' logits; ``None`` where not asked for.
+
+    Its inputs are those of :class:`Pairs`, in order, and the plan.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
+        *given, plan = inputs
+        pairs = Pairs(*given)
+        totals = _Totals(pairs, plan)
+        home = travel(plan.ranks, plan.sizes, (pairs.columns, pairs.bias, pairs.col_ids), totals.visit, totals.merge)
+        assert totals.rows is not None
+        columns = Statistics(*home) if plan.want.columns else None
+        ctx.save_for_backward(*pairs, *totals.rows, *(columns or (None, None)))
         ctx.plan = plan
-        if hardest is not None:
-            ctx.mark_non_differentiable(hardest)
-        return rows.lse(), None if columns is None else columns.lse(), positive, hardest
+        if totals.hardest is not None:
+            ctx.mark_non_differentiable(totals.hardest)
+        return totals.rows.lse(), None if columns is None else columns.lse(), totals.positive, totals.hardest
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *given, row_max, row_sum, col_max, col_sum = ctx.saved_tensors
+        pairs = Pairs(*given)
+        row, col, positive, *_ = grads
+        assert row is not None
+        need_q, need_k, need_scale, need_bias, *_ = ctx.needs_input_grad
+        # The scale's gradient comes from q·dq or k·dk.
+        needs = blocks.Needs(need_q or (need_scale and not need_k), need_k, need_bias)
+        incoming = blocks.Incoming(row, None, positive)  # that of a column comes with its block
         with torch.no_grad():
-            found = _RingTerms.gradients(ctx, grads)
-        return (*_once(found, ctx.saved_tensors[:4]), *(None,) * 4)
-
-    @staticmethod
-    def gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        """dq, dk, dscale and dbias, by a second trip round the ring."""
-        grad_row, grad_col, grad_positive = grads[:3]
-        q, k, scale, bias, row_ids, col_ids, positives, row_max, row_sum, col_max, col_sum = ctx.saved_tensors
-        plan: _Plan = ctx.plan
-        need_q, need_k, need_scale, need_bias = ctx.needs_input_grad[:4]
-        also_q = need_q or (need_scale and not need_k)  # dscale comes from q·dq or k·dk
-        dq: Tensor | None = None
-        dscale = torch.zeros_like(scale)
-        assert grad_row is not None
-
-        def visit(owner: int, block: Block) -> list[Tensor]:
-            nonlocal dq, dscale
-            k, bias, ids, col_max, col_sum, grad_col = block
-            assert k is not None
-            pairs = Pairs(q, k, scale, bias, row_ids, ids, plan.positives_in(owner, positives))
-            columns = None if col_max is None or col_sum is None else Statistics(col_max, col_sum)
-            found_q, dk, found_scale, dbias = blocks.backward_block(
-                plan.backend,
-                (grad_row, grad_col, grad_positive),
-                pairs,
-                Statistics(row_max, row_sum),
-                columns,
-                (also_q, need_k, need_bias),
-            )
-            dscale = dscale + found_scale
-            if found_q is not None:
-                dq = found_q if dq is None else dq.add_(found_q)
-            return [part for part in (dk, dbias) if part is not None]
-
-        home = travel(plan.ranks, plan.sizes, (k, bias, col_ids, col_max, col_sum, grad_col), visit, _add)
-        dk = home.pop(0).to(k.dtype) if need_k else None
-        dbias = home.pop(0) if need_bias else None
-        dq = dq.to(q.dtype) if need_q and dq is not None else None
-        return dq, dk, dscale if need_scale else None, dbias
+            mine = _RowGradients(pairs, ctx.plan, Statistics(row_max, row_sum), incoming, needs)
+            block = (pairs.columns, pairs.bias, pairs.col_ids, col_max, col_sum, col)
+            home = travel(ctx.plan.ranks, ctx.plan.sizes, block, mine.visit, _add)
+            dk = home.pop(0).to(pairs.columns.dtype) if need_k else None
+            dbias = home.pop(0) if need_bias else None
+            dq = mine.q.to(pairs.q.dtype) if need_q and mine.q is not None else None
+        learning = (pairs.q, pairs.k, pairs.scale, pairs.bias)
+        dq, dk, dscale, dbias = _once((dq, dk, mine.scale if need_scale else None, dbias), learning)
+        return _TermGradients(dq, dk, dscale, dbias)
 
 
 def _add(earlier: list[Tensor], latest: list[Tensor]) -> list[Tensor]:
     return [mine.add_(sent) for sent, mine in zip(earlier, latest, strict=True)]
 
 
-class _Pass(NamedTuple):
-    """One trip of the sigmoid loss: this rank's loss and gradients, and dk of its own block from all ranks."""
-
-    loss: Tensor
-    dq: Tensor | None
-    dk: Tensor | None
-    dscale: Tensor
-    dbias: Tensor
-
-
 def _logsigmoid_pass(
     pairs: Pairs, bias: Tensor, plan: _Plan, need_q: bool, need_k: bool, weight: Tensor | None = None
-) -> _Pass:
-    """Every block visits once; ``weight`` [] multiplies what this rank adds to dk."""
+) -> LogsigmoidBlock:
+    """One trip of the sigmoid loss, every block a visitor once: this rank's loss and gradients, and dk of its own block
+    from all ranks; ``weight`` [] multiplies what this rank adds to dk."""
     loss, dscale, dbias = (torch.zeros_like(pairs.scale) for _ in range(3))
     dq: Tensor | None = None
 
@@ -184,15 +192,15 @@ def _logsigmoid_pass(
         k, ids = block
         assert k is not None
         found = blocks.logsigmoid_block(plan.backend, pairs._replace(k=k, col_ids=ids), bias, need_q, need_k)
-        loss, dscale, dbias = loss + found[0], dscale + found[3], dbias + found[4]
-        if found[1] is not None:
-            dq = found[1] if dq is None else dq.add_(found[1])
-        if found[2] is None:
+        loss, dscale, dbias = loss + found.loss, dscale + found.dscale, dbias + found.dbias
+        if found.dq is not None:
+            dq = found.dq if dq is None else dq.add_(found.dq)
+        if found.dk is None:
             return []
-        return [found[2] if weight is None else weight * found[2]]
+        return [found.dk if weight is None else weight * found.dk]
 
-    home = travel(plan.ranks, plan.sizes, (pairs.k, pairs.col_ids), visit, _add)
-    return _Pass(loss, dq, home[0] if need_k else None, dscale, dbias)
+    home = travel(plan.ranks, plan.sizes, (pairs.columns, pairs.col_ids), visit, _add)
+    return LogsigmoidBlock(loss, dq, home[0] if need_k else None, dscale, dbias)
 
 
 class _RingLogsigmoid(torch.autograd.Function):
@@ -203,7 +211,7 @@ class _RingLogsigmoid(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, scale: Tensor, bias: Tensor, row_ids: Tensor, col_ids: Tensor, plan: _Plan,
         need_q: bool, need_k: bool,
     ) -> Tensor:  # fmt: skip
-        pairs = Pairs(q, k, scale, None, row_ids, col_ids, None)
+        pairs = Pairs(q, k, scale, row_ids=row_ids, col_ids=col_ids)
         found = _logsigmoid_pass(pairs, bias, plan, need_q, need_k)
         ctx.save_for_backward(q, k, scale, bias, row_ids, col_ids, *found[1:])
         ctx.plan = plan
@@ -215,7 +223,9 @@ class _RingLogsigmoid(torch.autograd.Function):
         needed = ctx.needs_input_grad
         with torch.no_grad():
             if dk is not None:
-                dk = _weighted(grad, dk, Pairs(q, k, scale, None, row_ids, col_ids, None), bias, ctx.plan).to(k.dtype)
+                dk = _weighted(grad, dk, Pairs(q, k, scale, row_ids=row_ids, col_ids=col_ids), bias, ctx.plan).to(
+                    k.dtype
+                )
             found = (
                 (grad * dq).to(q.dtype) if needed[0] else None,
                 dk if needed[1] else None,
@@ -248,38 +258,14 @@ class RingScope(GatherScope):
     _is_ring = True
 
     @torch.compiler.disable(reason=NOT_TRACED)
-    def similarity_terms(
-        self,
-        q: Tensor,
-        k: Tensor,
-        scale: float | Tensor,
-        *,
-        bias: Tensor | None = None,
-        row_ids: Tensor | None = None,
-        col_ids: Tensor | None = None,
-        columns: bool = False,
-        positives: Tensor | None = None,
-        hardest: bool = False,
-    ) -> SimilarityTerms:
-        if self._falls_back(q.device):
-            return super().similarity_terms(
-                q, k, scale, bias=bias, row_ids=row_ids, col_ids=col_ids, columns=columns, positives=positives,
-                hardest=hardest,
-            )  # fmt: skip
-        sizes = self._agreed(q, k, scale, bias, row_ids, col_ids, columns, positives)
-        backend = _backend("similarity_lse", why_not_lse, q)
-        found = recorded(
-            _RingTerms,
-            q,
-            k,
-            scalar_tensor("scale", scale, q),
-            None if bias is None else bias.to(accumulator(q)),
-            None if row_ids is None else row_ids.long(),
-            None if col_ids is None else col_ids.long(),
-            None if positives is None else positives.long(),
-            _Plan(self.ranks, sizes, backend, columns, hardest),
-        )
-        return SimilarityTerms(*found)
+    def terms(self, pairs: Pairs, want: Want = ROW_LSE, *, trusted: bool = True) -> SimilarityTerms:
+        if self._falls_back(pairs.q.device):
+            return super().terms(pairs, want, trusted=trusted)
+        sizes = self._agreed(pairs, want, trusted)
+        pairs = (pairs if trusted else pairs.converted()).rectangular()
+        pairs.check_positives(sum(sizes), "all ranks")
+        backend = _backends.serve("similarity_lse", pairs.q, "triton", why_not_lse)
+        return SimilarityTerms(*recorded(_RingTerms, *pairs, _Plan(self.ranks, sizes, backend, want)))
 
     @torch.compiler.disable(reason=NOT_TRACED)
     def similarity_logsigmoid(
@@ -289,11 +275,11 @@ class RingScope(GatherScope):
             return super().similarity_logsigmoid(q, k, scale, bias, row_ids=row_ids, col_ids=col_ids)
         sizes = self._agreed_pairs(q, k, scale, bias, row_ids, col_ids)
         scale, bias = scalar_tensor("scale", scale, q), scalar_tensor("bias", bias, q)
-        backend = _backend("similarity_logsigmoid", why_not_logsigmoid, q)
+        backend = _backends.serve("similarity_logsigmoid", q, "triton", why_not_logsigmoid)
         return recorded(
             _RingLogsigmoid,
             q, k, scale, bias, row_ids.long(), col_ids.long(),
-            _Plan(self.ranks, sizes, backend, False, False), learns(q) or learns(scale), learns(k),
+            _Plan(self.ranks, sizes, backend, Want()), learns(q) or learns(scale), learns(k),
         )  # fmt: skip
 
     def _falls_back(self, device: torch.device) -> bool:
@@ -305,8 +291,3 @@ class RingScope(GatherScope):
                 stacklevel=4,
             )
         return reason is not None
-
-
-def _backend(op: str, why_not: Any, q: Tensor) -> str:
-    preferred = "triton" if q.device.type == "cuda" else "cpu"
-    return _backends.select(op, preferred, lambda name: why_not(name, q))

@@ -7,18 +7,15 @@ local columns) against the rows of the whole scope, and gradients reach the rows
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..ops.second_moment import second_moment
 from ..ops.similarity_logsigmoid import similarity_logsigmoid
-from ..ops.similarity_lse import similarity_terms
-from ..ops.types import SecondMoment, SimilarityTerms
-
-if TYPE_CHECKING:
-    pass
+from ..ops.similarity_lse import terms_of
+from ..ops.types import ROW_LSE, Pairs, SecondMoment, SimilarityTerms, Want
 
 STRATEGIES = ("gather", "ring")
 STATISTICS = ("global", "local")
@@ -82,8 +79,8 @@ class Scope:
     def similarity_terms(
         self,
         q: Tensor,
-        k: Tensor,
-        scale: float | Tensor,
+        k: Tensor | None = None,
+        scale: float | Tensor = 1.0,
         *,
         bias: Tensor | None = None,
         row_ids: Tensor | None = None,
@@ -96,17 +93,14 @@ class Scope:
 
         ``bias`` belongs to the local columns; ids must be unique over the ranks; ``positives`` are global columns.
         """
-        return similarity_terms(
-            q,
-            k,
-            scale,
-            bias=bias,
-            row_ids=row_ids,
-            col_ids=col_ids,
-            columns=columns,
-            positives=positives,
-            hardest=hardest,
-        )
+        pairs = Pairs(q, k, cast(Tensor, scale), bias, row_ids, col_ids, positives)
+        return self.terms(pairs, Want(columns, hardest), trusted=False)
+
+    def terms(self, pairs: Pairs, want: Want = ROW_LSE, *, trusted: bool = True) -> SimilarityTerms:
+        """:meth:`similarity_terms` of pairs that have been checked, or are to be."""
+        pairs = pairs if trusted else pairs.checked()
+        pairs.check_positives(len(pairs.columns))
+        return terms_of(pairs, want)
 
     def similarity_logsigmoid(
         self, q: Tensor, k: Tensor, scale: float | Tensor, bias: float | Tensor, *, row_ids: Tensor, col_ids: Tensor

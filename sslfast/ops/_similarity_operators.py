@@ -12,19 +12,65 @@ operators in the accumulator's dtype.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _library, reference
 from .._checks import accumulator
+from .types import Pairs, SimilarityTerms
 
 _SAVED = "Tensor row_max, Tensor row_sum, Tensor col_max, Tensor col_sum, Tensor tiles"
-_PAIRS = "Tensor? bias, Tensor? row_ids, Tensor? col_ids"
+_IDS = "Tensor? bias, Tensor? row_ids, Tensor? col_ids"
 
 
-def _like(x: Tensor, *shape: int) -> Tensor:
+class Inputs(NamedTuple):
+    """What the rectangular operators take, in their order: :class:`Pairs`, :class:`Want` and the size of the cache."""
+
+    q: Tensor  # [M, D]
+    k: Tensor  # [N, D]
+    scale: Tensor  # []
+    bias: Tensor | None  # [N]
+    row_ids: Tensor | None  # [M]
+    col_ids: Tensor | None  # [N]
+    positives: Tensor | None  # [M]
+    columns: bool
+    hardest: bool
+    tile_cache: int
+
+    @property
+    def pairs(self) -> Pairs:
+        return Pairs(self.q, self.k, self.scale, self.bias, self.row_ids, self.col_ids, self.positives)
+
+
+class Statistics(NamedTuple):
+    """What a forward keeps for its backward beside the inputs."""
+
+    row_max: Tensor
+    row_sum: Tensor
+    col_max: Tensor
+    col_sum: Tensor
+    tiles: Tensor
+
+
+class Gradients(NamedTuple):
+    """With respect to :class:`Inputs`; of the attended mean's inputs and of one set of rows: the first of these."""
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+    row_ids: None = None
+    col_ids: None = None
+    positives: None = None
+    columns: None = None
+    hardest: None = None
+    tile_cache: None = None
+
+
+def like(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty(shape, dtype=accumulator(x))
 
 
@@ -33,114 +79,126 @@ def _wants_graph(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def by_reference(
-    q: Tensor,
-    k: Tensor,
-    scale: float | Tensor,
-    bias: Tensor | None = None,
-    row_ids: Tensor | None = None,
-    col_ids: Tensor | None = None,
-    positives: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def by_reference(pairs: Pairs) -> SimilarityTerms:
     """The reference with the kernels' precision: sums of 16-bit inputs are float32, also inside an autocast region."""
-    kind = accumulator(q)
-    with torch.autocast(q.device.type, enabled=False):
-        return reference.similarity_terms(
-            q.to(kind),
-            k.to(kind),
-            scale,
-            bias=None if bias is None else bias.to(kind),
-            row_ids=row_ids,
-            col_ids=col_ids,
-            positives=positives,
+    kind = accumulator(pairs.q)
+    with torch.autocast(pairs.q.device.type, enabled=False):
+        row, col, positive, hardest = reference.similarity_terms(
+            pairs.q.to(kind),
+            pairs.columns.to(kind),
+            pairs.scale,
+            bias=None if pairs.bias is None else pairs.bias.to(kind),
+            row_ids=pairs.row_ids,
+            col_ids=pairs.col_ids,
+            positives=pairs.positives,
         )
+    return SimilarityTerms(row, col, positive, hardest)
+
+
+class _Incoming(NamedTuple):
+    """Gradients that came in, ``None`` also for what was not asked for: an empty result has no gradient."""
+
+    row: Tensor | None
+    col: Tensor | None
+    positive: Tensor | None
+
+    @property
+    def present(self) -> list[Tensor]:
+        return [grad for grad in self if grad is not None]
+
+
+def _second_order(
+    pairs_of: Callable[..., Pairs], inputs: Sequence[Tensor | None], needed: Sequence[bool], incoming: _Incoming
+) -> tuple[Tensor | None, ...]:
+    """First derivatives that carry a graph, from the reference; ``pairs_of(*inputs)``."""
+
+    def function(*inputs: Tensor | None) -> list[Tensor]:
+        terms = by_reference(pairs_of(*inputs))
+        results = (terms.row_lse, terms.col_lse, terms.positive)
+        return [r for r, grad in zip(results, incoming, strict=True) if r is not None and grad is not None]
+
+    return _library.second_order(function, inputs, needed, incoming.present)
 
 
 # ------------------------------------------------------------------------------------------------------- rectangular
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    positives: Tensor | None,
-    columns: bool,
-    hardest: bool,
-    tile_cache: int,
-) -> tuple[Tensor, ...]:
-    m, n = q.shape[0], k.shape[0] if columns else 0
-    p, h = (m if positives is not None else 0), (m if hardest else 0)
-    sizes = (m, n, p, h, m, m, n, n, tile_cache)
-    return tuple(_like(q, size) for size in sizes)
+def _fake(*arguments: Any) -> tuple[Tensor, ...]:
+    given = Inputs(*arguments)
+    m, n = len(given.q), len(given.k) if given.columns else 0
+    p, h = (m if given.positives is not None else 0), (m if given.hardest else 0)
+    sizes = (m, n, p, h, m, m, n, n, given.tile_cache)
+    return tuple(like(given.q, size) for size in sizes)
 
 
-def _backward_fake(
-    grad_row: Tensor | None,
-    grad_col: Tensor | None,
-    grad_positive: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    positives: Tensor | None,
-    row_max: Tensor,
-    row_sum: Tensor,
-    col_max: Tensor,
-    col_sum: Tensor,
-    tiles: Tensor,
-    need_q: bool,
-    need_k: bool,
-    need_bias: bool,
-) -> tuple[Tensor, ...]:
-    dq = _like(q, *q.shape) if need_q else _like(q, 0)
-    dk = _like(q, *k.shape) if need_k else _like(q, 0)
-    return dq, dk, torch.empty_like(scale), _like(q, k.shape[0] if need_bias else 0)
+class BackwardInputs(NamedTuple):
+    """What the rectangular backward operators take, in their order."""
+
+    grad_row: Tensor | None
+    grad_col: Tensor | None
+    grad_positive: Tensor | None
+    q: Tensor
+    k: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    row_ids: Tensor | None
+    col_ids: Tensor | None
+    positives: Tensor | None
+    row_max: Tensor
+    row_sum: Tensor
+    col_max: Tensor
+    col_sum: Tensor
+    tiles: Tensor
+    need_q: bool
+    need_k: bool
+    need_bias: bool
+
+
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    given = BackwardInputs(*arguments)
+    dq = like(given.q, *(given.q.shape if given.need_q else (0,)))
+    dk = like(given.q, *(given.k.shape if given.need_k else (0,)))
+    return dq, dk, torch.empty_like(given.scale), like(given.q, len(given.k) if given.need_bias else 0)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:7], *output[4:])
-    ctx.asked = (
-        True,
-        inputs[7],
-        inputs[6] is not None,
-    )  # row LSE, column LSE, positives: an empty output has no gradient
-    ctx.mark_non_differentiable(*output[3:])
+    given = Inputs(*inputs)
+    _row, _col, _positive, *without_gradient = output
+    _hardest, *statistics = without_gradient
+    ctx.save_for_backward(*given.pairs, *statistics)
+    ctx.columns, ctx.positives = given.columns, given.positives is not None
+    ctx.mark_non_differentiable(*without_gradient)
     ctx.set_materialize_grads(False)
 
 
 def _backward_with(name: str) -> Any:
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 10
-        q, k, scale, bias, row_ids, col_ids, positives, *saved = ctx.saved_tensors
-        given = tuple(g if asked else None for g, asked in zip(grads[:3], ctx.asked, strict=True))
-        if all(g is None for g in given):
-            return nothing
-        need_q, need_k, need_scale, need_bias = ctx.needs_input_grad[:4]
-        if _wants_graph(*given, q, k, scale, bias):
+    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
+        row, col, positive, *_ = grads
+        incoming = _Incoming(row, col if ctx.columns else None, positive if ctx.positives else None)
+        if not incoming.present:
+            return Gradients()
+        *pairs_saved, row_max, row_sum, col_max, col_sum, tiles = ctx.saved_tensors
+        pairs = Pairs(*pairs_saved)
+        need_q, need_k, need_scale, need_bias, *_ = ctx.needs_input_grad
+        learning = (pairs.q, pairs.k, pairs.scale, pairs.bias)
+        if _wants_graph(*incoming, *learning):
 
-            def function(q: Tensor, k: Tensor, scale: Tensor, bias: Tensor | None) -> list[Tensor]:
-                outputs = by_reference(q, k, scale, bias, row_ids, col_ids, positives)
-                return [o for o, g in zip(outputs[:3], given, strict=True) if g is not None]
+            def pairs_of(q: Tensor, k: Tensor, scale: Tensor, bias: Tensor | None) -> Pairs:
+                return pairs._replace(q=q, k=k, scale=scale, bias=bias)
 
-            present = [g for g in given if g is not None]
-            found = _library.second_order(function, (q, k, scale, bias), ctx.needs_input_grad[:4], present)
-            return (*found, *nothing[4:])
+            needed = (need_q, need_k, need_scale, need_bias)
+            dq, dk, dscale, dbias = _second_order(pairs_of, learning, needed, incoming)
+            return Gradients(dq, dk, dscale, dbias)
         # dscale comes from q·dq (or k·dk), so one of the two is needed for it.
-        also_q = need_q or (need_scale and not need_k)
-        dq, dk, dscale, dbias = getattr(torch.ops.sslfast, f"{name}_backward")(
-            *given, q, k, scale, bias, row_ids, col_ids, positives, *saved, also_q, need_k, need_bias
-        )
-        return (
-            dq.to(q.dtype) if need_q else None,
-            dk.to(k.dtype) if need_k else None,
-            dscale if need_scale else None,
-            dbias.to(bias.dtype) if need_bias else None,
-            *nothing[4:],
+        form_q = need_q or (need_scale and not need_k)
+        statistics = Statistics(row_max, row_sum, col_max, col_sum, tiles)
+        operator = getattr(torch.ops.sslfast, f"{name}_backward")
+        dq, dk, dscale, dbias = operator(*incoming, *pairs, *statistics, form_q, need_k, need_bias)
+        return Gradients(
+            q=dq.to(pairs.q.dtype) if need_q else None,
+            k=dk.to(pairs.columns.dtype) if need_k else None,
+            scale=dscale if need_scale else None,
+            bias=dbias.to(pairs.bias.dtype) if need_bias and pairs.bias is not None else None,
         )
 
     return backward
@@ -149,113 +207,137 @@ def _backward_with(name: str) -> Any:
 # ------------------------------------------------------------------------------------------------- z against itself
 
 
-def _self_fake(
-    z: Tensor, scale: Tensor, ids: Tensor | None, positives: Tensor | None, hardest: bool, tile_cache: int
-) -> tuple[Tensor, ...]:
-    m = z.shape[0]
-    sizes = (m, m if positives is not None else 0, m if hardest else 0, m, m, tile_cache)
-    return tuple(_like(z, size) for size in sizes)
+class SelfInputs(NamedTuple):
+    """What the operators of one set of rows take, in their order."""
+
+    z: Tensor
+    scale: Tensor
+    ids: Tensor | None
+    positives: Tensor | None
+    hardest: bool
+    tile_cache: int
+
+
+class SelfGradients(NamedTuple):
+    """With respect to :class:`SelfInputs`."""
+
+    z: Tensor | None = None
+    scale: Tensor | None = None
+    ids: None = None
+    positives: None = None
+    hardest: None = None
+    tile_cache: None = None
+
+
+def _self_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    given = SelfInputs(*arguments)
+    m = len(given.z)
+    sizes = (m, m if given.positives is not None else 0, m if given.hardest else 0, m, m, given.tile_cache)
+    return tuple(like(given.z, size) for size in sizes)
 
 
 def _self_backward_fake(
-    grad_row: Tensor | None,
-    grad_positive: Tensor | None,
-    z: Tensor,
-    scale: Tensor,
-    ids: Tensor | None,
-    positives: Tensor | None,
-    row_max: Tensor,
-    row_sum: Tensor,
-    tiles: Tensor,
+    grad_row: Tensor | None, grad_positive: Tensor | None, z: Tensor, scale: Tensor, *_: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return _like(z, *z.shape), torch.empty_like(scale)
+    return like(z, *z.shape), torch.empty_like(scale)
 
 
 def _self_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:4], *output[3:])
-    ctx.asked = (True, inputs[3] is not None)
-    ctx.mark_non_differentiable(*output[2:])
+    given = SelfInputs(*inputs)
+    _row, _positive, *without_gradient = output
+    _hardest, *statistics = without_gradient
+    ctx.save_for_backward(given.z, given.scale, given.ids, given.positives, *statistics)
+    ctx.positives = given.positives is not None
+    ctx.mark_non_differentiable(*without_gradient)
     ctx.set_materialize_grads(False)
 
 
 def _self_backward_with(name: str) -> Any:
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _self_backward(name, ctx, *grads)
+    def backward(ctx: Any, *grads: Tensor | None) -> SelfGradients:
+        row, positive, *_ = grads
+        incoming = _Incoming(row, None, positive if ctx.positives else None)
+        if not incoming.present:
+            return SelfGradients()
+        z, scale, ids, positives, *statistics = ctx.saved_tensors
+        if _wants_graph(*incoming, z, scale):
+
+            def pairs_of(z: Tensor, scale: Tensor) -> Pairs:
+                return Pairs(z, None, scale, row_ids=ids, positives=positives).rectangular()
+
+            need_z, need_scale, *_ = ctx.needs_input_grad
+            dz, dscale = _second_order(pairs_of, (z, scale), (need_z, need_scale), incoming)
+            return SelfGradients(dz, dscale)
+        operator = getattr(torch.ops.sslfast, f"{name}_backward")
+        dz, dscale = operator(incoming.row, incoming.positive, z, scale, ids, positives, *statistics)
+        return SelfGradients(z=dz.to(z.dtype), scale=dscale)
 
     return backward
-
-
-def _self_backward(name: str, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    given = tuple(g if asked else None for g, asked in zip(grads[:2], ctx.asked, strict=True))
-    if all(g is None for g in given):
-        return (None,) * 6
-    z, scale, ids, positives, *saved = ctx.saved_tensors
-    if _wants_graph(*given, z, scale):
-
-        def function(z: Tensor, scale: Tensor) -> list[Tensor]:
-            row, _, positive, _ = by_reference(z, z, scale, None, ids, ids, positives)
-            return [o for o, g in zip((row, positive), given, strict=True) if g is not None]
-
-        present = [g for g in given if g is not None]
-        found = _library.second_order(function, (z, scale), ctx.needs_input_grad[:2], present)
-        return (*found, None, None, None, None)
-    operator = getattr(torch.ops.sslfast, f"{name}_backward")
-    dz, dscale = operator(*given, z, scale, ids, positives, *saved)
-    return dz.to(z.dtype), dscale, None, None, None, None
 
 
 # --------------------------------------------------------------------------------------------------- only q learns
 
 
-def _attend_fake(
-    q: Tensor, k: Tensor, scale: Tensor, bias: Tensor | None, row_ids: Tensor | None, col_ids: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return _like(q, q.shape[0]), _like(q, *q.shape)
+class AttendGradients(NamedTuple):
+    """With respect to q, k, scale, bias and ids; only q and the scale learn."""
+
+    q: Tensor | None = None
+    k: None = None
+    scale: Tensor | None = None
+    bias: None = None
+    row_ids: None = None
+    col_ids: None = None
+
+
+def _attend_fake(q: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:
+    return like(q, len(q)), like(q, *q.shape)
 
 
 def _attend_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, scale, *pairs = inputs
+    q, k, scale, *ids = inputs
+    _row, attended = output
     # The first derivative does not read k, so it is not saved as something that must stay: a queue may take in new keys
     # before the backward. The second derivative reads it, and checks that it is what it was.
-    ctx.save_for_backward(q, scale, *pairs, output[1])
+    ctx.save_for_backward(q, scale, *ids, attended)
     ctx.k, ctx.k_version = k, k._version
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(attended)
     ctx.set_materialize_grads(False)
 
 
-def _attend_backward(ctx: Any, grad_row: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _attend_backward(ctx: Any, grad_row: Tensor | None, _: Tensor | None) -> AttendGradients:
     if grad_row is None:
-        return (None,) * 6
+        return AttendGradients()
     q, scale, bias, row_ids, col_ids, attended = ctx.saved_tensors
+    need_q, _, need_scale, *_ = ctx.needs_input_grad
     if _wants_graph(grad_row, q, scale):
         k = ctx.k
         if k._version != ctx.k_version:
             raise RuntimeError("k was overwritten after the loss was computed: create_graph=True needs it unchanged")
 
-        def function(q: Tensor, scale: Tensor) -> Tensor:
-            return by_reference(q, k, scale, bias, row_ids, col_ids)[0]
+        def pairs_of(q: Tensor, scale: Tensor) -> Pairs:
+            return Pairs(q, k, scale, bias, row_ids, col_ids)
 
-        needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[2])
-        dq, dscale = _library.second_order(function, (q, scale), needed, grad_row)
-        return dq, None, dscale, None, None, None
+        incoming = _Incoming(grad_row, None, None)
+        dq, dscale = _second_order(pairs_of, (q, scale), (need_q, need_scale), incoming)
+        return AttendGradients(q=dq, scale=dscale)
     weighted = grad_row[:, None] * attended  # [M, D]
-    dq = (scale * weighted).to(q.dtype) if ctx.needs_input_grad[0] else None
-    dscale = (q * weighted).sum().to(scale.dtype) if ctx.needs_input_grad[2] else None
-    return dq, None, dscale, None, None, None
+    return AttendGradients(
+        q=(scale * weighted).to(q.dtype) if need_q else None,
+        scale=(q * weighted).sum().to(scale.dtype) if need_scale else None,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ registration
 
 for _name in ("similarity_lse", "similarity_lse_triton"):
     _library.define(
-        f"{_name}(Tensor q, Tensor k, Tensor scale, {_PAIRS}, Tensor? positives, bool columns, bool hardest,"
+        f"{_name}(Tensor q, Tensor k, Tensor scale, {_IDS}, Tensor? positives, bool columns, bool hardest,"
         " SymInt tile_cache) -> (Tensor row_lse, Tensor col_lse, Tensor positive, Tensor hardest_negative,"
         " Tensor row_max, Tensor row_sum, Tensor col_max, Tensor col_sum, Tensor tiles)",
         _fake,
     )
     _library.define(
         f"{_name}_backward(Tensor? grad_row, Tensor? grad_col, Tensor? grad_positive, Tensor q, Tensor k, Tensor scale,"
-        f" {_PAIRS}, Tensor? positives, {_SAVED}, bool need_q, bool need_k, bool need_bias)"
+        f" {_IDS}, Tensor? positives, {_SAVED}, bool need_q, bool need_k, bool need_bias)"
         " -> (Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)",
         _backward_fake,
     )
@@ -276,76 +358,6 @@ for _name in ("similarity_lse_self", "similarity_lse_self_triton"):
 
 for _name in ("similarity_lse_attend", "similarity_lse_attend_triton"):
     _library.define(
-        f"{_name}(Tensor q, Tensor k, Tensor scale, {_PAIRS}) -> (Tensor row_lse, Tensor attended)", _attend_fake
+        f"{_name}(Tensor q, Tensor k, Tensor scale, {_IDS}) -> (Tensor row_lse, Tensor attended)", _attend_fake
     )
     _library.autograd(_name, _attend_backward, _attend_setup_context)
-
-
-def _triton_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    from ..kernels import similarity_lse as kernel
-
-    q, k, *rest = arguments[:-1]  # the last is the size of the tile cache, which the GPU does without
-    return (*kernel.similarity_forward(q.contiguous(), k.contiguous(), *rest), _like(q, 0))
-
-
-def _triton_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    from ..kernels import similarity_lse as kernel
-
-    *grads, q, k = arguments[:5]
-    *rest, _tiles, need_q, need_k, need_bias = arguments[5:]
-    return kernel.similarity_backward(*grads, q.contiguous(), k.contiguous(), *rest, need_q, need_k, need_bias)
-
-
-def _triton_attend(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    from ..kernels import similarity_lse as kernel
-
-    return kernel.similarity_attend(q.contiguous(), k.contiguous(), *rest)
-
-
-def _triton_self(
-    z: Tensor, scale: Tensor, ids: Tensor | None, positives: Tensor | None, hardest: bool, tile_cache: int
-) -> tuple[Tensor, ...]:
-    from ..kernels import similarity_lse as kernel
-
-    z = z.contiguous()
-    found = kernel.similarity_forward(z, z, scale, None, ids, ids, positives, False, hardest)
-    row_lse, _, positive, negative, row_max, row_sum, _, _ = found
-    return row_lse, positive, negative, row_max, row_sum, _like(z, 0)
-
-
-def _triton_self_backward(
-    grad_row: Tensor | None,
-    grad_positive: Tensor | None,
-    z: Tensor,
-    scale: Tensor,
-    ids: Tensor | None,
-    positives: Tensor | None,
-    row_max: Tensor,
-    row_sum: Tensor,
-    tiles: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """With W = G + Gᵀ, dz = scale·W z is one launch, dq of a rectangular backward that is given g for the columns too.
-
-    Of a positive that holds the half through q; the other, ``gp_i·scale·z_i`` in row p(i), is added here.
-    """
-    from ..kernels import similarity_lse as kernel
-
-    z = z.contiguous()
-    statistics = (row_max, row_sum, row_max, row_sum)
-    dz, _, twice, _ = kernel.similarity_backward(
-        grad_row, grad_row, grad_positive, z, z, scale, None, ids, ids, positives, *statistics, True, False, False
-    )
-    if grad_positive is not None and positives is not None:
-        present = (positives >= 0) & (positives < z.shape[0])
-        place = torch.where(present, positives, 0)
-        weighted = torch.where(present, grad_positive, 0.0)[:, None] * z.to(dz.dtype)  # [M, D]
-        twice = twice + (weighted * z.index_select(0, place)).sum()
-        dz = dz.index_put((place,), scale * weighted, accumulate=True)  # sorts: no atomics
-    return dz, twice / 2
-
-
-_library.implement("similarity_lse_self_triton", _triton_self, "CUDA", "CPU")
-_library.implement("similarity_lse_self_triton_backward", _triton_self_backward, "CUDA", "CPU")
-_library.implement("similarity_lse_triton", _triton_forward, "CUDA", "CPU")
-_library.implement("similarity_lse_triton_backward", _triton_backward, "CUDA", "CPU")
-_library.implement("similarity_lse_attend_triton", _triton_attend, "CUDA", "CPU")

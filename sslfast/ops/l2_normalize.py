@@ -79,8 +79,7 @@ def l2_normalize(x: Tensor, eps: float = EPS) -> Tensor:
     check_matrix("x", x)
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
-    preferred = "cuda" if x.device.type == "cuda" else "cpu"
-    backend = _backends.select("l2_normalize", preferred, lambda name: why_not(name, x))
+    backend = _backends.serve("l2_normalize", x, "cuda", why_not)
     if backend == "reference":
         return by_reference(x, eps)
     return torch.ops.sslfast.l2_normalize(x, eps)[0]

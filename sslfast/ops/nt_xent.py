@@ -229,8 +229,7 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float | Tensor = 0.5, *, normal
         z0, z1 = z0.to(wider), z1.to(wider)
     check_same("z0", z0, "z1", z1)
     check_temperature(temperature, z0.device)
-    preferred = "triton" if z0.device.type == "cuda" else "cpu"
-    backend = _backends.select("nt_xent", preferred, lambda name: why_not(name, z0))
+    backend = _backends.serve("nt_xent", z0, "triton", why_not)
     kind = accumulator(z0)
     if backend == "reference":
         return _by_reference(z0, z1, temperature, normalize)

@@ -106,7 +106,7 @@ def second_moment(
         raise ValueError(f"form must be one of {', '.join(map(repr, FORMS))}, got {form!r}")
     if not isinstance(eps, (int, float)) or not eps > 0:
         raise ValueError(f"eps must be a positive number, got {eps!r}")
-    backend = _backends.select("second_moment", _preferred(a), lambda name: why_not(name, a))
+    backend = _backends.serve("second_moment", a, "triton", why_not)
     if backend == "reference":
         return by_reference(a, b, cross, center, scale, eps)
     if backend == "triton":
@@ -115,10 +115,6 @@ def second_moment(
     keep = _learns(a, b) and (dual or _fits(a, b, cross))
     operator = torch.ops.sslfast.second_moment
     return SecondMoment(*operator(a, b, cross, center, SCALES.index(scale), eps, dual, keep)[:3])
-
-
-def _preferred(a: Tensor) -> str:
-    return "triton" if a.device.type == "cuda" else "cpu"
 
 
 def _is_dual(a: Tensor, form: str) -> bool:
@@ -162,5 +158,5 @@ def moment_loss(
     The arguments, which are not checked again, are those of :func:`second_moment`; ``None`` where no such kernel
     serves them: then it is for the caller to add up :func:`second_moment`'s sums.
     """
-    backend = _backends.select("second_moment", _preferred(a), lambda name: why_not(name, a))
+    backend = _backends.serve("second_moment", a, "triton", why_not)
     return _triton(a, b, cross, center, scale, eps, form, loss)[0] if backend == "triton" else None

@@ -145,8 +145,7 @@ def similarity_logsigmoid(
     check_integers("col_ids", col_ids, k.shape[0], q.device)
     row_ids, col_ids = row_ids.long(), col_ids.long()
     scale, bias = scalar_tensor("scale", scale, q), scalar_tensor("bias", bias, q)
-    preferred = "triton" if q.device.type == "cuda" else "cpu"
-    backend = _backends.select("similarity_logsigmoid", preferred, lambda name: why_not(name, q))
+    backend = _backends.serve("similarity_logsigmoid", q, "triton", why_not)
     if backend == "reference":
         return by_reference(q, k, scale, bias, row_ids, col_ids)
     grad = torch.is_grad_enabled()

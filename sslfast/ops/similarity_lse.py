@@ -9,15 +9,16 @@ is in ``docs/similarity_lse.md``; the operators are in ``_similarity_operators.p
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, cast, overload
 
 import torch
 from torch import Tensor
 
 from .. import _backends, _native
-from .._checks import accumulator, check_integers, check_keys, readable, scalar_tensor
+from .._checks import accumulator
+from . import _similarity_launches as _similarity_launches
 from ._similarity_operators import by_reference
-from .types import SimilarityTerms
+from .types import ROW_LSE, Pairs, SimilarityTerms, Want
 
 BACKENDS = ("cpu", "triton", "reference")
 
@@ -54,20 +55,10 @@ def _self_tile_cache(z: Tensor) -> int:
     return min(every_tile, min(max(room, LEAST_CACHE), TILE_CACHE) // size)
 
 
-def _check_positives(positives: Tensor, q: Tensor, k: Tensor) -> None:
-    check_integers("positives", positives, q.shape[0], q.device)
-    if readable(positives):
-        low, high = (int(x) for x in torch.aminmax(positives))
-        if low < -1 or high >= k.shape[0]:
-            raise ValueError(
-                f"positives must be columns of k, 0 to {k.shape[0] - 1}, or -1 for none; got {low} to {high}"
-            )
-
-
 def similarity_terms(
     q: Tensor,
-    k: Tensor,
-    scale: float | Tensor,
+    k: Tensor | None = None,
+    scale: float | Tensor = 1.0,
     *,
     bias: Tensor | None = None,
     row_ids: Tensor | None = None,
@@ -95,81 +86,74 @@ def similarity_terms(
         >>> round((terms.row_lse + terms.col_lse - 2 * terms.positive).mean().item() / 2, 4)
         0.3408
     """
-    check_keys(q, k)
-    if (row_ids is None) != (col_ids is None):
-        raise ValueError("row_ids and col_ids must be given together: pairs with equal ids are excluded")
-    if row_ids is not None and col_ids is not None:
-        check_integers("row_ids", row_ids, q.shape[0], q.device)
-        check_integers("col_ids", col_ids, k.shape[0], q.device)
-    if bias is not None and (bias.shape != (k.shape[0],) or not bias.is_floating_point() or bias.device != q.device):
-        raise ValueError(
-            f"bias must be a floating-point tensor of shape ({k.shape[0]},) on {q.device}, "
-            f"got shape {tuple(bias.shape)}, {bias.dtype}, on {bias.device}"
-        )
-    if positives is not None:
-        _check_positives(positives, q, k)
-        positives = positives.long()
-    tau = scalar_tensor("scale", scale, q)
-    preferred = "triton" if q.device.type == "cuda" else "cpu"
-    backend = _backends.select("similarity_lse", preferred, lambda name: why_not(name, q))
-    with_itself = q is k and row_ids is col_ids and bias is None and not columns
-    row_ids = None if row_ids is None else row_ids.long()
-    col_ids = row_ids if with_itself else None if col_ids is None else col_ids.long()
-    bias = None if bias is None else bias.to(accumulator(q))
+    pairs = Pairs(q, k, cast(Tensor, scale), bias, row_ids, col_ids, positives).checked()
+    pairs.check_positives(len(pairs.columns))
+    return terms_of(pairs, Want(columns, hardest))
+
+
+def terms_of(pairs: Pairs, want: Want = ROW_LSE) -> SimilarityTerms:
+    """:func:`similarity_terms` of pairs that have been checked."""
+    backend = _backends.serve("similarity_lse", pairs.q, "triton", why_not)
+    if pairs.bias is not None or want.columns:  # the symmetric tiles have neither
+        pairs = pairs.rectangular()
     if backend == "reference":
-        # Kernels keep nothing of keys that do not learn, so a queue may be overwritten before the backward: here too.
-        keys = k.clone() if torch.is_grad_enabled() and q.requires_grad and not k.requires_grad else k
-        row, col, positive, largest = by_reference(q, keys, tau, bias, row_ids, col_ids, positives)
+        found = _by_reference(pairs)
+    elif pairs.k is None:
+        found = _by_self_kernel(backend, pairs, want)
     else:
-        row, col, positive, largest = _by_kernel(
-            backend, q, k, tau, bias, row_ids, col_ids, columns, positives, hardest, with_itself
-        )
+        found = _by_kernel(backend, pairs, pairs.k, want)
     return SimilarityTerms(
-        row, col if columns else None, None if positives is None else positive, largest if hardest else None
+        found.row_lse,
+        found.col_lse if want.columns else None,
+        None if pairs.positives is None else found.positive,
+        found.hardest if want.hardest else None,
     )
 
 
-def _by_kernel(
-    backend: str,
-    q: Tensor,
-    k: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    columns: bool,
-    positives: Tensor | None,
-    hardest: bool,
-    with_itself: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _by_reference(pairs: Pairs) -> SimilarityTerms:
+    pairs = pairs.rectangular()
+    # Kernels keep nothing of keys that do not learn, so a queue may be overwritten before the backward: here too.
+    if torch.is_grad_enabled() and pairs.q.requires_grad and not pairs.columns.requires_grad:
+        pairs = pairs._replace(k=pairs.columns.clone())
+    return by_reference(pairs)
+
+
+def _operator(name: str, backend: str) -> torch._ops.OpOverloadPacket:
+    return getattr(torch.ops.sslfast, f"{name}_triton" if backend == "triton" else name)
+
+
+def _by_self_kernel(backend: str, pairs: Pairs, want: Want) -> SimilarityTerms:
+    """Tiles on and above the diagonal serve their rows and their columns."""
+    z, scale = pairs.q, pairs.scale
+    learns = torch.is_grad_enabled() and (z.requires_grad or scale.requires_grad)
+    cache = _self_tile_cache(z) if backend == "cpu" and learns else 0
+    operator = _operator("similarity_lse_self", backend)
+    row, positive, hardest, *_ = operator(z, scale, pairs.row_ids, pairs.positives, want.hardest, cache)
+    return SimilarityTerms(row, None, positive, hardest)
+
+
+def _by_kernel(backend: str, pairs: Pairs, k: Tensor, want: Want) -> SimilarityTerms:
     """The operator that does the least work for this call."""
-    ops = torch.ops.sslfast
-    suffix = "_triton" if backend == "triton" else ""
     grad = torch.is_grad_enabled()
-    if with_itself:
-        cache = _self_tile_cache(q) if backend == "cpu" and grad and (q.requires_grad or scale.requires_grad) else 0
-        function = getattr(ops, f"similarity_lse_self{suffix}")
-        row, positive, largest, *_ = function(q, scale, row_ids, positives, hardest, cache)
-        return row, row, positive, largest
+    q, bias = pairs.q, pairs.bias
     keys_learn = grad and (k.requires_grad or (bias is not None and bias.requires_grad))
     # With a positive among the columns, scale·(attended − k_p) would cancel where the positive dominates: there the
     # gradient is made from weights in which it is already subtracted.
-    if grad and q.requires_grad and positives is None and not (keys_learn or columns or hardest):
-        row, _ = getattr(ops, f"similarity_lse_attend{suffix}")(q, k, scale, bias, row_ids, col_ids)
-        return row, row, row, row
-    learns = keys_learn or (grad and (q.requires_grad or scale.requires_grad))
+    if grad and q.requires_grad and pairs.positives is None and not (keys_learn or want.columns or want.hardest):
+        operator = _operator("similarity_lse_attend", backend)
+        row, _ = operator(q, k, pairs.scale, bias, pairs.row_ids, pairs.col_ids)
+        return SimilarityTerms(row, None, None, None)
+    learns = keys_learn or (grad and (q.requires_grad or pairs.scale.requires_grad))
     cache = _tile_cache(q, k) if backend == "cpu" and learns else 0
-    row, col, positive, largest, *_ = getattr(ops, f"similarity_lse{suffix}")(
-        q, k, scale, bias, row_ids, col_ids, positives, columns, hardest, cache
-    )
-    return row, col, positive, largest
+    row, col, positive, hardest, *_ = _operator("similarity_lse", backend)(*pairs, *want, cache)
+    return SimilarityTerms(row, col, positive, hardest)
 
 
 @overload
 def similarity_lse(
     q: Tensor,
-    k: Tensor,
-    scale: float | Tensor,
+    k: Tensor | None = None,
+    scale: float | Tensor = 1.0,
     *,
     bias: Tensor | None = None,
     row_ids: Tensor | None = None,
@@ -181,8 +165,8 @@ def similarity_lse(
 @overload
 def similarity_lse(
     q: Tensor,
-    k: Tensor,
-    scale: float | Tensor,
+    k: Tensor | None = None,
+    scale: float | Tensor = 1.0,
     *,
     bias: Tensor | None = None,
     row_ids: Tensor | None = None,
@@ -194,8 +178,8 @@ def similarity_lse(
 @overload
 def similarity_lse(
     q: Tensor,
-    k: Tensor,
-    scale: float | Tensor,
+    k: Tensor | None = None,
+    scale: float | Tensor = 1.0,
     *,
     bias: Tensor | None = None,
     row_ids: Tensor | None = None,
@@ -206,8 +190,8 @@ def similarity_lse(
 
 def similarity_lse(
     q: Tensor,
-    k: Tensor,
-    scale: float | Tensor,
+    k: Tensor | None = None,
+    scale: float | Tensor = 1.0,
     *,
     bias: Tensor | None = None,
     row_ids: Tensor | None = None,
@@ -218,17 +202,17 @@ def similarity_lse(
 
     ``row_lse_i = log Σ_j exp(scale·q_i·k_j + bias_j)`` over the columns with ``col_ids[j] != row_ids[i]``. Time grows
     as M·N·D, extra memory as (M + N)·D: the M × N matrix is never stored. (On a CPU at most 42 MiB of it are kept for
-    the backward.) ``similarity_lse(z, z, ...)`` with the same tensor, and the same ids, uses the symmetry: half the
-    work. Where only ``q`` learns (a queue, a frozen tower), its gradient comes along in the forward.
+    the backward.) Without ``k`` the rows are taken against themselves, which costs half. Where only ``q`` learns (a
+    queue, a frozen tower), its gradient comes along in the forward.
 
     Args:
         q: [M, D]; k: [N, D]; float32, float64, bfloat16 or float16, any strides. Used as they are: normalise first
-            (:func:`sslfast.l2_normalize`) for cosines.
-        scale: multiplies the dot products, ``1/τ``; a float, or a one-element tensor, which receives its gradient. Any
-            sign.
+            (:func:`sslfast.l2_normalize`) for cosines. Default of k: the rows of q themselves.
+        scale: multiplies the dot products, ``1/τ`` (default 1); a float, or a one-element tensor, which receives its
+            gradient. Any sign.
         bias: [N] added to every logit of a column (default: none).
         row_ids, col_ids: [M] and [N] integers; pairs with equal ids take no part (default: all take part). Given
-            together. With ``arange`` for both, a row leaves itself out.
+            together; without k, ``row_ids`` alone, and ``arange`` leaves each row out of its own sum.
         columns: also return the column LSE.
 
     Returns:

@@ -1,10 +1,119 @@
-"""What operations give back where it is more than one tensor."""
+"""What operations take and give back where it is more than one tensor."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from .._checks import accumulator, check_integers, check_keys, check_matrix, readable, scalar_tensor
+
+
+class Pairs(NamedTuple):
+    """Rows against columns, ``s_ij = scale·q_i·k_j + bias_j``, and which of the pairs take part.
+
+    :meth:`checked` makes them of what a user gave; what takes them trusts them.
+
+    Attributes:
+        q: [M, D].
+        k: [N, D]; ``None``: the rows against themselves, whose tiles are symmetric, so that half of them is enough.
+        scale: [] in the accumulator's dtype.
+        bias: [N] in the accumulator's dtype, or ``None``.
+        row_ids, col_ids: [M] and [N] int64, or ``None``: pairs with equal ids take no part. Without ``k`` the columns
+            have the rows' ids, and ``col_ids`` is ``None``.
+        positives: [M] int64 columns, −1 for none; or ``None``.
+    """
+
+    q: Tensor
+    k: Tensor | None
+    scale: Tensor
+    bias: Tensor | None = None
+    row_ids: Tensor | None = None
+    col_ids: Tensor | None = None
+    positives: Tensor | None = None
+
+    def check(self) -> None:
+        """Every argument of a user's is one that :func:`sslfast.similarity_terms` takes.
+
+        Raises:
+            TypeError: dtypes differ or are not floating point, ids are not integers.
+            ValueError: shapes, widths, devices or lengths do not fit; only one of row_ids and col_ids is given.
+        """
+        q, columns = self.q, self.columns
+        if self.k is None:
+            check_matrix("q", q)
+            if self.col_ids is not None:
+                raise ValueError("col_ids belong to k, and k is None: the columns are the rows and have row_ids")
+        else:
+            check_keys(q, self.k)
+            if (self.row_ids is None) != (self.col_ids is None):
+                raise ValueError("row_ids and col_ids must be given together: pairs with equal ids are excluded")
+        for name, ids, rows in (
+            ("row_ids", self.row_ids, q),
+            ("col_ids", self.col_ids, columns),
+            ("positives", self.positives, q),
+        ):
+            if ids is not None:
+                check_integers(name, ids, len(rows), q.device)
+        bias = self.bias
+        if bias is not None and (
+            bias.shape != columns.shape[:1] or not bias.is_floating_point() or bias.device != q.device
+        ):
+            raise ValueError(
+                f"bias must be a floating-point tensor of shape ({len(columns)},) on {q.device}, "
+                f"got shape {tuple(bias.shape)}, {bias.dtype}, on {bias.device}"
+            )
+
+    def converted(self) -> Pairs:
+        """In the dtypes that the operators take; the scale, which may be a number, as a tensor."""
+        row_ids, col_ids, positives = (
+            None if x is None else x.long() for x in (self.row_ids, self.col_ids, self.positives)
+        )
+        bias = None if self.bias is None else self.bias.to(accumulator(self.q))
+        return Pairs(self.q, self.k, scalar_tensor("scale", self.scale, self.q), bias, row_ids, col_ids, positives)
+
+    def checked(self) -> Pairs:
+        """The pairs of a user's arguments."""
+        self.check()
+        return self.converted()
+
+    def check_positives(self, columns: int, where: str = "k") -> None:
+        """Positives are columns, as far as looking at them costs nothing; on a GPU one beyond them counts as none."""
+        if self.positives is not None and readable(self.positives):
+            low, high = (int(x) for x in torch.aminmax(self.positives))
+            if low < -1 or high >= columns:
+                raise ValueError(
+                    f"positives must be columns of {where}, 0 to {columns - 1}, or -1 for none; got {low} to {high}"
+                )
+
+    @property
+    def columns(self) -> Tensor:
+        """The rows that stand for columns, [N, D]."""
+        return self.q if self.k is None else self.k
+
+    def rectangular(self) -> Pairs:
+        """The same with columns of its own."""
+        return self if self.k is not None else self._replace(k=self.q, col_ids=self.row_ids)
+
+
+class Want(NamedTuple):
+    """What a pass gives beside the row LSE.
+
+    Attributes:
+        columns: the column LSE.
+        hardest: the largest negative logit of each row.
+
+    Example:
+        >>> sslfast.distributed.Want(columns=True)
+        Want(columns=True, hardest=False)
+    """
+
+    columns: bool = False
+    hardest: bool = False
+
+
+ROW_LSE = Want()
 
 
 class SimilarityTerms(NamedTuple):

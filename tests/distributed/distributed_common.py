@@ -38,7 +38,7 @@ def nt_xent(scope: Scope, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> 
     z = torch.cat([x, y])
     shard = scope.shard(z)
     ids = shard.ids(z.device)
-    terms = scope.similarity_terms(z, z, scale, row_ids=ids, col_ids=ids, positives=ids.roll(len(x)))
+    terms = scope.similarity_terms(z, None, scale, row_ids=ids, positives=ids.roll(len(x)))
     return shard.weight * (terms.row_lse - terms.positive).sum()
 
 

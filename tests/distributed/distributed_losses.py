@@ -63,11 +63,12 @@ def classes(x: Tensor) -> Tensor:
 # Each takes x, y [n, D], a learnable number, and the keywords that every loss takes.
 LOSSES: dict[str, Formula] = {
     "nt_xent": lambda x, y, s, **how: nt_xent_loss(x, y, s, **how),
-    "info_nce": lambda x, y, s, **how: info_nce(
-        x, y, s, negatives=y.flip(1), hard_negatives=hard_negatives(x, y), label_smoothing=0.1, **how
+    "info_nce": lambda x, y, s, **how: info_nce(x, y, s, negatives=(y.flip(1), hard_negatives(x, y)), **how),
+    "info_nce, smoothed": lambda x, y, s, **how: sslfast.smoothed_info_nce(
+        x, y, s, negatives=(y.flip(1), hard_negatives(x, y)), **how
     ),
-    "info_nce, symmetric": lambda x, y, s, **how: info_nce(x, y, s, symmetric=True, label_smoothing=0.1, **how),
-    "info_nce, debiased": lambda x, y, s, **how: info_nce(x, y, s, tau_plus=0.1, **how),
+    "info_nce, symmetric": lambda x, y, s, **how: sslfast.symmetric_info_nce(x, y, s, label_smoothing=0.1, **how),
+    "info_nce, debiased": lambda x, y, s, **how: sslfast.debiased_info_nce(x, y, s, tau_plus=0.1, **how),
     "info_nce, positives": lambda x, y, s, **how: info_nce(
         x, y, s, positives=torch.arange(len(x)).unsqueeze(1).repeat(1, 2).clamp(max=len(x) - 1), **how
     ),

@@ -49,7 +49,10 @@ def _moments(x: Inputs, **options: Any) -> Any:
 CONTRASTIVE: dict[str, Case] = {
     "nt_xent": _function(sslfast.nt_xent),
     "nt_xent/a learnt temperature": lambda x: sslfast.nt_xent(x.z(), x.z(), x.number(0.5), normalize=False),
-    "nt_xent/diagnostics": _function(sslfast.nt_xent, diagnostics=True),
+    "contrastive_diagnostics": lambda x: sslfast.contrastive_diagnostics(
+        x.z(), x.z(30, D), row_ids=x.labels(), col_ids=x.labels(30), positives=x.ids(N)
+    ),
+    "NTXentLoss/diagnostics": _module(sslfast.NTXentLoss, diagnostics=True),
     "NTXentLoss": _module(sslfast.NTXentLoss, 0.3),
     "NTXentLoss/with a bank": _module(sslfast.NTXentLoss, memory_bank_size=(40, D)),
     "NTXentLoss/a learnt temperature": lambda x: x.made(lambda: sslfast.NTXentLoss(nn.Parameter(torch.tensor(0.3))))(
@@ -57,35 +60,35 @@ CONTRASTIVE: dict[str, Case] = {
     ),
     "info_nce": _function(sslfast.info_nce),
     "info_nce/fixed keys": lambda x: sslfast.info_nce(x.z(), x.fixed()),
-    "info_nce/symmetric": _function(sslfast.info_nce, symmetric=True, diagnostics=True),
+    "info_nce/symmetric": _module(sslfast.InfoNCELoss, symmetric=True, diagnostics=True),
+    "smoothed_info_nce": _function(sslfast.smoothed_info_nce),
+    "debiased_info_nce": _function(sslfast.debiased_info_nce),
+    "symmetric_info_nce": _function(sslfast.symmetric_info_nce, label_smoothing=0.1, tau_plus=0.1),
     "info_nce/smoothed and debiased": _function(sslfast.info_nce, label_smoothing=0.1, tau_plus=0.1),
-    "info_nce/negatives": lambda x: sslfast.info_nce(
-        x.z(), x.z(), x.number(0.1), negatives=x.z(9, D), hard_negatives=x.z(N, 3, D)
-    ),
+    "info_nce/negatives": lambda x: sslfast.info_nce(x.z(), x.z(), x.number(0.1), negatives=(x.z(9, D), x.z(N, 3, D))),
     "info_nce/several positives": lambda x: sslfast.info_nce(x.z(), x.z(), positives=x.ids(N, 2)),
-    "info_nce/ids": lambda x: sslfast.info_nce(
-        x.z(), x.z(), positives=x.ids(N), row_ids=x.labels(), col_ids=x.labels() + 1
-    ),
+    "info_nce/ids": lambda x: sslfast.info_nce(x.z(), x.z(), positives=x.ids(N), ids=(x.labels(), x.labels() + 1)),
     "InfoNCELoss": _module(sslfast.InfoNCELoss, label_smoothing=0.1),
     "moco": lambda x: sslfast.moco(x.z(), x.fixed(), x.fixed(40, D)),
-    "moco/diagnostics": lambda x: sslfast.moco(x.z(), x.fixed(), x.fixed(40, D), x.number(0.1), diagnostics=True),
+    "moco/a queue": lambda x: sslfast.moco(x.z(), x.fixed(), x.fixed(40, D), x.number(0.1)),
+    "MoCoLoss/diagnostics": _module(sslfast.MoCoLoss, 40, D, diagnostics=True),
     "MoCoLoss": _module(sslfast.MoCoLoss, 40, D),
     "moco_v3": _function(sslfast.moco_v3),
     "MoCoV3Loss": _module(sslfast.MoCoV3Loss),
     "MemoryQueue": lambda x: _enqueued(x.made(lambda: sslfast.MemoryQueue(40, D)), x),
     "dcl": _function(sslfast.dcl),
-    "dcl/weights": _function(sslfast.dcl, weight_fn=lambda a, b: (a * b).sum(1), diagnostics=True),
+    "dcl/weights": _function(sslfast.dcl, weight_fn=lambda a, b: (a * b).sum(1)),
     "dclw": _function(sslfast.dclw),
     "DCLLoss": _module(sslfast.DCLLoss),
     "DCLWLoss": _module(sslfast.DCLWLoss),
     "clip": lambda x: sslfast.clip(x.z(), x.z(), x.number(10.0), x.number(-1.0)),
-    "clip/a frozen tower": lambda x: sslfast.clip(x.fixed(), x.z(), 10.0, diagnostics=True),
+    "clip/a frozen tower": lambda x: sslfast.ClipLoss(diagnostics=True)(x.fixed(), x.z(), 10.0),
     "ClipLoss": lambda x: sslfast.ClipLoss()(x.z(), x.z(), x.number(10.0), output_dict=True),
     "sig_lip": lambda x: sslfast.sig_lip(x.z(), x.z(), x.number(10.0), x.number(-10.0)),
     "SigLipLoss": lambda x: sslfast.SigLipLoss()(x.z(), x.z(), 10.0, x.number(-10.0)),
     "sup_con": lambda x: sslfast.sup_con(x.z(N, 2, D), x.labels()),
     "sup_con/a mask": lambda x: sslfast.sup_con(x.z(N, 2, D), mask=(x.labels()[:, None] == x.labels()).float()),
-    "sup_con/no labels": lambda x: sslfast.sup_con(x.z(N, 2, D), normalize=True, diagnostics=True),
+    "sup_con/no labels": lambda x: sslfast.SupConLoss(normalize=True, diagnostics=True)(x.z(N, 2, D)),
     "sup_con/one view": lambda x: sslfast.sup_con(
         x.z(N, 2, D), x.labels(), contrast_mode="one", reduction="mean_nonzero"
     ),
@@ -179,7 +182,7 @@ def _twice(module: Any, x: Inputs) -> list[Tensor]:
 
 
 def _terms_of_itself(z: Tensor, ids: Tensor) -> Any:
-    return sslfast.similarity_terms(z, z, 5.0, row_ids=ids, col_ids=ids, positives=ids.roll(1), hardest=True)
+    return sslfast.similarity_terms(z, None, 5.0, row_ids=ids, positives=ids.roll(1), hardest=True)
 
 
 def _masks(x: Inputs) -> masking.Masks:

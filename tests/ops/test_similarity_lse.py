@@ -123,14 +123,14 @@ def test_bias_as_large_as_distances() -> None:
 @pytest.mark.parametrize("ids", ["none", "itself", "pairs"])
 @pytest.mark.parametrize("shape", [(64, 64), (101, 30), (3, 5), (600, 20), (2, 1)], ids=str)
 def test_against_itself(shape: tuple[int, int], ids: str, dtype: torch.dtype) -> None:
-    """The symmetric path: same tensor, same ids, half the work."""
+    """The symmetric path: no columns of their own, half the work."""
     m, d = shape
     z = torch.randn(m, d).to(dtype).requires_grad_()
     kind = torch.float64 if dtype == torch.float64 else torch.float32
     scale = torch.tensor(1.5 / d**0.5, dtype=kind, requires_grad=True)
     row = {"none": None, "itself": torch.arange(m), "pairs": torch.arange(m) // 2}[ids]
     positives = torch.randint(-1, m, (m,))
-    terms = sslfast.similarity_terms(z, z, scale, row_ids=row, col_ids=row, positives=positives)
+    terms = sslfast.similarity_terms(z, None, scale, row_ids=row, positives=positives)
     weighted([terms.row_lse, terms.positive]).backward()
 
     def plain_terms(kind: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
@@ -218,7 +218,7 @@ def test_row_without_columns() -> None:
         assert q.grad[0].eq(0).all() and q.grad[1:].ne(0).all() and q.grad.isfinite().all()
     same = torch.zeros(6, dtype=torch.long)
     q.grad = None
-    row = sslfast.similarity_lse(q, q, 300.0, row_ids=same, col_ids=same)
+    row = sslfast.similarity_lse(q, None, 300.0, row_ids=same)
     row.sum().backward()
     assert row.eq(float("-inf")).all() and q.grad.eq(0).all()
     columns = sslfast.similarity_lse(q, k, 300.0, row_ids=same, col_ids=torch.arange(7), columns=True)[1]
@@ -268,7 +268,7 @@ def test_tile_cache(cache: int, scale: float, monkeypatch: pytest.MonkeyPatch) -
     learn[2] = torch.tensor(scale, requires_grad=True)
     check(learn, rest, torch.float32)
     z = torch.randn(700, 20, requires_grad=True)
-    sslfast.similarity_lse(z, z, scale).sum().backward()
+    sslfast.similarity_lse(z, None, scale).sum().backward()
     exact = z.detach().double().requires_grad_()
     torch.logsumexp(scale * exact @ exact.T, 1).sum().backward()
     torch.testing.assert_close(z.grad.double(), exact.grad, rtol=1e-4, atol=2e-5 * exact.grad.abs().max().item())
@@ -303,7 +303,7 @@ def test_second_order() -> None:
     torch.autograd.gradgradcheck(lambda *x: weighted(outputs(list(x), rest)), positions)
     z = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     ids = torch.arange(6)
-    torch.autograd.gradgradcheck(lambda z: sslfast.similarity_lse(z, z, 0.7, row_ids=ids, col_ids=ids), z)
+    torch.autograd.gradgradcheck(lambda z: sslfast.similarity_lse(z, None, 0.7, row_ids=ids), z)
     k = torch.randn(9, 4, dtype=torch.float64)
     torch.autograd.gradgradcheck(lambda z: sslfast.similarity_lse(z, k, 0.7), z)
 
@@ -323,7 +323,7 @@ def test_operators_are_citizens() -> None:
 def test_compiles_without_a_graph_break(dynamic: bool) -> None:
     def step(q: Tensor, k: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
         row, col = sslfast.similarity_lse(q, k, scale, columns=True)
-        own = sslfast.similarity_lse(q, q, scale, row_ids=ids, col_ids=ids)
+        own = sslfast.similarity_lse(q, None, scale, row_ids=ids)
         return row.mean() + col.mean() + own.mean() + sslfast.similarity_lse(q, k.detach(), scale).mean()
 
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
@@ -351,7 +351,7 @@ def step(n):
     a, b = q[:n].detach().requires_grad_(), k[:n].detach().requires_grad_()
     row, col = sslfast.similarity_lse(a, b, 1.0, columns=True)
     (row.sum() + col.sum()).backward()
-    sslfast.similarity_lse(a, a, 1.0).sum().backward()
+    sslfast.similarity_lse(a, None, 1.0).sum().backward()
     sslfast.similarity_lse(a, b.detach(), 1.0).sum().backward()
     sslfast.similarity_logsigmoid(a, b, 1.0).backward()
 step(512)
@@ -385,6 +385,8 @@ def test_bad_arguments() -> None:
         (ValueError, "at least one row", (q, k[:0], 1.0), {}),
         (TypeError, "k must be a torch.Tensor", (q, [1], 1.0), {}),
         (ValueError, "given together", (q, k, 1.0), {"row_ids": ids}),
+        (ValueError, "col_ids belong to k", (q, None, 1.0), {"row_ids": ids, "col_ids": ids}),
+        (ValueError, "at least one row", (q[:0], None, 1.0), {}),
         (ValueError, r"row_ids must have shape \(4,\)", (q, k, 1.0), {"row_ids": cols, "col_ids": cols}),
         (TypeError, "col_ids must hold integers", (q, k, 1.0), {"row_ids": ids, "col_ids": cols.float()}),
         (ValueError, r"bias must be .* shape \(5,\)", (q, k, 1.0), {"bias": torch.randn(4)}),

@@ -64,14 +64,14 @@ def of_two_views(name: str, function: Callable[..., Any], *scalars: float, **opt
 
 def _info_nce(n: int, d: int) -> Problem:
     def function(q: Tensor, k: Tensor, negatives: Tensor, hard: Tensor, temperature: Tensor) -> Tensor:
-        return sslfast.info_nce(q, k, temperature, negatives=negatives, hard_negatives=hard, label_smoothing=0.1)
+        return sslfast.smoothed_info_nce(q, k, temperature, negatives=(negatives, hard))
 
     return Problem(function, (*two(n, d), rows(n // 2 + 1, d, seed=4), rows(n, 2, d, seed=5)), (0.2,))
 
 
 def _info_nce_ids(n: int, d: int) -> Problem:
     def function(q: Tensor, k: Tensor, temperature: Tensor, ids: Tensor) -> Tensor:
-        return sslfast.info_nce(q, k, temperature, row_ids=ids, col_ids=ids, symmetric=True)
+        return sslfast.symmetric_info_nce(q, k, temperature, ids=(ids, ids))
 
     ids = torch.arange(n) // 2 * 2  # every second row is excluded beside its own
     return Problem(function, two(n, d), (0.2,), (ids,))
@@ -177,8 +177,9 @@ def fill(module: torch.nn.Module) -> None:
 MADE_ANEW = "its queue is made anew for each call here"
 CONTRASTIVE = [
     of_two_views("nt_xent", lambda z0, z1, t: sslfast.nt_xent(z0, z1, t), 0.3),
-    Loss("info_nce", ("info_nce",), _info_nce),
-    Loss("info_nce, ids", ("info_nce",), _info_nce_ids),
+    Loss("smoothed_info_nce", ("smoothed_info_nce",), _info_nce),
+    Loss("symmetric_info_nce, ids", ("symmetric_info_nce", "info_nce"), _info_nce_ids),
+    of_two_views("debiased_info_nce", lambda q, k, t: sslfast.debiased_info_nce(q, k, t), 0.5),
     Loss("moco", ("moco",), _moco),
     of_two_views("moco_v3", lambda q, k, t: sslfast.moco_v3(q, k.detach(), t), 0.2),
     Loss("sup_con", ("sup_con",), _sup_con),

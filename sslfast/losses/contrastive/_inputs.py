@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._checks import accumulator, check_temperature, scalar_tensor, without_autocast
+from ...distributed.choose import scope_of
+from ...distributed.scope import Scope
 from .._inputs import check_gather
 
 
@@ -50,13 +50,9 @@ class ContrastiveLoss(nn.Module):
         self.strategy = strategy
         self.diagnostics = diagnostics
 
-    def shared(self) -> dict[str, Any]:
-        """The options as the functions take them."""
-        return {
-            "gather_distributed": self.gather_distributed,
-            "strategy": self.strategy,
-            "diagnostics": self.diagnostics,
-        }
+    def scope(self) -> Scope:
+        """Over which rows this call runs."""
+        return scope_of(self.gather_distributed, self.strategy)
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, gather_distributed={self.gather_distributed}"

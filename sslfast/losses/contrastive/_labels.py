@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..._checks import check_integers, check_matrix
 from ...ops.l2_normalize import l2_normalize
+from ...ops.types import Pairs
 from .._inputs import check_fits, in_one_dtype
 
 
@@ -17,9 +18,17 @@ class LabelledRows(NamedTuple):
 
     rows: Tensor  # [M, D]
     labels: Tensor  # [M]
-    columns: Tensor  # [N, D]; the same tensor as ``rows`` if they are contrasted with themselves
+    keys: Tensor | None  # [N, D]; None: the rows are contrasted with themselves
     column_labels: Tensor  # [N]
     own: Tensor | None  # [M] the column that a row itself stands in, −1 for none
+
+    @property
+    def columns(self) -> Tensor:
+        return self.rows if self.keys is None else self.keys
+
+    def pairs(self, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, positives: Tensor | None) -> Pairs:
+        """Rows against columns; ``col_ids`` count where there are keys."""
+        return Pairs(self.rows, self.keys, scale, None, row_ids, None if self.keys is None else col_ids, positives)
 
     def matches(self) -> Matches:
         """The positives of every row."""
@@ -65,7 +74,7 @@ def labelled_rows(
             raise ValueError("key_labels and own belong to keys, and keys is None")
         rows = l2_normalize(z) if normalize else z
         itself = torch.arange(z.shape[0], device=z.device)
-        return LabelledRows(rows, labels, rows, labels, itself)
+        return LabelledRows(rows, labels, None, labels, itself)
     check_matrix("keys", keys)
     if key_labels is None:
         raise ValueError("keys need key_labels")

@@ -2,53 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
-
 from torch import Tensor, nn
 
 from ..._checks import scalar_tensor
 from ...distributed.choose import scope_of
+from ...distributed.scope import Scope
+from ...ops.types import Pairs, Want
 from .._inputs import check_gather, two_views
-from .diagnostics import Diagnostics, diagnostics_of
-
-
-@overload
-def clip(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: float | Tensor,
-    logit_bias: float | Tensor | None = None,
-    *,
-    gather_distributed: bool = False,
-    strategy: str = "gather",
-    diagnostics: Literal[False] = False,
-) -> Tensor: ...
-
-
-@overload
-def clip(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: float | Tensor,
-    logit_bias: float | Tensor | None = None,
-    *,
-    gather_distributed: bool = False,
-    strategy: str = "gather",
-    diagnostics: Literal[True],
-) -> tuple[Tensor, Diagnostics]: ...
-
-
-@overload
-def clip(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: float | Tensor,
-    logit_bias: float | Tensor | None = None,
-    *,
-    gather_distributed: bool = False,
-    strategy: str = "gather",
-    diagnostics: bool = False,
-) -> Tensor | tuple[Tensor, Diagnostics]: ...
+from .diagnostics import Diagnosed, Diagnostics, diagnostics_of
 
 
 def clip(
@@ -59,8 +20,7 @@ def clip(
     *,
     gather_distributed: bool = False,
     strategy: str = "gather",
-    diagnostics: bool = False,
-) -> Tensor | tuple[Tensor, Diagnostics]:
+) -> Tensor:
     """Symmetric cross entropy of image–text similarities, ``s_ij = logit_scale · I_i·T_j + logit_bias``.
 
         loss = ½ (1/N) Σ_i (log Σ_j exp s_ij − s_ii)  +  ½ (1/N) Σ_j (log Σ_i exp s_ij − s_jj)
@@ -69,18 +29,17 @@ def clip(
 
     Args:
         image_features, text_features: [N, D], row ``i`` of each the same pair; float32, float64, bfloat16 or float16,
-            the same for both (inside an
-            autocast region the wider one is used). Used as they are: normalise first (:func:`sslfast.l2_normalize`).
+            the same for both (inside an autocast region the wider one is used). Used as they are: normalise first
+            (:func:`sslfast.l2_normalize`).
         logit_scale: multiplies the dot products (``1/τ``, already exponentiated); a float, or a one-element tensor,
             which receives its gradient.
         logit_bias: one number added to every logit, which changes neither value nor gradients; a tensor receives a
             gradient of zero.
         gather_distributed: contrast with the pairs of all ranks; ``False``: this rank's alone.
         strategy: how, ``"gather"`` or ``"ring"``.
-        diagnostics: also return :class:`Diagnostics`, of the direction image → text: rows are images, negatives texts.
 
     Returns:
-        [] float32 (float64 for float64 inputs), or ``(loss, diagnostics)``. Over several ranks the mean of their values
+        [] float32 (float64 for float64 inputs). Over several ranks the mean of their values
         is the loss of the global batch.
 
     Raises:
@@ -96,29 +55,30 @@ def clip(
         >>> round(loss.item(), 4)
         0.3408
     """
-    image_features, text_features = two_views(
-        "image_features", image_features, "text_features", text_features, normalize=False
-    )
-    scale = scalar_tensor("logit_scale", logit_scale, image_features)
     scope = scope_of(gather_distributed, strategy)
-    shard = scope.shard(image_features)
-    terms = scope.similarity_terms(
-        image_features,
-        text_features,
-        scale,
-        columns=True,
-        positives=shard.ids(image_features.device),
-        hardest=diagnostics,
-    )
+    return diagnosed_clip(image_features, text_features, logit_scale, logit_bias, scope)[0]
+
+
+def diagnosed_clip(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None,
+    scope: Scope,
+    diagnostics: bool = False,
+) -> Diagnosed:
+    images, texts = two_views("image_features", image_features, "text_features", text_features, normalize=False)
+    scale = scalar_tensor("logit_scale", logit_scale, images)
+    shard = scope.shard(images)
+    pairs = Pairs(images, texts, scale, positives=shard.ids(images.device))
+    terms = scope.terms(pairs, Want(columns=True, hardest=diagnostics))
     assert terms.positive is not None and terms.col_lse is not None
     # Row i and column i of this rank are the same pair, so one positive serves both.
     both = (terms.row_lse - terms.positive) + (terms.col_lse - terms.positive)
     loss = shard.weight / 2 * both.sum()
     if logit_bias is not None:
-        loss = loss + 0.0 * scalar_tensor("logit_bias", logit_bias, image_features)
-    if diagnostics:
-        return loss, diagnostics_of(terms, scale, shard.local * shard.total)
-    return loss
+        loss = loss + 0.0 * scalar_tensor("logit_bias", logit_bias, images)
+    return loss, diagnostics_of(terms, scale, shard.local * shard.total) if diagnostics else None
 
 
 class ClipLoss(nn.Module):
@@ -161,16 +121,8 @@ class ClipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor] | tuple[Tensor | dict[str, Tensor], Diagnostics]:
         """The loss of N pairs; ``logit_scale`` is already exponentiated and multiplies."""
-        result = clip(
-            image_features,
-            text_features,
-            logit_scale,
-            logit_bias,
-            gather_distributed=self.gather_distributed,
-            strategy=self.strategy,
-            diagnostics=self.diagnostics,
-        )
-        loss, found = result if isinstance(result, tuple) else (result, None)
+        scope = scope_of(self.gather_distributed, self.strategy)
+        loss, found = diagnosed_clip(image_features, text_features, logit_scale, logit_bias, scope, self.diagnostics)
         output = {"contrastive_loss": loss} if output_dict else loss
         return output if found is None else (output, found)
 

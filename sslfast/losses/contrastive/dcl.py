@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from ...distributed.choose import scope_of
 from ...distributed.scope import Scope, Shard
+from ...ops.types import Pairs, Want
 from .._inputs import two_views
 from ._inputs import ContrastiveLoss, inverse, row_dots
-from .diagnostics import Diagnostics, diagnostics_of
+from .diagnostics import Diagnosed, Diagnostics, diagnostics_of, with_diagnostics
 
 WeightFn = Callable[[Tensor, Tensor], Tensor]
 
 
-@overload
 def dcl(
     z0: Tensor,
     z1: Tensor,
@@ -27,49 +26,7 @@ def dcl(
     normalize: bool = True,
     gather_distributed: bool = False,
     strategy: str = "gather",
-    diagnostics: Literal[False] = False,
-) -> Tensor: ...
-
-
-@overload
-def dcl(
-    z0: Tensor,
-    z1: Tensor,
-    temperature: float | Tensor = 0.1,
-    *,
-    weight_fn: WeightFn | None = None,
-    normalize: bool = True,
-    gather_distributed: bool = False,
-    strategy: str = "gather",
-    diagnostics: Literal[True],
-) -> tuple[Tensor, Diagnostics]: ...
-
-
-@overload
-def dcl(
-    z0: Tensor,
-    z1: Tensor,
-    temperature: float | Tensor = 0.1,
-    *,
-    weight_fn: WeightFn | None = None,
-    normalize: bool = True,
-    gather_distributed: bool = False,
-    strategy: str = "gather",
-    diagnostics: bool = False,
-) -> Tensor | tuple[Tensor, Diagnostics]: ...
-
-
-def dcl(
-    z0: Tensor,
-    z1: Tensor,
-    temperature: float | Tensor = 0.1,
-    *,
-    weight_fn: WeightFn | None = None,
-    normalize: bool = True,
-    gather_distributed: bool = False,
-    strategy: str = "gather",
-    diagnostics: bool = False,
-) -> Tensor | tuple[Tensor, Diagnostics]:
+) -> Tensor:
     """Decoupled contrastive loss (DCL) of two views, mean over the 2N rows.
 
         ℓ_i = −w_i s_ip + log Σ_{j ∉ {i, p}} exp(s_ij),        s_ij = z_i·z_j / τ,   z = [z0; z1]
@@ -85,10 +42,9 @@ def dcl(
         normalize: divide each row by its norm first (default).
         gather_distributed: negatives of all ranks; ``False``: this rank's.
         strategy: how, ``"gather"`` or ``"ring"``.
-        diagnostics: also return :class:`Diagnostics`.
 
     Returns:
-        [] float32 (float64 for float64 inputs), or ``(loss, diagnostics)``. Over several ranks the mean of their values
+        [] float32 (float64 for float64 inputs). Over several ranks the mean of their values
         is the loss of the global batch.
 
     Raises:
@@ -102,8 +58,19 @@ def dcl(
         >>> round(sslfast.dcl(torch.eye(4), torch.eye(4), temperature=0.5).item(), 4)
         -0.2082
     """
+    return _dcl(z0, z1, temperature, weight_fn, normalize, scope_of(gather_distributed, strategy))[0]
+
+
+def _dcl(
+    z0: Tensor,
+    z1: Tensor,
+    temperature: float | Tensor,
+    weight_fn: WeightFn | None,
+    normalize: bool,
+    scope: Scope,
+    diagnostics: bool = False,
+) -> Diagnosed:
     z0, z1 = two_views("z0", z0, "z1", z1, normalize)
-    scope = scope_of(gather_distributed, strategy)
     shard = scope.shard(z0)
     weights = None
     if weight_fn is not None:
@@ -115,7 +82,6 @@ def dcl(
     return _decoupled(z0, z1, temperature, weights, scope, shard, diagnostics)
 
 
-@overload
 def dclw(
     z0: Tensor,
     z1: Tensor,
@@ -125,49 +91,7 @@ def dclw(
     normalize: bool = True,
     gather_distributed: bool = False,
     strategy: str = "gather",
-    diagnostics: Literal[False] = False,
-) -> Tensor: ...
-
-
-@overload
-def dclw(
-    z0: Tensor,
-    z1: Tensor,
-    temperature: float | Tensor = 0.1,
-    *,
-    sigma: float = 0.5,
-    normalize: bool = True,
-    gather_distributed: bool = False,
-    strategy: str = "gather",
-    diagnostics: Literal[True],
-) -> tuple[Tensor, Diagnostics]: ...
-
-
-@overload
-def dclw(
-    z0: Tensor,
-    z1: Tensor,
-    temperature: float | Tensor = 0.1,
-    *,
-    sigma: float = 0.5,
-    normalize: bool = True,
-    gather_distributed: bool = False,
-    strategy: str = "gather",
-    diagnostics: bool = False,
-) -> Tensor | tuple[Tensor, Diagnostics]: ...
-
-
-def dclw(
-    z0: Tensor,
-    z1: Tensor,
-    temperature: float | Tensor = 0.1,
-    *,
-    sigma: float = 0.5,
-    normalize: bool = True,
-    gather_distributed: bool = False,
-    strategy: str = "gather",
-    diagnostics: bool = False,
-) -> Tensor | tuple[Tensor, Diagnostics]:
+) -> Tensor:
     """DCL with negative von Mises–Fisher weights, ``w_i = 2 − N·softmax_i(z0_i·z1_i / σ)``, without gradient.
 
     Args:
@@ -182,9 +106,20 @@ def dclw(
         >>> round(sslfast.dclw(torch.eye(4), torch.eye(4), temperature=0.5).item(), 4)
         -0.2082
     """
+    return _dclw(z0, z1, temperature, sigma, normalize, scope_of(gather_distributed, strategy))[0]
+
+
+def _dclw(
+    z0: Tensor,
+    z1: Tensor,
+    temperature: float | Tensor,
+    sigma: float,
+    normalize: bool,
+    scope: Scope,
+    diagnostics: bool = False,
+) -> Diagnosed:
     _check_sigma(sigma)
     z0, z1 = two_views("z0", z0, "z1", z1, normalize)
-    scope = scope_of(gather_distributed, strategy)
     shard = scope.shard(z0)
     with torch.no_grad():
         similarity = row_dots(z0, z1.unsqueeze(1)).squeeze(1) / sigma  # [N]
@@ -206,21 +141,18 @@ def _decoupled(
     scope: Scope,
     shard: Shard,  # of the samples
     diagnostics: bool,
-) -> Tensor | tuple[Tensor, Diagnostics]:
+) -> Diagnosed:
     scale = inverse(temperature, z0)
     n, device = shard.local, z0.device
     z = torch.cat([z0, z1])  # [2n, D]
     ids = shard.ids(device).repeat(2)  # sample numbers: a row leaves out itself and its positive
     other_view = (torch.arange(2 * n, device=device) + n) % (2 * n)
-    terms = scope.similarity_terms(
-        z, z, scale, row_ids=ids, col_ids=ids, positives=2 * shard.offset + other_view, hardest=diagnostics
-    )
+    pairs = Pairs(z, None, scale, row_ids=ids, positives=2 * shard.offset + other_view)
+    terms = scope.terms(pairs, Want(hardest=diagnostics))
     assert terms.positive is not None
     attraction = terms.positive if weights is None else weights * terms.positive
     loss = shard.weight / 2 * (terms.row_lse - attraction).sum()
-    if not diagnostics:
-        return loss
-    return loss, diagnostics_of(terms, scale, max(2 * n * (2 * shard.total - 2), 1))
+    return loss, diagnostics_of(terms, scale, 2 * n * (2 * shard.total - 2)) if diagnostics else None
 
 
 class DCLLoss(ContrastiveLoss):
@@ -256,7 +188,9 @@ class DCLLoss(ContrastiveLoss):
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor | tuple[Tensor, Diagnostics]:
         """The loss of two views, each [N, D]."""
-        return dcl(out0, out1, self.temperature, weight_fn=self.weight_fn, **self.shared())
+        return with_diagnostics(
+            _dcl(out0, out1, self.temperature, self.weight_fn, True, self.scope(), self.diagnostics)
+        )
 
 
 class DCLWLoss(ContrastiveLoss):
@@ -293,4 +227,4 @@ class DCLWLoss(ContrastiveLoss):
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor | tuple[Tensor, Diagnostics]:
         """The loss of two views, each [N, D]."""
-        return dclw(out0, out1, self.temperature, sigma=self.sigma, **self.shared())
+        return with_diagnostics(_dclw(out0, out1, self.temperature, self.sigma, True, self.scope(), self.diagnostics))

@@ -9,6 +9,7 @@ from ..._checks import accumulator, check_integers, check_matrix, without_autoca
 from ...distributed.choose import scope_of
 from ...distributed.scope import Scope
 from ...ops.l2_normalize import l2_normalize
+from ...ops.types import Pairs
 from ._inputs import inverse
 
 
@@ -58,15 +59,16 @@ def group_nt_xent(
     shard = scope.shard(z)
     ids = shard.ids(z.device)
     members = group_members(scope.gather(groups.long()))
+    pairs = Pairs(z, None, scale, row_ids=ids)
     if list(members) == [2]:  # the positive's logit and gradient are subtracted inside the tile
-        pairs = members[2]
+        couples = members[2]
         partner = torch.empty(shard.total, dtype=torch.int64, device=z.device)
-        partner[pairs.flatten()] = pairs.flip(1).flatten()
+        partner[couples.flatten()] = couples.flip(1).flatten()
         mine = partner[shard.offset : shard.offset + shard.local]
-        terms = scope.similarity_terms(z, z, scale, row_ids=ids, col_ids=ids, positives=mine)
+        terms = scope.terms(pairs._replace(positives=mine))
         assert terms.positive is not None
         return shard.weight * (terms.row_lse - terms.positive).sum()
-    row_lse = scope.similarity_terms(z, z, scale, row_ids=ids, col_ids=ids).row_lse
+    row_lse = scope.terms(pairs).row_lse
     return shard.weight * (row_lse - _log_positives(scope, z, scale, members)[ids]).sum()
 
 

@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..._checks import accumulator, check_matrix, readable
+from ..._checks import accumulator, check_matrix, readable, scalar_tensor
 from ...distributed.choose import scope_of
 from ...distributed.scope import Scope
 from ...ops.l2_normalize import l2_normalize
+from ...ops.types import Pairs
 from .._inputs import check_gather, two_views
 
 
@@ -113,14 +114,14 @@ def _uniformity(scope: Scope, x: Tensor, t: float, *, normalized: bool) -> Tenso
     shard = scope.shard(x)
     if shard.total < 2:
         raise ValueError(f"uniformity needs at least two rows, got {shard.total}")
-    ids = shard.ids(x.device)
+    pairs = Pairs(x, None, scalar_tensor("t", 2 * t, x), row_ids=shard.ids(x.device))
     # −t‖x_i − x_j‖² = 2t x_i·x_j − t‖x_i‖² − t‖x_j‖². Normalised rows have norms too: one of zeros keeps its zero.
     squares = x.to(accumulator(x)).square().sum(1)  # [N]
     if normalized and _are_unit(scope, squares):  # without a bias the tiles are symmetric: half of the work
-        row = scope.similarity_terms(x, x, 2 * t, row_ids=ids, col_ids=ids).row_lse - 2 * t
+        row = scope.terms(pairs).row_lse - 2 * t
     else:
         size = -t * squares
-        row = scope.similarity_terms(x, x, 2 * t, bias=size, row_ids=ids, col_ids=ids).row_lse + size
+        row = scope.terms(pairs._replace(bias=size)).row_lse + size
     # The log of a sum over ranks, relative to the largest row of all: every rank has the global value, and the gradient
     # that total() sums over W ranks is what DDP's mean divides by W.
     largest = scope.gather(row.detach().amax(0, keepdim=True)).amax()

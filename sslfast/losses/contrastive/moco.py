@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
-
 import torch
 from torch import Tensor
 
 from ..._checks import check_matrix, scalar_tensor
 from ...distributed.choose import scope_of
+from ...distributed.scope import Scope
 from ...ops.l2_normalize import l2_normalize
-from ...ops.similarity_lse import similarity_terms
-from ...ops.types import SimilarityTerms
+from ...ops.similarity_lse import terms_of
+from ...ops.types import Pairs, SimilarityTerms, Want
 from .._inputs import check_fits, two_views
+from ._info_nce_inputs import Formula, checked
 from ._inputs import ContrastiveLoss, inverse, row_dots, softplus
-from .diagnostics import Diagnostics, diagnostics_of
-from .info_nce import info_nce
+from .diagnostics import Diagnosed, Diagnostics, diagnostics_of, with_diagnostics
+from .info_nce import diagnosed_info_nce
 from .memory_queue import MemoryQueue
 
 
-@overload
 def moco(
     q: Tensor,
     k: Tensor,
@@ -29,49 +28,7 @@ def moco(
     normalize: bool = True,
     gather_distributed: bool = False,
     strategy: str = "gather",
-    diagnostics: Literal[False] = False,
-) -> Tensor: ...
-
-
-@overload
-def moco(
-    q: Tensor,
-    k: Tensor,
-    queue: Tensor,
-    temperature: float | Tensor = 0.07,
-    *,
-    normalize: bool = True,
-    gather_distributed: bool = False,
-    strategy: str = "gather",
-    diagnostics: Literal[True],
-) -> tuple[Tensor, Diagnostics]: ...
-
-
-@overload
-def moco(
-    q: Tensor,
-    k: Tensor,
-    queue: Tensor,
-    temperature: float | Tensor = 0.07,
-    *,
-    normalize: bool = True,
-    gather_distributed: bool = False,
-    strategy: str = "gather",
-    diagnostics: bool = False,
-) -> Tensor | tuple[Tensor, Diagnostics]: ...
-
-
-def moco(
-    q: Tensor,
-    k: Tensor,
-    queue: Tensor,
-    temperature: float | Tensor = 0.07,
-    *,
-    normalize: bool = True,
-    gather_distributed: bool = False,
-    strategy: str = "gather",
-    diagnostics: bool = False,
-) -> Tensor | tuple[Tensor, Diagnostics]:
+) -> Tensor:
     """Cross entropy of each query's own key among the keys of a queue, mean over the N queries.
 
         ℓ_i = −log( exp(q_i·k_i / τ) / (exp(q_i·k_i / τ) + Σ_j exp(q_i·queue_j / τ)) )
@@ -88,10 +45,9 @@ def moco(
         gather_distributed: weigh this rank's mean for the mean over all ranks' queries. The queue is this rank's copy
             of one that all share (:class:`MemoryQueue` with ``gather_distributed=True``).
         strategy: ``"gather"`` or ``"ring"``: nothing travels here, so both are the same.
-        diagnostics: also return :class:`Diagnostics`, at the cost of one more pass over the queue.
 
     Returns:
-        [] float32 (float64 for float64 inputs), or ``(loss, diagnostics)``.
+        [] float32 (float64 for float64 inputs).
 
     Raises:
         TypeError, ValueError: shapes, widths, dtypes or devices do not fit, or the temperature is zero or not finite.
@@ -105,7 +61,7 @@ def moco(
         0.3537
     """
     q, k, queue = _prepared(("q", q), ("k", k), queue, normalize)
-    return _moco(q, k, queue, temperature, gather_distributed, strategy, diagnostics)
+    return _moco(q, k, queue, temperature, scope_of(gather_distributed, strategy))[0]
 
 
 def _prepared(
@@ -125,25 +81,24 @@ def _moco(
     k: Tensor,
     queue: Tensor,
     temperature: float | Tensor,
-    gather_distributed: bool,
-    strategy: str,
-    diagnostics: bool,
-) -> Tensor | tuple[Tensor, Diagnostics]:
+    scope: Scope,
+    diagnostics: bool = False,
+) -> Diagnosed:
     scale = inverse(temperature, q)
-    shard = scope_of(gather_distributed, strategy).shard(q)
+    shard = scope.shard(q)
     positive = scale * row_dots(q, k.unsqueeze(1)).squeeze(1)  # [N]
     # The queue is not sharded: every rank holds all of it.
-    row_lse = similarity_terms(q, queue, scale).row_lse  # [N]
+    pairs = Pairs(q, queue, scale)
+    row_lse = terms_of(pairs).row_lse  # [N]
     loss = shard.weight * softplus(row_lse - positive).sum()
     if not diagnostics:
-        return loss
+        return loss, None
     with torch.no_grad():  # a pass of its own: one with both would read the queue again in the backward
-        hardest = similarity_terms(q, queue, scale, hardest=True).hardest
+        hardest = terms_of(pairs, Want(hardest=True)).hardest
         terms = SimilarityTerms(torch.logaddexp(row_lse, positive), None, positive, hardest)
     return loss, diagnostics_of(terms, scale, q.shape[0] * (queue.shape[0] + 1))
 
 
-@overload
 def moco_v3(
     q: Tensor,
     k: Tensor,
@@ -152,46 +107,7 @@ def moco_v3(
     normalize: bool = True,
     gather_distributed: bool = False,
     strategy: str = "gather",
-    diagnostics: Literal[False] = False,
-) -> Tensor: ...
-
-
-@overload
-def moco_v3(
-    q: Tensor,
-    k: Tensor,
-    temperature: float | Tensor = 0.2,
-    *,
-    normalize: bool = True,
-    gather_distributed: bool = False,
-    strategy: str = "gather",
-    diagnostics: Literal[True],
-) -> tuple[Tensor, Diagnostics]: ...
-
-
-@overload
-def moco_v3(
-    q: Tensor,
-    k: Tensor,
-    temperature: float | Tensor = 0.2,
-    *,
-    normalize: bool = True,
-    gather_distributed: bool = False,
-    strategy: str = "gather",
-    diagnostics: bool = False,
-) -> Tensor | tuple[Tensor, Diagnostics]: ...
-
-
-def moco_v3(
-    q: Tensor,
-    k: Tensor,
-    temperature: float | Tensor = 0.2,
-    *,
-    normalize: bool = True,
-    gather_distributed: bool = False,
-    strategy: str = "gather",
-    diagnostics: bool = False,
-) -> Tensor | tuple[Tensor, Diagnostics]:
+) -> Tensor:
     """InfoNCE of queries against the batch's keys, which receive no gradient, times 2τ.
 
     One direction: MoCo v3's loss of two views is ``moco_v3(q1, k2) + moco_v3(q2, k1)``. Arguments, result and errors
@@ -205,20 +121,21 @@ def moco_v3(
         >>> round((sslfast.moco_v3(q1, k2) + sslfast.moco_v3(q2, k1)).item(), 4)
         0.016
     """
+    return _moco_v3(q, k, temperature, normalize, scope_of(gather_distributed, strategy))[0]
+
+
+def _moco_v3(
+    q: Tensor,
+    k: Tensor,
+    temperature: float | Tensor,
+    normalize: bool,
+    scope: Scope,
+    diagnostics: bool = False,
+) -> Diagnosed:
     check_matrix("k", k)
-    result = info_nce(
-        q,
-        k.detach(),
-        temperature,
-        normalize=normalize,
-        gather_distributed=gather_distributed,
-        strategy=strategy,
-        diagnostics=diagnostics,
-    )
-    tau = scalar_tensor("temperature", temperature, q)
-    if isinstance(result, tuple):
-        return 2 * tau * result[0], result[1]
-    return 2 * tau * result
+    inputs = checked(q, k.detach(), normalize=normalize)
+    loss, found = diagnosed_info_nce(inputs, temperature, Formula(), scope, diagnostics)
+    return 2 * scalar_tensor("temperature", temperature, q) * loss, found
 
 
 class MoCoLoss(ContrastiveLoss):
@@ -271,10 +188,10 @@ def contrast_and_enqueue(
 ) -> Tensor | tuple[Tensor, Diagnostics]:
     """:func:`moco` with a module's options; then, if the queries learn, the keys enter the queue."""
     q, k, negatives = _prepared(named_q, named_k, queue.queue, normalize=True)
-    result = _moco(q, k, negatives, loss.temperature, **loss.shared())
+    diagnosed = _moco(q, k, negatives, loss.temperature, loss.scope(), loss.diagnostics)
     if q.requires_grad:
         queue.enqueue(k)
-    return result
+    return with_diagnostics(diagnosed)
 
 
 class MoCoV3Loss(ContrastiveLoss):
@@ -310,4 +227,4 @@ class MoCoV3Loss(ContrastiveLoss):
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor | tuple[Tensor, Diagnostics]:
         """The loss of the queries of one view against the keys of the other."""
-        return moco_v3(q, k, self.temperature, normalize=self.normalize, **self.shared())
+        return with_diagnostics(_moco_v3(q, k, self.temperature, self.normalize, self.scope(), self.diagnostics))

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from ...distributed.choose import scope_of
-from ...distributed.scope import check_strategy
+from ...distributed.scope import Scope
 from ...ops.nt_xent import nt_xent as local_nt_xent
+from ...ops.types import Pairs, Want
 from .._inputs import two_views
 from ._inputs import ContrastiveLoss, inverse
-from .diagnostics import Diagnostics, diagnostics_of
+from .diagnostics import Diagnosed, Diagnostics, diagnostics_of, with_diagnostics
 from .memory_queue import MemoryQueue
 from .moco import contrast_and_enqueue
 
 
-@overload
 def nt_xent(
     z0: Tensor,
     z1: Tensor,
@@ -27,51 +26,12 @@ def nt_xent(
     normalize: bool = True,
     gather_distributed: bool = False,
     strategy: str = "gather",
-    diagnostics: Literal[False] = False,
-) -> Tensor: ...
-
-
-@overload
-def nt_xent(
-    z0: Tensor,
-    z1: Tensor,
-    temperature: float | Tensor = 0.5,
-    *,
-    normalize: bool = True,
-    gather_distributed: bool = False,
-    strategy: str = "gather",
-    diagnostics: Literal[True],
-) -> tuple[Tensor, Diagnostics]: ...
-
-
-@overload
-def nt_xent(
-    z0: Tensor,
-    z1: Tensor,
-    temperature: float | Tensor = 0.5,
-    *,
-    normalize: bool = True,
-    gather_distributed: bool = False,
-    strategy: str = "gather",
-    diagnostics: bool = False,
-) -> Tensor | tuple[Tensor, Diagnostics]: ...
-
-
-def nt_xent(
-    z0: Tensor,
-    z1: Tensor,
-    temperature: float | Tensor = 0.5,
-    *,
-    normalize: bool = True,
-    gather_distributed: bool = False,
-    strategy: str = "gather",
-    diagnostics: bool = False,
-) -> Tensor | tuple[Tensor, Diagnostics]:
+) -> Tensor:
     """Normalised temperature-scaled cross entropy (NT-Xent) of two views, mean over the 2N rows.
 
     ``ℓ_i = −log( exp(s_ip / τ) / Σ_{j ≠ i} exp(s_ij / τ) )``, ``s_ij`` the cosine of rows ``i`` and ``j`` of
     ``z = [z0; z1]`` and ``p`` the other view of row ``i``. The 2N × 2N matrix is never stored. The local loss alone is
-    one fused operator (:mod:`sslfast.ops.nt_xent`); with ranks or diagnostics it is the shared primitive.
+    one fused operator (:mod:`sslfast.ops.nt_xent`); over ranks it is the shared primitive.
 
     Args:
         z0, z1: [N, D] each, row ``i`` of both a view of image ``i``; float32, float64, bfloat16 or float16; any
@@ -81,10 +41,9 @@ def nt_xent(
         normalize: divide each row by ``max(‖row‖₂, 1e-12)`` first (default).
         gather_distributed: negatives of all ranks; ``False``: this rank's.
         strategy: how, ``"gather"`` or ``"ring"``.
-        diagnostics: also return :class:`Diagnostics`.
 
     Returns:
-        [] float32 (float64 for float64 inputs), or ``(loss, diagnostics)``. Over several ranks the mean of their values
+        [] float32 (float64 for float64 inputs). Over several ranks the mean of their values
         is the loss of the global batch. Differentiable in ``z0``, ``z1`` and ``temperature``.
 
     Raises:
@@ -100,27 +59,30 @@ def nt_xent(
         >>> loss = sslfast.nt_xent(torch.eye(4), torch.eye(4), temperature=0.5)
         >>> round(loss.item(), 4)
         0.5944
-        >>> loss, found = sslfast.nt_xent(torch.eye(4), torch.eye(4), diagnostics=True)
-        >>> found.accuracy.item()
-        1.0
     """
-    check_strategy(strategy)
-    if not (gather_distributed or diagnostics):
-        return local_nt_xent(z0, z1, temperature, normalize=normalize)
+    return diagnosed_nt_xent(z0, z1, temperature, normalize, scope_of(gather_distributed, strategy))[0]
+
+
+def diagnosed_nt_xent(
+    z0: Tensor,
+    z1: Tensor,
+    temperature: float | Tensor,
+    normalize: bool,
+    scope: Scope,
+    diagnostics: bool = False,
+) -> Diagnosed:
+    if type(scope) is Scope and not diagnostics:
+        return local_nt_xent(z0, z1, temperature, normalize=normalize), None
     z0, z1 = two_views("z0", z0, "z1", z1, normalize)
     scale = inverse(temperature, z0)
-    scope = scope_of(gather_distributed, strategy)
     z = torch.cat([z0, z1])  # [2n, D]
     shard = scope.shard(z)
     ids = shard.ids(z.device)
-    terms = scope.similarity_terms(
-        z, z, scale, row_ids=ids, col_ids=ids, positives=ids.roll(z0.shape[0]), hardest=diagnostics
-    )
+    pairs = Pairs(z, None, scale, row_ids=ids, positives=ids.roll(z0.shape[0]))
+    terms = scope.terms(pairs, Want(hardest=diagnostics))
     assert terms.positive is not None
     loss = shard.weight * (terms.row_lse - terms.positive).sum()
-    if not diagnostics:
-        return loss
-    return loss, diagnostics_of(terms, scale, shard.local * (shard.total - 1))
+    return loss, diagnostics_of(terms, scale, shard.local * (shard.total - 1)) if diagnostics else None
 
 
 class NTXentLoss(ContrastiveLoss):
@@ -175,7 +137,7 @@ class NTXentLoss(ContrastiveLoss):
         """The loss of two views, each [N, D]."""
         if self.memory_bank is not None:
             return contrast_and_enqueue(self, self.memory_bank, ("out0", out0), ("out1", out1))
-        return nt_xent(out0, out1, self.temperature, **self.shared())
+        return with_diagnostics(diagnosed_nt_xent(out0, out1, self.temperature, True, self.scope(), self.diagnostics))
 
 
 def _bank_size(given: int | Sequence[int]) -> tuple[int, int] | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ... import _library
 from ..._checks import accumulator, without_autocast
-from ...ops.similarity_lse import similarity_terms
+from ...ops.similarity_lse import terms_of
 from ._inputs import inverse, softplus
 from ._labels import LabelledRows, Matches, labelled_rows
 
@@ -80,14 +80,7 @@ def pair_nt_xent(
     matches = x.matches()
     blocks, most = _blocks(x, matches, smallest)
     single = most <= 1
-    terms = similarity_terms(
-        x.rows,
-        x.columns,
-        scale,
-        row_ids=x.labels,
-        col_ids=x.column_labels,
-        positives=matches.only if single else None,
-    )
+    terms = terms_of(x.pairs(scale, x.labels, x.column_labels, matches.only if single else None))
     count = matches.positives.sum()
     if single:
         assert terms.positive is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +12,14 @@ from ..._checks import check_matrix, scalar_tensor
 from ...distributed.choose import scope_of
 from ...distributed.scope import Scope, Shard
 from ...ops.l2_normalize import l2_normalize
-from ...ops.types import SimilarityTerms
+from ...ops.types import Pairs, Want
 from .._inputs import check_fits, check_gather, in_one_dtype, two_views
-from .diagnostics import Diagnostics, diagnostics_of
+from .diagnostics import Diagnosed, Diagnostics, diagnostics_of, with_diagnostics
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 PARTITION_MODES = ("joint", "per_direction")
 
 
-@overload
 def multiple_negatives_ranking(
     anchors: Tensor,
     positives: Tensor,
@@ -32,55 +31,7 @@ def multiple_negatives_ranking(
     normalize: bool = True,
     gather_distributed: bool = False,
     strategy: str = "gather",
-    diagnostics: Literal[False] = False,
-) -> Tensor: ...
-
-
-@overload
-def multiple_negatives_ranking(
-    anchors: Tensor,
-    positives: Tensor,
-    negatives: Tensor | None = None,
-    scale: float | Tensor = 20.0,
-    *,
-    directions: Sequence[str] = ("query_to_doc",),
-    partition_mode: str = "joint",
-    normalize: bool = True,
-    gather_distributed: bool = False,
-    strategy: str = "gather",
-    diagnostics: Literal[True],
-) -> tuple[Tensor, Diagnostics]: ...
-
-
-@overload
-def multiple_negatives_ranking(
-    anchors: Tensor,
-    positives: Tensor,
-    negatives: Tensor | None = None,
-    scale: float | Tensor = 20.0,
-    *,
-    directions: Sequence[str] = ("query_to_doc",),
-    partition_mode: str = "joint",
-    normalize: bool = True,
-    gather_distributed: bool = False,
-    strategy: str = "gather",
-    diagnostics: bool = False,
-) -> Tensor | tuple[Tensor, Diagnostics]: ...
-
-
-def multiple_negatives_ranking(
-    anchors: Tensor,
-    positives: Tensor,
-    negatives: Tensor | None = None,
-    scale: float | Tensor = 20.0,
-    *,
-    directions: Sequence[str] = ("query_to_doc",),
-    partition_mode: str = "joint",
-    normalize: bool = True,
-    gather_distributed: bool = False,
-    strategy: str = "gather",
-    diagnostics: bool = False,
-) -> Tensor | tuple[Tensor, Diagnostics]:
+) -> Tensor:
     """Multiple-negatives ranking loss, mean over the N queries: ``ℓ_i = log Z_i − scale·q_i·d_i``.
 
     Queries ``q`` are the anchors; documents are the positives ``d`` and all hard negatives. ``Z_i`` sums
@@ -102,11 +53,10 @@ def multiple_negatives_ranking(
         normalize: divide each row by its norm first (default: cosine similarity; ``False``: dot products).
         gather_distributed: queries and documents of all ranks; ``False``: this rank's. H must agree between ranks.
         strategy: how, ``"gather"`` or ``"ring"``.
-        diagnostics: also return :class:`Diagnostics`, of queries against documents.
 
     Returns:
-        [] float32 (float64 for float64 inputs), or ``(loss, diagnostics)``. Over several ranks the mean of their values
-        is the loss of the global batch.
+        [] float32 (float64 for float64 inputs). Over several ranks the mean of their values is the loss of the global
+        batch.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit, scale is a number and not positive (a tensor is not
@@ -123,26 +73,40 @@ def multiple_negatives_ranking(
         >>> round(sslfast.multiple_negatives_ranking(anchors, positives, -torch.eye(4), scale=2.0).item(), 4)
         0.6045
     """
-    _check_options(scale, directions, partition_mode)
-    q, d, documents, hard = _checked(anchors, positives, negatives, normalize)
-    factor = scalar_tensor("scale", scale, q)
+    texts = _checked(anchors, positives, negatives, normalize)
     scope = scope_of(gather_distributed, strategy)
+    return _ranking(texts, scale, directions, partition_mode, scope)[0]
+
+
+class _Texts(NamedTuple):
+    """Checked, in one dtype, rows normalised if asked."""
+
+    queries: Tensor  # [N, D]
+    positives: Tensor  # [N, D]
+    documents: Tensor  # [(1 + H)·N, D]: the positives, then the hard negatives
+    hard: int  # H
+
+
+def _ranking(
+    texts: _Texts,
+    scale: float | Tensor,
+    directions: Sequence[str],
+    partition_mode: str,
+    scope: Scope,
+    diagnostics: bool = False,
+) -> Diagnosed:
+    _check_options(scale, directions, partition_mode)
+    q, documents, hard = texts.queries, texts.documents, texts.hard
+    factor = scalar_tensor("scale", scale, q)
     shard = scope.shard(documents.view(q.shape[0], -1))  # [N, (1 + H)·D]: the ranks must agree on H too
-    n, numbers = shard.local, shard.ids(q.device)  # of the queries
     # A rank's documents are its positives, then its hard negatives, so they start at (1 + H) times its first query.
     first = (1 + hard) * shard.offset
-    to_docs = scope.similarity_terms(
-        q,
-        documents,
-        factor,
-        columns="doc_to_query" in directions,
-        positives=first + torch.arange(n, device=q.device),
-        hardest=diagnostics,
-    )
+    pairs = Pairs(q, documents, factor, positives=first + torch.arange(shard.local, device=q.device))
+    to_docs = scope.terms(pairs, Want(columns="doc_to_query" in directions, hardest=diagnostics))
     assert to_docs.positive is not None
-    parts = [to_docs.row_lse, *_other_directions(q, d, documents, hard, factor, scope, shard, numbers, directions)]
+    parts = [to_docs.row_lse, *_other_directions(texts, factor, scope, shard, directions)]
     if to_docs.col_lse is not None:
-        parts.append(to_docs.col_lse[:n])  # the columns of the positives: d_i to every query
+        parts.append(to_docs.col_lse[: shard.local])  # the columns of the positives: d_i to every query
     if partition_mode == "joint":
         log_z = parts[0]
         for part in parts[1:]:
@@ -150,10 +114,8 @@ def multiple_negatives_ranking(
     else:
         log_z = torch.stack(parts).mean(0)
     loss = shard.weight * (log_z - to_docs.positive).sum()
-    if not diagnostics:
-        return loss
-    terms = SimilarityTerms(to_docs.row_lse, None, to_docs.positive, to_docs.hardest)
-    return loss, diagnostics_of(terms, factor, n * (1 + hard) * shard.total)
+    count = shard.local * (1 + hard) * shard.total
+    return loss, diagnostics_of(to_docs, factor, count) if diagnostics else None
 
 
 def _check_options(scale: float | Tensor, directions: Sequence[str], partition_mode: str) -> None:
@@ -173,13 +135,10 @@ def _check_options(scale: float | Tensor, directions: Sequence[str], partition_m
         )
 
 
-def _checked(
-    anchors: Tensor, positives: Tensor, negatives: Tensor | None, normalize: bool
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Queries [N, D], positives [N, D], documents [(1 + H)·N, D], and H."""
+def _checked(anchors: Tensor, positives: Tensor, negatives: Tensor | None, normalize: bool) -> _Texts:
     if negatives is None:
         q, d = two_views("anchors", anchors, "positives", positives, normalize)
-        return q, d, d, 0
+        return _Texts(q, d, d, 0)
     q, d = two_views("anchors", anchors, "positives", positives, normalize=False)
     if not isinstance(negatives, Tensor):
         raise TypeError(f"negatives must be a torch.Tensor, got {type(negatives).__name__}")
@@ -194,29 +153,23 @@ def _checked(
     documents = torch.cat([d, rows])
     if normalize:
         q, documents = l2_normalize(q), l2_normalize(documents)
-    return q, documents[: q.shape[0]], documents, rows.shape[0] // q.shape[0]
+    return _Texts(q, documents[: q.shape[0]], documents, rows.shape[0] // q.shape[0])
 
 
 def _other_directions(
-    q: Tensor,
-    d: Tensor,
-    documents: Tensor,
-    hard: int,
-    scale: Tensor,
-    scope: Scope,
-    shard: Shard,
-    numbers: Tensor,
-    directions: Sequence[str],
+    texts: _Texts, scale: Tensor, scope: Scope, shard: Shard, directions: Sequence[str]
 ) -> list[Tensor]:
     """``log Z_i`` of ``query_to_query`` and ``doc_to_doc``, where asked for."""
+    numbers = shard.ids(texts.queries.device)  # of the queries
     parts = []
     if "query_to_query" in directions:
-        parts.append(scope.similarity_terms(q, q, scale, row_ids=numbers, col_ids=numbers).row_lse)
+        parts.append(scope.terms(Pairs(texts.queries, None, scale, row_ids=numbers)).row_lse)
     if "doc_to_doc" in directions:
-        query_of = numbers  # of each document; the very tensor where there are positives only: half the work
-        if hard:
-            query_of = torch.cat([numbers, numbers.repeat_interleave(hard)])
-        parts.append(scope.similarity_terms(d, documents, scale, row_ids=numbers, col_ids=query_of).row_lse)
+        pairs = Pairs(texts.positives, None, scale, row_ids=numbers)
+        if texts.hard:
+            query_of = torch.cat([numbers, numbers.repeat_interleave(texts.hard)])  # of each document
+            pairs = pairs._replace(k=texts.documents, col_ids=query_of)
+        parts.append(scope.terms(pairs).row_lse)
     return parts
 
 
@@ -270,17 +223,10 @@ class MultipleNegativesRankingLoss(nn.Module):
         self, anchors: Tensor, positives: Tensor, negatives: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Diagnostics]:
         """The loss of N queries, their positives and their hard negatives."""
-        return multiple_negatives_ranking(
-            anchors,
-            positives,
-            negatives,
-            self.scale,
-            directions=self.directions,
-            partition_mode=self.partition_mode,
-            normalize=self.normalize,
-            gather_distributed=self.gather_distributed,
-            strategy=self.strategy,
-            diagnostics=self.diagnostics,
+        texts = _checked(anchors, positives, negatives, self.normalize)
+        scope = scope_of(self.gather_distributed, self.strategy)
+        return with_diagnostics(
+            _ranking(texts, self.scale, self.directions, self.partition_mode, scope, self.diagnostics)
         )
 
     def extra_repr(self) -> str:

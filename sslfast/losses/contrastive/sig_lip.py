@@ -24,8 +24,8 @@ def sig_lip(
 
     Args:
         image_features, text_features: [N, D], row ``i`` of each the same pair; float32, float64, bfloat16 or float16,
-            the same for both (inside an
-            autocast region the wider one is used). Used as they are: normalise first (:func:`sslfast.l2_normalize`).
+            the same for both (inside an autocast region the wider one is used). Used as they are: normalise first
+            (:func:`sslfast.l2_normalize`).
         logit_scale: multiplies the dot products (``1/τ``, already exponentiated); a float, or a one-element tensor,
             which receives its gradient.
         logit_bias: added to every logit (default ``None``: 0; the paper starts at −10); a float, or a one-element

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,23 +11,14 @@ from ..._checks import FLOATS, accumulator, check_integers, without_autocast
 from ...distributed.choose import scope_of
 from ...distributed.scope import Scope, Shard
 from ...ops.l2_normalize import l2_normalize
-from ...ops.types import SimilarityTerms
+from ...ops.types import Pairs, SimilarityTerms, Want
 from ._inputs import ContrastiveLoss, inverse
-from .diagnostics import Diagnostics, diagnostics_of
+from .diagnostics import Diagnosed, Diagnostics, diagnostics_of, with_diagnostics
 
 CONTRAST_MODES = ("all", "one")
 REDUCTIONS = ("mean", "mean_nonzero")
 # Below this an anchor has no positive (a float mask may hold rounding).
 LEAST_COUNT = 1e-6
-
-
-def _check_options(contrast_mode: str, base_temperature: float, reduction: str) -> None:
-    if isinstance(base_temperature, bool) or not isinstance(base_temperature, (int, float)) or base_temperature == 0:
-        raise ValueError(f"base_temperature must be a number and not zero, got {base_temperature!r}")
-    if contrast_mode not in CONTRAST_MODES:
-        raise ValueError(f"contrast_mode must be 'all' or 'one', got {contrast_mode!r}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be 'mean' or 'mean_nonzero', got {reduction!r}")
 
 
 def _check_features(features: Tensor) -> None:
@@ -90,7 +81,6 @@ def _positive_sums(
     return per_sample, views * own, own
 
 
-@overload
 def sup_con(
     features: Tensor,
     labels: Tensor | None = None,
@@ -103,58 +93,7 @@ def sup_con(
     reduction: str = "mean",
     gather_distributed: bool = False,
     strategy: str = "gather",
-    diagnostics: Literal[False] = False,
-) -> Tensor: ...
-
-
-@overload
-def sup_con(
-    features: Tensor,
-    labels: Tensor | None = None,
-    *,
-    mask: Tensor | None = None,
-    temperature: float | Tensor = 0.07,
-    contrast_mode: str = "all",
-    base_temperature: float = 0.07,
-    normalize: bool = False,
-    reduction: str = "mean",
-    gather_distributed: bool = False,
-    strategy: str = "gather",
-    diagnostics: Literal[True],
-) -> tuple[Tensor, Diagnostics]: ...
-
-
-@overload
-def sup_con(
-    features: Tensor,
-    labels: Tensor | None = None,
-    *,
-    mask: Tensor | None = None,
-    temperature: float | Tensor = 0.07,
-    contrast_mode: str = "all",
-    base_temperature: float = 0.07,
-    normalize: bool = False,
-    reduction: str = "mean",
-    gather_distributed: bool = False,
-    strategy: str = "gather",
-    diagnostics: bool = False,
-) -> Tensor | tuple[Tensor, Diagnostics]: ...
-
-
-def sup_con(
-    features: Tensor,
-    labels: Tensor | None = None,
-    *,
-    mask: Tensor | None = None,
-    temperature: float | Tensor = 0.07,
-    contrast_mode: str = "all",
-    base_temperature: float = 0.07,
-    normalize: bool = False,
-    reduction: str = "mean",
-    gather_distributed: bool = False,
-    strategy: str = "gather",
-    diagnostics: bool = False,
-) -> Tensor | tuple[Tensor, Diagnostics]:
+) -> Tensor:
     """Supervised contrastive loss, the form L_out: log-probability first, then the mean over the positives.
 
         ℓ_i = log Σ_{a≠i} exp(z_i·z_a/τ) − (1/|P(i)|) Σ_{p∈P(i)} z_i·z_p/τ,   loss = (τ/τ_base) · mean_i ℓ_i
@@ -179,12 +118,9 @@ def sup_con(
             anchors with ℓ_i > 0; 0 where there is none.
         gather_distributed: contrast with the samples of all ranks; ``False``: this rank's alone. V and D must agree.
         strategy: how, ``"gather"`` or ``"ring"``.
-        diagnostics: also return :class:`Diagnostics`, at the price of one more forward pass. Negatives are the rows of
-            other classes, ``accuracy`` is the share of anchors whose nearest neighbour is of their class, and the
-            positive's similarity is the mean over the positives. Not with a mask.
 
     Returns:
-        [] float32 (float64 for float64 inputs), or ``(loss, diagnostics)``. Over several ranks the mean of their values
+        [] float32 (float64 for float64 inputs). Over several ranks the mean of their values
         is the loss of the global batch.
 
     Raises:
@@ -199,7 +135,38 @@ def sup_con(
         >>> round(loss.item(), 4)
         7.8472
     """
-    _check_options(contrast_mode, base_temperature, reduction)
+    options = Options(temperature, contrast_mode, base_temperature, normalize, reduction)
+    return _sup_con(features, labels, mask, options, scope_of(gather_distributed, strategy))[0]
+
+
+class Options(NamedTuple):
+    """As :func:`sup_con` takes them."""
+
+    temperature: float | Tensor
+    contrast_mode: str
+    base_temperature: float
+    normalize: bool
+    reduction: str
+
+    def check(self) -> None:
+        base = self.base_temperature
+        if isinstance(base, bool) or not isinstance(base, (int, float)) or base == 0:
+            raise ValueError(f"base_temperature must be a number and not zero, got {base!r}")
+        if self.contrast_mode not in CONTRAST_MODES:
+            raise ValueError(f"contrast_mode must be 'all' or 'one', got {self.contrast_mode!r}")
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(f"reduction must be 'mean' or 'mean_nonzero', got {self.reduction!r}")
+
+
+def _sup_con(
+    features: Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    options: Options,
+    scope: Scope,
+    diagnostics: bool = False,
+) -> Diagnosed:
+    options.check()
     _check_features(features)
     if labels is not None and mask is not None:
         raise ValueError("give labels or mask, not both")
@@ -210,20 +177,20 @@ def sup_con(
     if labels is not None:
         check_integers("labels", labels, batch, device)
         labels = labels.long()
-    scope = scope_of(gather_distributed, strategy)
     z = features.reshape(batch * views, -1)  # [B·V, D], the views of a sample together
-    if normalize:
+    if options.normalize:
         z = l2_normalize(z)
     shard = scope.shard(features.flatten(1))
     if mask is not None:
         _check_mask(mask, shard, device)
 
-    # Row i·V + v holds view v of sample i. The same tensors for rows and columns let the kernel use the symmetry.
-    every = 1 if contrast_mode == "all" else views
+    # Row i·V + v holds view v of sample i.
+    every = 1 if options.contrast_mode == "all" else views
     ids = torch.arange(shard.offset * views, (shard.offset + batch) * views, device=device)
-    anchors, anchor_ids = (z, ids) if every == 1 else (z[::every], ids[::every])
-    scale = inverse(temperature, z)
-    terms = scope.similarity_terms(anchors, z, scale, row_ids=anchor_ids, col_ids=ids, hardest=diagnostics)
+    pairs = Pairs(z, None, inverse(options.temperature, z), row_ids=ids)
+    if every > 1:
+        pairs = pairs._replace(q=z[::every], k=z, row_ids=ids[::every], col_ids=ids)
+    terms = scope.terms(pairs, Want(hardest=diagnostics))
 
     wide = z.to(kind).view(batch, views, -1)
     sums, count, own = _positive_sums(scope, shard, wide, labels, mask)
@@ -231,14 +198,14 @@ def sup_con(
     dots = (a * (sums[:, None] - own[:, None, None] * a)).sum(2)  # Σ over the positives of z_i·z_p
     count = (count - own)[:, None].expand_as(dots)
     rows = count >= LEAST_COUNT
-    positive = scale * dots / torch.where(rows, count, 1.0)
+    positive = pairs.scale * dots / torch.where(rows, count, 1.0)
     row_loss = torch.where(rows, terms.row_lse.view_as(positive) - positive, 0.0)
-    loss = _reduced(row_loss, reduction, scope, shard) / (scale * base_temperature)
+    loss = _reduced(row_loss, options.reduction, scope, shard) / (pairs.scale * options.base_temperature)
     if not diagnostics:
-        return loss
+        return loss, None
     classes = (shard.ids(device) if labels is None else labels).repeat_interleave(views)
     terms = terms._replace(positive=positive.flatten())
-    return loss, _diagnostics(scope, shard, terms, anchors, z, scale, classes, rows.flatten())
+    return loss, _diagnostics(scope, shard, terms, pairs, classes, rows.flatten())
 
 
 def _reduced(row_loss: Tensor, reduction: str, scope: Scope, shard: Shard) -> Tensor:
@@ -252,22 +219,18 @@ def _reduced(row_loss: Tensor, reduction: str, scope: Scope, shard: Shard) -> Te
 
 @torch.no_grad()
 def _diagnostics(
-    scope: Scope,
-    shard: Shard,
-    terms: SimilarityTerms,
-    anchors: Tensor,
-    z: Tensor,
-    scale: Tensor,
-    classes: Tensor,
-    rows: Tensor,
+    scope: Scope, shard: Shard, terms: SimilarityTerms, pairs: Pairs, classes: Tensor, rows: Tensor
 ) -> Diagnostics:
     """From ``terms`` whose ``hardest`` is each anchor's nearest neighbour, and a pass over the other classes alone."""
-    with_itself = anchors is z
-    anchor_classes = classes if with_itself else classes[:: len(classes) // shard.local]
-    others = scope.similarity_terms(anchors, z, scale, row_ids=anchor_classes, col_ids=classes, hardest=True)
-    pairs = anchors.shape[0] * (shard.total * (z.shape[0] // shard.local) - 1)
+    columns, anchors = len(pairs.columns), len(pairs.q)
+    if pairs.k is None:
+        others = pairs._replace(row_ids=classes)
+    else:
+        others = pairs._replace(row_ids=classes[:: columns // anchors], col_ids=classes)
+    negatives = scope.terms(others, Want(hardest=True)).hardest
+    count = anchors * (shard.total * (columns // shard.local) - 1)
     # A nearest neighbour beyond every other class is of the anchor's own.
-    return diagnostics_of(terms._replace(hardest=others.hardest), scale, pairs, rows=rows, best_positive=terms.hardest)
+    return diagnostics_of(terms._replace(hardest=negatives), pairs.scale, count, rows=rows, best_positive=terms.hardest)
 
 
 class SupConLoss(ContrastiveLoss):
@@ -306,7 +269,7 @@ class SupConLoss(ContrastiveLoss):
         diagnostics: bool = False,
     ) -> None:
         super().__init__(temperature, gather_distributed, strategy, diagnostics)
-        _check_options(contrast_mode, base_temperature, reduction)
+        Options(temperature, contrast_mode, base_temperature, normalize, reduction).check()
         self.contrast_mode = contrast_mode
         self.base_temperature = base_temperature
         self.normalize = normalize
@@ -316,17 +279,8 @@ class SupConLoss(ContrastiveLoss):
         self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Diagnostics]:
         """The loss of B samples in V views; without labels and mask every sample is its own class."""
-        return sup_con(
-            features,
-            labels,
-            mask=mask,
-            temperature=self.temperature,
-            contrast_mode=self.contrast_mode,
-            base_temperature=self.base_temperature,
-            normalize=self.normalize,
-            reduction=self.reduction,
-            **self.shared(),
-        )
+        options = Options(self.temperature, self.contrast_mode, self.base_temperature, self.normalize, self.reduction)
+        return with_diagnostics(_sup_con(features, labels, mask, options, self.scope(), self.diagnostics))
 
     def extra_repr(self) -> str:
         return (

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import accumulator
-from ...ops.similarity_lse import similarity_terms
+from ...ops.similarity_lse import terms_of
 from ._inputs import inverse
 from ._labels import labelled_rows
 from .sup_con import REDUCTIONS, _sum_by_class
@@ -64,8 +64,8 @@ def sup_con_keys(
     matches = x.matches()
     own, numbers = x.own, None
     if own is not None:
-        numbers = own if x.columns is x.rows else torch.arange(len(x.column_labels), device=own.device)
-    terms = similarity_terms(x.rows, x.columns, scale, row_ids=own, col_ids=numbers, positives=matches.only)
+        numbers = torch.arange(len(x.column_labels), device=own.device)
+    terms = terms_of(x.pairs(scale, own, numbers, matches.only))
     assert terms.positive is not None
     # The class sums: a class is numbered by the first place of its label in the sorted columns.
     wide, columns = (t.to(accumulator(t)) for t in (x.rows, x.columns))

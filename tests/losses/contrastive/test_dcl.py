@@ -88,8 +88,8 @@ def test_not_normalised() -> None:
 
 def test_diagnostics() -> None:
     z0, z1 = (F.normalize(z) for z in two_views(20, 6))
-    for function in (dcl, dclw):
-        loss, found = function(z0, z1, 0.2, diagnostics=True)
+    for function, module in ((dcl, DCLLoss), (dclw, DCLWLoss)):
+        loss, found = module(0.2, diagnostics=True)(z0, z1)
         torch.testing.assert_close(loss, function(z0, z1, 0.2))
         z, sample = torch.cat([z0, z1]), torch.arange(40) % 20
         s = (z @ z.T).masked_fill(sample[:, None] == sample[None], -torch.inf)
@@ -97,7 +97,7 @@ def test_diagnostics() -> None:
         torch.testing.assert_close(found.accuracy, (positive > s.amax(1)).double().mean())
         torch.testing.assert_close(found.hardest_negative_similarity, s.amax(1).mean())
         pairs = s[s.isfinite()]
-        torch.testing.assert_close(found.uniformity, (-2.5 * (2 - 2 * pairs)).exp().mean().log())
+        torch.testing.assert_close(found.uniformity_at_temperature, (-2.5 * (2 - 2 * pairs)).exp().mean().log())
 
 
 def test_compile_without_graph_breaks() -> None:

@@ -11,10 +11,43 @@ from torch.nn import functional as F
 
 import sslfast
 from helpers import roundings, within_budget
-from sslfast.losses.contrastive.info_nce import InfoNCELoss, info_nce
+from sslfast.losses.contrastive.info_nce import InfoNCELoss
 
 GRAD_LOSS = 3.0  # not 1: a backward that forgets it fails
 M, N, D, K, H = 23, 31, 12, 9, 3
+
+
+def info_nce(
+    q,
+    k,
+    temperature=0.07,
+    *,
+    negatives=None,
+    hard_negatives=None,
+    row_ids=None,
+    col_ids=None,
+    positives=None,
+    **more,
+):
+    """The module with the names of the formula below; and the function that has these options, with the same bits."""
+    given = {"positives": positives, "ids": None if row_ids is None and col_ids is None else (row_ids, col_ids)}
+    both = tuple(x for x in (negatives, hard_negatives) if x is not None)
+    given["negatives"] = both[0] if len(both) == 1 else both or None
+    found = InfoNCELoss(temperature, **more)(q, k, **given)
+    names = {name for name in ("label_smoothing", "tau_plus", "symmetric") if more.get(name)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if more.get("diagnostics") or torch.compiler.is_compiling():
+        return found
+    if "symmetric" in names:
+        rest = {name: value for name, value in more.items() if name != "symmetric"}
+        same = sslfast.symmetric_info_nce(q, k, temperature, **given, **rest)
+    elif len(names) < 2:
+        function = {"label_smoothing": sslfast.smoothed_info_nce, "tau_plus": sslfast.debiased_info_nce}
+        same = function.get(next(iter(names), ""), sslfast.info_nce)(q, k, temperature, **given, **more)
+    else:
+        return found
+    assert torch.equal(same, found) or (same.isnan() and found.isnan())
+    return found
 
 
 def plain(q, k, tau, *, symmetric=False, normalize=True, **options) -> Tensor:
@@ -181,7 +214,7 @@ def test_diagnostics(case: str) -> None:
     torch.testing.assert_close(found.hardest_negative_similarity, hardest.mean())
     torch.testing.assert_close(found.alignment, (given["q"] - given["k"][:M]).square().sum(1).mean())
     t = 1 / given["tau"] / 2
-    torch.testing.assert_close(found.uniformity, (-t * (2 - 2 * pairs)).exp().mean().log())
+    torch.testing.assert_close(found.uniformity_at_temperature, (-t * (2 - 2 * pairs)).exp().mean().log())
 
 
 def test_twice_differentiable() -> None:
@@ -243,9 +276,10 @@ Q, KEYS = torch.ones(4, 3), torch.ones(6, 3)
         (Q, KEYS, {"positives": torch.full((4, 2), 6)}, ValueError, r"positives must be rows of k, 0 to 5.*got 6 to 6"),
         (Q, KEYS, {"positives": [0, 1, 2, 3]}, TypeError, r"positives must be a torch.Tensor"),
         (Q, KEYS, {"negatives": torch.ones(5, 2)}, ValueError, r"negatives and q .*same width.*2 and 3"),
-        (Q, KEYS, {"hard_negatives": torch.ones(4, 3)}, ValueError, r"hard_negatives .*\(M, H, D\), M = 4"),
+        (Q, KEYS, {"hard_negatives": torch.ones(5, 2, 3)}, ValueError, r"negatives .*\(M, H, D\).*M = 4.*\(5, 2, 3\)"),
+        (Q, KEYS, {"negatives": Q, "hard_negatives": Q}, ValueError, r"one of each; got \(4, 3\) and \(4, 3\)"),
         (Q, KEYS, {"hard_negatives": torch.ones(4, 0, 3)}, ValueError, r"H at least 1"),
-        (Q, KEYS, {"row_ids": torch.arange(4)}, ValueError, r"row_ids and col_ids must be given together"),
+        (Q, KEYS, {"row_ids": torch.arange(4)}, TypeError, r"col_ids must be a torch.Tensor"),
         (Q, KEYS, {"label_smoothing": 1.0}, ValueError, r"label_smoothing .*less than 1, got 1\.0"),
         (Q, KEYS, {"tau_plus": -0.1}, ValueError, r"tau_plus .*at least 0"),
         (
@@ -253,7 +287,7 @@ Q, KEYS = torch.ones(4, 3), torch.ones(6, 3)
             KEYS,
             {"tau_plus": 0.1, "row_ids": torch.arange(4), "col_ids": torch.arange(6)},
             ValueError,
-            "cannot be combined with row_ids",
+            "cannot be combined with ids",
         ),
         (Q, KEYS, {"tau_plus": 0.1, "positives": torch.zeros(4, 2, dtype=torch.int64)}, ValueError, "one positive"),
         (Q, KEYS, {"diagnostics": True, "positives": torch.full((4,), -1)}, ValueError, "one positive in every row"),

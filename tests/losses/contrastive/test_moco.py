@@ -152,14 +152,16 @@ def test_queue_in_another_dtype() -> None:
 def test_diagnostics() -> None:
     q, k = (F.normalize(x) for x in rows(20, 6, torch.float64))
     queue = F.normalize(torch.randn(30, 6, dtype=torch.float64))
-    loss, found = moco(q, k, queue, 0.2, diagnostics=True)
+    module = MoCoLoss(30, 6, 0.2, diagnostics=True).double()
+    module.memory_queue.queue.copy_(queue)
+    loss, found = module(q, k)
     torch.testing.assert_close(loss, moco(q, k, queue, 0.2))
     positive, negative = (q * k).sum(1), q @ queue.T
     torch.testing.assert_close(found.accuracy, (positive > negative.amax(1)).double().mean())
     torch.testing.assert_close(found.positive_similarity, positive.mean())
     torch.testing.assert_close(found.hardest_negative_similarity, negative.amax(1).mean())
     pairs = torch.cat([positive[:, None], negative], dim=1)
-    torch.testing.assert_close(found.uniformity, (-2.5 * (2 - 2 * pairs)).exp().mean().log())
+    torch.testing.assert_close(found.uniformity_at_temperature, (-2.5 * (2 - 2 * pairs)).exp().mean().log())
 
 
 def test_training_step_compiles_without_graph_breaks() -> None:

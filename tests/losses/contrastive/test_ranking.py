@@ -92,10 +92,10 @@ def test_one_pair() -> None:
 def test_diagnostics() -> None:
     a, p = (F.normalize(torch.randn(N, D, dtype=torch.float64)) for _ in range(2))
     hard = F.normalize(torch.randn(N, 2, D, dtype=torch.float64), dim=2)
-    loss, found = multiple_negatives_ranking(a, p, hard, directions=DIRECTIONS, diagnostics=True)
+    loss, found = MultipleNegativesRankingLoss(directions=DIRECTIONS, diagnostics=True)(a, p, hard)
     torch.testing.assert_close(loss, multiple_negatives_ranking(a, p, hard, directions=DIRECTIONS))
     s = a @ torch.cat([p, hard.flatten(0, 1)]).T
-    torch.testing.assert_close(found.uniformity, (-10 * (2 - 2 * s)).exp().mean().log())
+    torch.testing.assert_close(found.uniformity_at_temperature, (-10 * (2 - 2 * s)).exp().mean().log())
     positive = s.diagonal().clone()
     s[torch.arange(N), torch.arange(N)] = -torch.inf
     torch.testing.assert_close(found.accuracy, (positive > s.amax(1)).double().mean())

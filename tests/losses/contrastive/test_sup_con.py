@@ -165,7 +165,6 @@ LABELS = torch.zeros(4, dtype=torch.int64)
         (X, {"labels": LABELS.float()}, TypeError, "labels must hold integers"),
         (X, {"labels": LABELS, "mask": torch.eye(4)}, ValueError, "labels or mask, not both"),
         (X, {"mask": torch.eye(3)}, ValueError, r"mask must have shape \(4, 4\), got \(3, 3\)"),
-        (X, {"mask": torch.eye(4), "diagnostics": True}, ValueError, "diagnostics=True needs labels"),
         (X, {"contrast_mode": "two"}, ValueError, "contrast_mode must be 'all' or 'one', got 'two'"),
         (X, {"reduction": "sum"}, ValueError, "reduction must be"),
         (X, {"temperature": 0.0}, ValueError, "temperature must be finite and not zero"),
@@ -175,6 +174,11 @@ LABELS = torch.zeros(4, dtype=torch.int64)
 def test_wrong_input(features, options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         sup_con(features, **options)
+
+
+def test_diagnostics_need_classes() -> None:
+    with pytest.raises(ValueError, match="diagnostics=True needs labels"):
+        SupConLoss(diagnostics=True)(X, mask=torch.eye(4))
 
 
 def test_a_nan_comes_out_of_the_mean_over_nonzero_rows() -> None:
