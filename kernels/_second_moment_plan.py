@@ -41,9 +41,9 @@ def seconds(a: Tensor, options: Options, views: int, whole: bool) -> tuple[float
     side = n if options.dual else d
     operations = 2.0 * n * d * side  # of one full product
     half = 1.0 if options.cross and not options.dual else 0.5
-    again = 0 if whole else views
-    library = matrices * (1.0 if whole else half) + views + again
-    tiles = matrices * half + views + again
+    recomputed = 0 if whole else views
+    library = matrices * (1.0 if whole else half) + views + recomputed
+    tiles = matrices * half + views + recomputed
     # Of an M that is not kept, bands go through memory, which tiles need in the backward alone.
     entries = 0.0 if whole else 8.0 * d * d
     return (

@@ -90,14 +90,14 @@ def _tile(
 def _merged(Partial, chunks, col0, D, CHUNKS: tl.constexpr, COLS: tl.constexpr):
     """The sums over all rows from those of the chunks [3, chunks, D]."""
     plane = chunks.to(tl.int64) * D
-    d_sums, alongs = tl.zeros((CHUNKS, COLS), tl.float32), tl.zeros((CHUNKS, COLS), tl.float32)
+    d_sums, projections = tl.zeros((CHUNKS, COLS), tl.float32), tl.zeros((CHUNKS, COLS), tl.float32)
     lefts = tl.zeros((CHUNKS, COLS), tl.float32)
     for first in range(0, chunks, CHUNKS):
         at, inside = place(Partial, first, col0, chunks, D, D, CHUNKS, COLS)
         d_sums += tl.load(at, mask=inside, other=0.0)
-        alongs += tl.load(at + plane, mask=inside, other=0.0)
+        projections += tl.load(at + plane, mask=inside, other=0.0)
         lefts += tl.load(at + 2 * plane, mask=inside, other=0.0)
-    return tl.sum(d_sums, 0), tl.sum(alongs, 0), tl.sum(lefts, 0)
+    return tl.sum(d_sums, 0), tl.sum(projections, 0), tl.sum(lefts, 0)
 
 
 @triton.jit(do_not_specialize=["N", "share", "chunks", "width8", "trace", "first_view"])
@@ -179,13 +179,13 @@ def _second_moment_gradient_kernel(
         rounded = tl.load(Stats + (3 * VIEWS + matrix) * D + cols, mask=cols < D, other=0.0)
         column_term -= weight * rounded
         Trace += gram * trace + 1
-    d_sum, along, left = tl.zeros((COLS,), tl.float32), tl.zeros((COLS,), tl.float32), tl.zeros((COLS,), tl.float32)
+    d_sum, projection, left = tl.zeros((COLS,), tl.float32), tl.zeros((COLS,), tl.float32), tl.zeros((COLS,), tl.float32)
     if SUMS:
         if PHASE == REST:
             part = Partial + tl.program_id(2) * (3 * chunks.to(tl.int64) * D)
-            d_sum, along, left = _merged(part, chunks, col0, D, CHUNKS, COLS)
+            d_sum, projection, left = _merged(part, chunks, col0, D, CHUNKS, COLS)
         else:
-            d_sums, alongs = tl.zeros((ROWS, COLS), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
+            d_sums, projections = tl.zeros((ROWS, COLS), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
             lefts = tl.zeros((ROWS, COLS), tl.float32)
             for row0 in range(begin, end, ROWS):
                 d, x, hat = _tile(
@@ -193,26 +193,26 @@ def _second_moment_gradient_kernel(
                     x_mean, x_factor, y_mean, y_factor, CROSS, DUAL, TRANSPOSED, UPCAST, ROWS, COLS,
                 )  # fmt: skip
                 d_sums += d
-                alongs += d * hat
+                projections += d * hat
                 lefts += hat
-            d_sum, along, left = tl.sum(d_sums, 0), tl.sum(alongs, 0), tl.sum(lefts, 0)
+            d_sum, projection, left = tl.sum(d_sums, 0), tl.sum(projections, 0), tl.sum(lefts, 0)
     if PHASE == PARTIAL:
         plane = chunks.to(tl.int64) * D
         at = Partial + tl.program_id(2) * (3 * plane) + tl.program_id(1).to(tl.int64) * D + cols
         tl.store(at, d_sum, mask=cols < D)
-        tl.store(at + plane, along, mask=cols < D)
+        tl.store(at + plane, projection, mask=cols < D)
         tl.store(at + 2 * plane, left, mask=cols < D)
     else:
         # Σ x̂ is what rounding of the mean left, of a mean far from zero too much to pass over.
         d_mean, hat_mean = d_sum / N.to(tl.float32), left / N.to(tl.float32)
         if CENTER:
-            along -= d_mean * left
+            projection -= d_mean * left
         if SCALE == 1:
-            along = along / N.to(tl.float32)
+            projection = projection / N.to(tl.float32)
         elif SCALE == 2:
             # A column whose norm is below eps is divided by eps, a constant.
             square = tl.load(Stats + (2 * VIEWS + view) * D + cols, mask=cols < D, other=0.0)
-            along = tl.where(tl.sqrt_rn(square) < eps, 0.0, along)
+            projection = tl.where(tl.sqrt_rn(square) < eps, 0.0, projection)
         spread = tl.zeros((COLS,), tl.float32)
         if PENALTY == HINGE:
             square = tl.load(Stats + (2 * VIEWS + view) * D + cols, mask=cols < D, other=0.0)
@@ -229,7 +229,7 @@ def _second_moment_gradient_kernel(
                 d -= d_mean[None, :]
                 hat -= hat_mean[None, :]
             if SCALE != 0:
-                d -= hat * along[None, :]
+                d -= hat * projection[None, :]
             d *= x_factor[None, :]
             if PENALTY == HINGE:
                 d += (x - x_mean[None, :]) * spread[None, :]

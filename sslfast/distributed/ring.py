@@ -243,9 +243,9 @@ def _weighted(grad: Tensor, dk: Tensor, pairs: Pairs, bias: Tensor, plan: _Plan)
     every = plan.ranks.all_gather(grad.reshape(1), (1,) * plan.ranks.size)
     if bool((every == every[0]).all()):
         return grad * dk
-    again = _logsigmoid_pass(pairs, bias, plan, False, True, grad).dk
-    assert again is not None
-    return again
+    weighted = _logsigmoid_pass(pairs, bias, plan, False, True, grad).dk
+    assert weighted is not None
+    return weighted
 
 
 class RingScope(GatherScope):
