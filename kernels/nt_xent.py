@@ -27,8 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import Config, architecture, best_split, dot_precision, multiprocessors, upcast
+from ._configs import NT_XENT_BACKWARD, NT_XENT_FORWARD, config_for
 from ._gradient_forms import gradient_form
-from ._nt_xent_configs import BACKWARD, FORWARD, config_for
 from ._tiles import (
     BOUND_FROM,
     EXACT,
@@ -321,7 +321,7 @@ def nt_xent_forward(z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Ten
     """
     z = padded(z)
     m, d = z.shape
-    config = config_for(FORWARD, architecture(z), z.element_size(), d)
+    config = config_for(NT_XENT_FORWARD, architecture(z), z.element_size(), d)
     block = config.block_m
     blocks = triton.cdiv(m, block)
     row_max, row_sum, row_rest, row_loss, positive = (z.new_empty(m, dtype=torch.float32) for _ in range(5))
@@ -366,7 +366,7 @@ def nt_xent_backward(
     """
     features = z.shape[1]
     z = padded(z)
-    config = config_for(BACKWARD, architecture(z), z.element_size(), z.shape[1])
+    config = config_for(NT_XENT_BACKWARD, architecture(z), z.element_size(), z.shape[1])
     found = None
     with torch.cuda.device_of(z):
         if gradient_form(z, 1, config) == "banded":

@@ -179,7 +179,11 @@ def _second_moment_gradient_kernel(
         rounded = tl.load(Stats + (3 * VIEWS + matrix) * D + cols, mask=cols < D, other=0.0)
         column_term -= weight * rounded
         Trace += gram * trace + 1
-    d_sum, projection, left = tl.zeros((COLS,), tl.float32), tl.zeros((COLS,), tl.float32), tl.zeros((COLS,), tl.float32)
+    d_sum, projection, left = (
+        tl.zeros((COLS,), tl.float32),
+        tl.zeros((COLS,), tl.float32),
+        tl.zeros((COLS,), tl.float32),
+    )
     if SUMS:
         if PHASE == REST:
             part = Partial + tl.program_id(2) * (3 * chunks.to(tl.int64) * D)

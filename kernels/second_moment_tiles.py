@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _second_moment_configs
+from . import _configs
 from ._common import Config, architecture, dot_precision
+from ._configs import MOMENT_GRAM, MOMENT_PRODUCT
 from ._matrices import load_tile, store_tile
-from ._second_moment_configs import GRAM, PRODUCT
 
 # Programs wanted in a launch. Partial products take at most 2·4·PROGRAMS·block_m·block_n bytes: 8 MiB of small tiles,
 # 32 MiB of large ones.
@@ -139,7 +139,7 @@ def _second_moment_product_kernel(
 
 
 def _config(table: dict[tuple[int, int, bool], Config], z: Tensor, entries: int) -> Config:
-    return table[architecture(z), z.element_size(), entries >= _second_moment_configs.LARGE]
+    return table[architecture(z), z.element_size(), entries >= _configs.LARGE]
 
 
 def gram(left: Tensor, right: Tensor | None, dual: bool, m: Tensor | None) -> Tensor | None:
@@ -156,7 +156,7 @@ def gram(left: Tensor, right: Tensor | None, dual: bool, m: Tensor | None) -> Te
     views, n, width = left.shape
     rows, columns = (n, n) if dual else (width, (left if right is None else right).shape[2])
     symmetric = dual or right is None
-    config = _config(GRAM, left, views * rows * columns // (1 + symmetric))
+    config = _config(MOMENT_GRAM, left, views * rows * columns // (1 + symmetric))
     tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n)
     steps = triton.cdiv(width if dual else n, config.block_k)
     splits, out, squares = 1, m, None
@@ -180,7 +180,7 @@ def product(left: Tensor, right: Tensor, out: Tensor) -> None:
     """``out`` [N, C] = ``left`` [N, K] · ``right`` [K, C] in float32; C a multiple of 8, as are the strides."""
     (n, terms), columns = left.shape, right.shape[1]
     transposed = right.stride(1) != 1
-    config = _config(PRODUCT, left, n * columns)
+    config = _config(MOMENT_PRODUCT, left, n * columns)
     _second_moment_product_kernel[(triton.cdiv(n, config.block_m) * triton.cdiv(columns, config.block_n),)](
         left, right, out, n, columns, terms,
         left.stride(0) // 8, right.stride(1 if transposed else 0) // 8, out.stride(0) // 8,

@@ -21,9 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import architecture, dot_precision, upcast
+from ._configs import SIMILARITY_FORWARD, SIMILARITY_WEIGHTS, config_for
 from ._gradient_forms import band_buffer, product
-from ._nt_xent_configs import config_for
-from ._similarity_lse_configs import FORWARD, WEIGHTS
 from ._tiles import EXACT, LOG2E, PLAIN_LIMIT, block_ranges, finite_or_zero, load_positives, overlap, wide_products
 
 # Tiles of a band are taken GROUP row blocks at a time, so that the programs of a wave share rows and columns in L2.
@@ -307,7 +306,7 @@ def band_gradients(
     """
     (m, d), n = q.shape, k.shape[0]
     # Ids and biases take registers that the larger tiles do not leave.
-    table = WEIGHTS if terms.row_ids is None and terms.bias is None else FORWARD
+    table = SIMILARITY_WEIGHTS if terms.row_ids is None and terms.bias is None else SIMILARITY_FORWARD
     config = config_for(table, architecture(q), q.element_size(), d)
     band = band_buffer(q, m, n, config.block_m)
     if band is None:

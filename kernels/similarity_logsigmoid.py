@@ -16,9 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import architecture, best_split, dot_precision, multiprocessors, upcast
+from ._configs import SIMILARITY_OWNER, config_for
 from ._gradient_forms import gradient_form
-from ._nt_xent_configs import config_for
-from ._similarity_lse_configs import OWNER
 from ._tiles import block_ranges, contiguous, dot_products, load_rows, padded
 from .similarity_logsigmoid_bands import logsigmoid_bands, softplus_and_sigmoid
 
@@ -111,7 +110,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss [], ΣW [], scale·(W b) [R, D], Σ a·(W b) []; zeros, or an empty gradient, where not asked for."""
     (r, d), c = a.shape, b.shape[0]
-    config = config_for(OWNER, architecture(a), a.element_size(), d)
+    config = config_for(SIMILARITY_OWNER, architecture(a), a.element_size(), d)
     blocks, tiles = triton.cdiv(r, config.block_m), triton.cdiv(c, config.block_n)
     chunks = triton.cdiv(d, config.block_d) if gradient else 1
     programs, slots = blocks * chunks, config.resident * multiprocessors(a)
@@ -163,7 +162,7 @@ def similarity_logsigmoid(
     q, k = padded(q), padded(k)
     row_ids, col_ids = contiguous(row_ids, col_ids)
     dk = q.new_empty(0, dtype=torch.float32)
-    config = config_for(OWNER, architecture(q), q.element_size(), q.shape[1])
+    config = config_for(SIMILARITY_OWNER, architecture(q), q.element_size(), q.shape[1])
     sides = need_q + need_k
     if sides and gradient_form(q, sides, config) == "banded":
         found = logsigmoid_bands(q, k, scale, bias, row_ids, col_ids, need_q, need_k)

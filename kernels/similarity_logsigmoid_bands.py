@@ -12,9 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import architecture, dot_precision, upcast
+from ._configs import SIMILARITY_WEIGHTS, config_for
 from ._gradient_forms import band_buffer, product
-from ._nt_xent_configs import config_for
-from ._similarity_lse_configs import WEIGHTS
 from ._tiles import LOG2E, block_ranges, log1p, wide_products
 from .similarity_bands import GROUP, finish
 
@@ -140,7 +139,7 @@ def logsigmoid_bands(
     q and k are padded; at least one gradient is wanted.
     """
     (m, d), n = q.shape, k.shape[0]
-    config = config_for(WEIGHTS, architecture(q), q.element_size(), d)
+    config = config_for(SIMILARITY_WEIGHTS, architecture(q), q.element_size(), d)
     band = band_buffer(q, m, n, config.block_m)
     if band is None:
         return None

@@ -23,9 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import architecture, dot_precision, multiprocessors, upcast
+from ._configs import SIMILARITY_FORWARD, SIMILARITY_OWNER, config_for
 from ._gradient_forms import gradient_form
-from ._nt_xent_configs import config_for
-from ._similarity_lse_configs import FORWARD, OWNER
 from ._tiles import (
     BOUND_FROM,
     EXACT,
@@ -216,7 +215,7 @@ def similarity_forward(
     q, k = padded(q), padded(k)
     bias, row_ids, col_ids, positives = contiguous(bias, row_ids, col_ids, positives)
     (m, d), n = q.shape, k.shape[0]
-    config = config_for(FORWARD, architecture(q), q.element_size(), d)
+    config = config_for(SIMILARITY_FORWARD, architecture(q), q.element_size(), d)
     blocks, tiles = triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n)
     band = min(BAND, blocks) if columns else blocks
     run_length = min(max(1, band * tiles // (FORWARD_PROGRAMS * multiprocessors(q))), tiles)
@@ -265,7 +264,7 @@ def similarity_attend(
     features = q.shape[1]
     q, k = padded(q), padded(k)
     bias, row_ids, col_ids = contiguous(bias, row_ids, col_ids)
-    config = config_for(OWNER, architecture(q), q.element_size(), q.shape[1])
+    config = config_for(SIMILARITY_OWNER, architecture(q), q.element_size(), q.shape[1])
     found = None
     with torch.cuda.device_of(q):
         if gradient_form(q, 1, config, after_forward=False) == "banded":

@@ -10,9 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import Config, architecture, best_split, dot_precision, multiprocessors, upcast
+from ._configs import SIMILARITY_OWNER, config_for
 from ._gradient_forms import gradient_form
-from ._nt_xent_configs import config_for
-from ._similarity_lse_configs import OWNER
 from ._tiles import EXACT, LOG2E, block_ranges, contiguous, dot_products, load_positives, load_rows, padded
 from .similarity_bands import Terms, band_gradients, finish, weights_of
 
@@ -221,7 +220,7 @@ def similarity_backward(
         grad_row, row_max, row_sum, grad_col, col_max, col_sum, bias, row_ids, col_ids, positives, grad_positive, factor
     )
     needs = need_q, need_k, need_bias
-    config = config_for(OWNER, architecture(q), q.element_size(), q.shape[1])
+    config = config_for(SIMILARITY_OWNER, architecture(q), q.element_size(), q.shape[1])
     sides = need_q + (need_k or need_bias)
     found = None
     with torch.cuda.device_of(q):

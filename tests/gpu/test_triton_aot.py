@@ -81,7 +81,7 @@ def test_another_triton(case: Case, version: str) -> None:
 
 def test_every_row_of_the_tables_is_compiled() -> None:
     """A row that a change adds must come under ``test_every_configuration``."""
-    from sslfast.kernels import _nt_xent_configs
+    from sslfast.kernels import _configs
     from sslfast.kernels._common import INTERPRETER, SHARED_MEMORY
     from sslfast.kernels._tiles import MERGE_ROWS
 
@@ -90,15 +90,15 @@ def test_every_row_of_the_tables_is_compiled() -> None:
         reached = {row_of(case) for case in FULL if case.kernel == kernel}
         assert {row for row in table if row[0] != INTERPRETER} == reached
         assert {row[0] for row in table} == {*SHARED_MEMORY, INTERPRETER}
-    forward = _nt_xent_configs.FORWARD.values()
+    forward = _configs.NT_XENT_FORWARD.values()
     assert all(config.block_m % config.block_n == config.block_m % MERGE_ROWS == 0 for config in forward)
 
 
 def test_tiles_of_second_moments_are_squares() -> None:
     """Tiles below the diagonal of a symmetric matrix are left out whole, and those on it hold both sides."""
-    from sslfast.kernels._second_moment_configs import GRAM
+    from sslfast.kernels._configs import MOMENT_GRAM
 
-    assert all(config.block_m == config.block_n for config in GRAM.values())
+    assert all(config.block_m == config.block_n for config in MOMENT_GRAM.values())
 
 
 def test_forward_and_backward_round_alike() -> None:
@@ -111,16 +111,16 @@ def test_forward_and_backward_round_alike() -> None:
     this order: of z with itself, s_ij and s_ji may differ in the last bit. The sum of a column then holds the one and
     its gradient takes the other, an error of 1e-7 where a probability is near 1, which no training notices.
     """
-    from sslfast.kernels import _nt_xent_configs, _similarity_lse_configs
+    from sslfast.kernels import _configs
     from sslfast.kernels._common import INTERPRETER
-    from sslfast.kernels._nt_xent_configs import NARROW
+    from sslfast.kernels._configs import NARROW
 
-    for row, forward in _nt_xent_configs.FORWARD.items():
+    for row, forward in _configs.NT_XENT_FORWARD.items():
         if row[1] == 4:
-            assert forward.block_k == _nt_xent_configs.BACKWARD[row].block_k
-    for row, forward in _similarity_lse_configs.FORWARD.items():
+            assert forward.block_k == _configs.NT_XENT_BACKWARD[row].block_k
+    for row, forward in _configs.SIMILARITY_FORWARD.items():
         architecture, size, wide = row
-        owner = _similarity_lse_configs.OWNER[row]
+        owner = _configs.SIMILARITY_OWNER[row]
         if size == 4 or architecture == INTERPRETER:
             assert forward.block_k == owner.block_k
         if architecture == INTERPRETER:
@@ -131,9 +131,9 @@ def test_forward_and_backward_round_alike() -> None:
 
 def test_products_of_the_sigmoid_loss_stay_finite() -> None:
     """One logarithm for the product of block_n factors of up to 2."""
-    from sslfast.kernels._similarity_lse_configs import OWNER
+    from sslfast.kernels._configs import SIMILARITY_OWNER
 
-    assert all(config.block_n <= 64 for config in OWNER.values())
+    assert all(config.block_n <= 64 for config in SIMILARITY_OWNER.values())
 
 
 SHUFFLE = """

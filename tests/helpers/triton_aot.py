@@ -99,7 +99,7 @@ def contracted_shuffles(ptx: str) -> list[str]:
 
 def source_of(case: Case) -> tuple[Any, dict[str, Any]]:
     """The kernel with the types and constants of a launch, and its options."""
-    from sslfast.kernels._nt_xent_configs import config_for
+    from sslfast.kernels._configs import config_for
     from sslfast.kernels._tiles import EXACT
     from triton.compiler import ASTSource
 

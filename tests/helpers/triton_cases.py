@@ -38,7 +38,7 @@ class Sweep:
     knows_features: bool = True
 
 
-# Both halves of the tables (NARROW in kernels/_nt_xent_configs.py), whole and with a masked tail.
+# Both halves of the tables (NARROW in kernels/_configs.py), whole and with a masked tail.
 NT_XENT = Sweep(
     quick={"bf16": (128, 512)},
     first={"bf16": (8, 64, 104, 128, 304, 512, 768), "fp16": (128, 304), "fp32": (32, 56, 304, 512)},
@@ -103,10 +103,10 @@ KERNELS = {
     "nt_xent_forward": Kernel(
         "nt_xent",
         launches={"maxima": "BOUNDED=0", "bounded": "BOUNDED=1"},
-        table="_nt_xent_configs.FORWARD",
+        table="_configs.NT_XENT_FORWARD",
         sweep=NT_XENT,
     ),
-    "nt_xent_backward": Kernel("nt_xent", table="_nt_xent_configs.BACKWARD", sweep=NT_XENT),
+    "nt_xent_backward": Kernel("nt_xent", table="_configs.NT_XENT_BACKWARD", sweep=NT_XENT),
     "nt_xent_merge": Kernel("nt_xent", constants={"BLOCK": 128, "ROWS": 32, "PARTS": 64}, explicit_fma=True),
     "nt_xent_stats": Kernel("nt_xent", constants={"BLOCK": 64}, num_warps=1),
     "similarity_forward": Kernel(
@@ -117,7 +117,7 @@ KERNELS = {
             "rows": "Bias RowIds ColIds ColRanges ColPartial Hardest BOUNDED=0",
             "bounded": "Bias Hardest BOUNDED=1",
         },
-        table="_similarity_lse_configs.FORWARD",
+        table="_configs.SIMILARITY_FORWARD",
         sweep=SIMILARITY,
     ),
     "similarity_backward": Kernel(
@@ -127,7 +127,7 @@ KERNELS = {
             "dk": "BBias APositives",
             "rows": "BWeights ABias BBias AIds BIds BPositives BRanges Sums",
         },
-        table="_similarity_lse_configs.OWNER",
+        table="_configs.SIMILARITY_OWNER",
         sweep=SIMILARITY,
     ),
     "similarity_weights": Kernel("similarity_bands", constants={"BLOCK": 256}, num_warps=2),
@@ -138,32 +138,32 @@ KERNELS = {
             "rows": "ColWeights ColInRange Bias RowIds ColIds Positives GradPositive ColRanges ColSums PAIRS=0",
             "pairs": "Bias RowIds ColIds Positives ColRanges ColSums PAIRS=1",
         },
-        table="_similarity_lse_configs.WEIGHTS",
+        table="_configs.SIMILARITY_WEIGHTS",
         sweep=BANDS,
     ),
     "similarity_band/ids": Kernel(
         "similarity_bands",
         launches={"all": "PAIRS=0", "rows": "ColWeights ColInRange Bias Positives GradPositive ColSums PAIRS=0"},
-        table="_similarity_lse_configs.FORWARD",
+        table="_configs.SIMILARITY_FORWARD",
         sweep=BANDS,
     ),
     "similarity_finish": Kernel("similarity_bands", constants={"D": 512, "ROWS": 16, "WIDTH": 128}),
     "similarity_attend": Kernel(
         "similarity_lse_attend",
         launches={"all": "", "rows": "Bias RowIds ColIds ColRanges"},
-        table="_similarity_lse_configs.OWNER",
+        table="_configs.SIMILARITY_OWNER",
         sweep=SIMILARITY,
     ),
     "similarity_attend_merge": Kernel("similarity_lse_attend", constants={"D": 128, "PARTS": 16, "BLOCK_D": 128}),
     "similarity_logsigmoid": Kernel(
         "similarity_logsigmoid",
         launches={"all": "", "loss": "DA Dots", "gradient": "Loss Sums"},
-        table="_similarity_lse_configs.OWNER",
+        table="_configs.SIMILARITY_OWNER",
         sweep=SIMILARITY,
         exact=False,
     ),
     "similarity_logsigmoid_band": Kernel(
-        "similarity_logsigmoid_bands", table="_similarity_lse_configs.WEIGHTS", sweep=BANDS, exact=False
+        "similarity_logsigmoid_bands", table="_configs.SIMILARITY_WEIGHTS", sweep=BANDS, exact=False
     ),
     "second_moment_gram": Kernel(
         "second_moment_tiles",
@@ -173,14 +173,14 @@ KERNELS = {
             "cross": "SquareSums DUAL=0",
             "squares": "B Moments DUAL=0",
         },
-        table="_second_moment_configs.GRAM",
+        table="_configs.MOMENT_GRAM",
         sweep=SECOND_MOMENT,
         exact=False,
     ),
     "second_moment_product": Kernel(
         "second_moment_tiles",
         launches={"transposed": "TRANSPOSED=1", "plain": "TRANSPOSED=0"},
-        table="_second_moment_configs.PRODUCT",
+        table="_configs.MOMENT_PRODUCT",
         sweep=SECOND_MOMENT,
         exact=False,
     ),
@@ -311,7 +311,7 @@ def table_of(kernel: str) -> dict[tuple[int, int, bool], Any]:
 
 def row_of(case: Case) -> tuple[int, int, bool]:
     """The row of its kernel's table that a case reaches."""
-    from sslfast.kernels._nt_xent_configs import NARROW
+    from sslfast.kernels._configs import NARROW
 
     size = 4 if case.dtype == "fp32" else 2
     threshold = NARROW[size] if KERNELS[case.kernel].sweep.knows_features else 0

@@ -216,12 +216,11 @@ def test_same_bits_in_every_run(dtype: torch.dtype, form: str) -> None:
 
 
 def chosen(features: int, dtype: torch.dtype, sides: int = 2, after_forward: bool = True) -> str:
+    from sslfast.kernels._configs import SIMILARITY_OWNER, config_for
     from sslfast.kernels._gradient_forms import gradient_form
-    from sslfast.kernels._nt_xent_configs import config_for
-    from sslfast.kernels._similarity_lse_configs import OWNER
 
     z = torch.empty(1, features, dtype=dtype)
-    return gradient_form(z, sides, config_for(OWNER, 90, dtype.itemsize, features), after_forward)
+    return gradient_form(z, sides, config_for(SIMILARITY_OWNER, 90, dtype.itemsize, features), after_forward)
 
 
 @pytest.mark.parametrize("sides", [1, 2])

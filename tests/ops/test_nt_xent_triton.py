@@ -124,7 +124,7 @@ def test_several_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     """More row blocks than a band holds, and runs of more than one block with a ragged last one."""
     from sslfast.kernels import nt_xent as kernel
 
-    block = kernel.config_for(kernel.FORWARD, kernel.architecture(torch.empty(0, device=DEVICE)), 4, 16).block_m
+    block = kernel.config_for(kernel.NT_XENT_FORWARD, kernel.architecture(torch.empty(0, device=DEVICE)), 4, 16).block_m
     z0, z1 = make(block * 5 // 2 + 3, 16, torch.float32)  # six row blocks
     whole = check(z0, z1, 0.2)
     monkeypatch.setattr(kernel, "COLUMN_BYTES", 0)

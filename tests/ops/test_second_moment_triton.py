@@ -168,10 +168,10 @@ def test_columns_whose_norm_is_below_eps(center: bool) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_large_tiles(form: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other half of the tables, which takes results that are larger than a test can be."""
-    from sslfast.kernels import _second_moment_configs
+    from sslfast.kernels import _configs
 
     multiply_by("tiles", monkeypatch)
-    monkeypatch.setattr(_second_moment_configs, "LARGE", 0)
+    monkeypatch.setattr(_configs, "LARGE", 0)
     check(make(40, 70, mode), mode, form, scale="variance", floor=1e-2)
 
 

@@ -240,7 +240,9 @@ def test_several_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     """More row blocks than a band holds, runs of several tiles, the last one ragged, parts in the backward."""
     from sslfast.kernels import similarity_lse as kernel, similarity_lse_backward as backward
 
-    block = kernel.config_for(kernel.FORWARD, kernel.architecture(torch.empty(0, device=DEVICE)), 4, 16).block_m
+    block = kernel.config_for(
+        kernel.SIMILARITY_FORWARD, kernel.architecture(torch.empty(0, device=DEVICE)), 4, 16
+    ).block_m
     arguments = make(block * 4 + 3, 150, 16)  # five row blocks
     whole = check(arguments, 0.2)
     for band, programs, parts in ((2, 1024, 1), (2, 3, 2), (64, 7, 3)):

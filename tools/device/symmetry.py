@@ -48,11 +48,11 @@ def products(z: Tensor, config: Any) -> Tensor:
 
 def check(context: Context, dtype: torch.dtype) -> str:
     """Both questions for narrow and wide rows; an error in 16 bits, a note in float32."""
-    configs = importlib.import_module("sslfast.kernels._nt_xent_configs")
+    configs = importlib.import_module("sslfast.kernels._configs")
     notes = []
     for d, wide in ((128, False), (512, True)):
         z = torch.randn(ROWS, d, generator=torch.Generator().manual_seed(0)).to(context.device, dtype)
-        tables = configs.FORWARD, configs.BACKWARD
+        tables = configs.NT_XENT_FORWARD, configs.NT_XENT_BACKWARD
         both = [table[architecture(z), z.element_size(), wide] for table in tables]
         found = [products(z, config) for config in both]
         exact = z.double() @ z.double().T
