@@ -24,7 +24,7 @@ help:
 	@echo "            RANKS=2 on two processes, all but mae)"
 	@echo "make test   build in place and run every test (JOBS=0 in one process)"
 	@echo "make triton-versions  every Triton kernel ahead of time, for every GPU, by other versions of Triton too"
-	@echo "make lint   ruff, clang-format, line lengths, mypy"
+	@echo "make lint   ruff, clang-format, line lengths of code and of prose, mypy"
 	@echo "make docs   the documentation site in build/site; a dead link or an unlisted page fails"
 	@echo "make serve-docs  the site on http://127.0.0.1:8000, built anew at every change"
 	@echo "make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -82,6 +82,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP) $(EMULATOR)
 	@! LC_ALL=C.UTF-8 grep -nE '^.{121,}' $(CPP) $(EMULATOR) || { echo "the lines above are longer than 120 characters"; exit 1; }
+	$(BIN)/python -m tools.prose
 	$(BIN)/mypy
 
 # Without them the test of the site is skipped, and counted.
