@@ -3,7 +3,8 @@
     python -m benchmarks.plot [--results DIR]                       one PNG for every sweep in every CSV
     python -m benchmarks.plot [--results DIR] --readme README.md    rewrite its tables instead
 
-A README marks a table's place by ``<!-- benchmark:nt_xent -->`` and ``<!-- /benchmark -->``.
+A page marks a table's place by ``<!-- benchmark:nt_xent -->`` and ``<!-- /benchmark -->``; the README's short one is
+``<!-- benchmark:front -->`` (``front.py``).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from . import front
 from .harness import CALL, WHOLE
 from .machine import ROOT
 from .rows import Row, read_csv
@@ -228,11 +231,12 @@ def _caption(rows: Sequence[Row], timed: Sequence[Row], several_dtypes: bool) ->
     providers = {row["provider"] for row in timed}
     any_other = call or "unpatched" in providers or "eager" not in providers or bool(first["driver"])
     others = "the others" if any_other else "eager and torch.compile"
-    return (
+    caption = (
         f"**{where}**: {versions}, {dtype}{what}. "
         f"Median of at least {rounds} interleaved rounds (20th–80th percentile); speed-up over the best of "
         f"{others}; memory is the extra peak, {'results' if call else 'gradients'} included."
     )
+    return textwrap.fill(caption, 100, break_long_words=False, break_on_hyphens=False)
 
 
 def rewrite(text: str, tables: dict[str, str]) -> str:
@@ -259,6 +263,7 @@ def tables(files: Sequence[Path]) -> dict[str, str]:
     machines = [read_csv(path) for path in files]
     ops = dict.fromkeys(row["op"] for rows in machines for row in rows if row["op"] != "machine")
     joined = {op: "\n\n".join(filter(None, (markdown(op, rows) for rows in machines))) for op in ops}
+    joined["front"] = "\n\n".join(filter(None, map(front.table, machines)))
     return {op: text for op, text in joined.items() if text}
 
 

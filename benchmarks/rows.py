@@ -43,9 +43,10 @@ def merged(old: Iterable[Row], new: Sequence[Row]) -> list[Row]:
     """
     again = {row["op"] for row in new}
     kept = [row for row in old if row["op"] == "machine" or row["op"] not in again]
-    runs = {_run(row) for row in kept if row["op"] != "machine"} - {_run(row) for row in new}
-    return [row for row in kept if row["op"] != "machine" or _run(row) in runs] + list(new)
+    runs = {run(row) for row in kept if row["op"] != "machine"} - {run(row) for row in new}
+    return [row for row in kept if row["op"] != "machine" or run(row) in runs] + list(new)
 
 
-def _run(row: Row) -> tuple[str, str]:
+def run(row: Row) -> tuple[str, str]:
+    """What tells one run from another: the commit and the command."""
     return row["commit"], row["command"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench_common import MACHINE, NO_TIME, PEAKS
-from benchmarks import harness, plot, rows, runner
+from benchmarks import front, harness, plot, rows, runner
 
 
 def sweep_rows() -> list[rows.Row]:
@@ -67,6 +67,35 @@ def test_the_readme_block_is_rewritten_from_the_csv(tmp_path: Path) -> None:
     assert "| N | D | eager PyTorch [ms] | sslfast [ms] | speed-up |" in text
     assert "| 4096 | 128 | 64 (60.2–71.7) | 16 (15–17.9) | 4.0× | 50% | 16400 | 4100 |" in text
     assert plot.main(command) == 0 and readme.read_text() == text
+
+
+def front_rows(command: str = "python -m benchmarks adapters nt_xent") -> list[rows.Row]:
+    """What the README's table needs: four losses without and with sslfast, and the sweep of the picture."""
+    made = runner.Runner(MACHINE, PEAKS, NO_TIME)
+    for loss, n, d in front.CHOSEN:
+        case = harness.Case("adapters", {"package": "lightly 1.6.0", "loss": loss, "N": n, "D": d})
+        for provider, factor in (("unpatched", 12.0), ("sslfast", 1.0)):
+            made.report.rows.append(made._row(case, provider, "time_ms", [100.0 * factor] * 5, 0.5, 12.0 / factor))
+            made.report.rows.append(made._row(case, provider, "peak_mib", [8.0 * factor], None, None))
+    found = [{key: str(value) for key, value in row.items()} for row in made.report.rows] + sweep_rows()
+    return [{**row, "command": command} for row in found]
+
+
+def test_the_front_table_is_short_and_of_one_run() -> None:
+    made = front_rows()
+    text = front.table(made)
+    assert "| lightly 1.6.0 `VICRegLoss` | N = 256, D = 8192 | 1,200 ms | 100 ms | 12× | 12× |" in text
+    assert text.count("\n| ") == len(front.CHOSEN) and "another run" not in text
+    assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 100
+
+    earlier = [{**row, "command": "earlier"} if row["op"] == "nt_xent" else row for row in made]
+    assert "The picture is of another run" in front.table(earlier)
+    mixed = [{**row, "command": "earlier"} if row["provider"] == "unpatched" else row for row in made]
+    with pytest.raises(ValueError, match="would be of 2 runs; run python -m benchmarks adapters nt_xent"):
+        front.table(mixed)
+    with pytest.raises(ValueError, match="lacks NTXentLoss 2048 × 128; run python -m benchmarks"):
+        front.table([row for row in made if '"N": 2048, "D": 128' not in row["shape"] or row["op"] != "adapters"])
+    assert front.table(sweep_rows()) == ""
 
 
 @pytest.mark.parametrize(
