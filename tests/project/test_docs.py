@@ -31,7 +31,7 @@ PUBLIC = (*(sslfast, sslfast.augment, sslfast.pretext, sslfast.masking, sslfast.
 LISTED = re.compile(r"^::: ([\w.]+)$", re.MULTILINE)
 FENCE = re.compile(r"^(```+)[^\n]*\n.*?^\1$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!`)\[[^\]]*\]\(([^)\s]+)\)")
-# A Python block, and a comment just before it: "setup" and code that runs first, "needs <package>", "not run: <why>".
+# A Python block, and a comment just before it: "needs <package>", "not run: <why>", "script", "script on <W> ranks".
 BLOCK = re.compile(r"(?:^<!-- (?P<note>[^>]*?)\s*-->\n)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -101,7 +101,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             continue
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
-        # The site has nothing but docs/ and the pictures of docs/pictures.py.
+        # The site has nothing but docs/ and the README and the pictures of docs/hooks.py.
         shown = DOCS in target.parents or (target.parent, target.suffix) == (ROOT / "benchmarks" / "results", ".png")
         inside = shown or DOCS not in page.parents
         if not target.exists() or not inside or (anchor and anchor not in anchors(target)):
@@ -125,25 +125,74 @@ def with_blocks(page: Path) -> bool:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if with_blocks(page)], ids=relative)
 def test_code_blocks_run(page: Path, unpatched: None) -> None:
-    """In order, in one namespace. On the page of a package that can be patched, the package is needed."""
+    """As a reader pastes them: in order, into one namespace that has nothing but what the page has shown.
+
+    On the page of a package that can be patched, the package is needed. Scripts are run by the tests below.
+    """
     text = page.read_text("utf-8")
     blocks = list(BLOCK.finditer(text))
     assert len(blocks) == text.count("```python\n")
-    needed = {page.stem} & {name for name, known in _patch.PACKAGES.items() if known.distribution}
-    namespace: dict[str, Any] = {"torch": torch, "sslfast": sslfast, "__name__": "__page__"}
-    for name in needed:
+    for name in {page.stem} & {name for name, known in _patch.PACKAGES.items() if known.distribution}:
         peer(name)
+    namespace: dict[str, Any] = {"__name__": "__page__"}
     for block in blocks:
-        kind, _, rest = (block["note"] or "").partition("\n" if (block["note"] or "").startswith("setup") else " ")
+        kind, _, rest = (block["note"] or "").partition(" ")
+        assert kind in ("", "needs", "not", "script"), f"{relative(page)}: {block['note']!r}"
         if kind == "not":
             assert rest.startswith("run: "), f"{relative(page)}: {block['note']!r}"
+        if kind in ("not", "script"):
             continue
         if kind == "needs":
             peer(rest)
-        elif kind == "setup":
-            exec(compile(rest, f"{relative(page)}, setup", "exec"), namespace)
         line = text.count("\n", 0, block.start("code"))
         exec(compile("\n" * line + block["code"], relative(page), "exec"), namespace)
+
+
+def scripts() -> dict[str, str]:
+    """The blocks that are whole scripts, by page and note."""
+    return {
+        f"{relative(page)}: {block['note']}": block["code"]
+        for page in PAGES
+        for block in BLOCK.finditer(page.read_text("utf-8"))
+        if (block["note"] or "").startswith("script")
+    }
+
+
+SCRIPTS = scripts()
+
+
+def run_script(code: str, folder: Path, *launcher: str) -> str:
+    """What the script prints, started in ``folder`` where it also leaves its files."""
+    (folder / "train.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, "train.py"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_scripts_are_known() -> None:
+    assert list(SCRIPTS) == ["docs/scaling.md: script on 2 ranks", "docs/training.md: script"]
+
+
+def test_the_training_script_resumes_with_the_same_numbers(tmp_path: Path) -> None:
+    code = SCRIPTS["docs/training.md: script"]
+    assert code.count("EPOCHS = 3\n") == 1
+    whole = run_script(code, tmp_path).splitlines()
+    assert [line.split(":")[0] for line in whole] == ["epoch 0", "epoch 1", "epoch 2"]
+    assert whole[0].split("temperature")[1] != whole[2].split("temperature")[1]  # it learns
+    (tmp_path / "checkpoint.pt").unlink()
+    begun = run_script(code.replace("EPOCHS = 3\n", "EPOCHS = 2\n"), tmp_path).splitlines()
+    resumed = run_script(code, tmp_path).splitlines()
+    assert begun + resumed == whole
+
+
+def test_the_temperature_of_the_script_for_ranks_stays_one(tmp_path: Path) -> None:
+    """The loss is inside of what DDP wraps; beside it, each rank's temperature would go its own way."""
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+    said = run_script(SCRIPTS["docs/scaling.md: script on 2 ranks"], tmp_path, *launcher)
+    found = dict(re.findall(r"rank (\d): temperature ([\d.]+)", said))
+    assert set(found) == {"0", "1"} and found["0"] == found["1"] != "0.5000000"
 
 
 def examples() -> list[doctest.DocTest]:
@@ -229,6 +278,9 @@ def test_site_builds(tmp_path: Path) -> None:
     for path, page in pages.items():
         loaded = re.findall(r"<(?:script|link|img)\b[^>]*(?:src|href)=\"(https?:[^\"]*)", page)
         assert not [address for address in loaded if "canonical" not in address], path.name
+    front = pages[tmp_path / "site" / "index.html"]
+    headings = re.findall(r"^## (.+)$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    assert len(headings) > 5 and [title for title in [*headings, "Where to look"] if f">{title}<" not in front] == []
     reference = "".join(page for path, page in pages.items() if path.parent.name == "api")
     for module in PUBLIC:
         for name in module.__all__:
