@@ -60,7 +60,7 @@ def blocks(lines: Sequence[str]) -> Iterator[tuple[bool, list[tuple[int, str]]]]
 def words(text: str) -> list[str]:
     """The words of a paragraph; code between backticks is one, and what may not begin a line joins its neighbour."""
     found: list[str] = []
-    for word in CODE.sub(lambda code: re.sub(r"\s+", GAP, code[0]), text).split():
+    for word in CODE.sub(lambda code: code[0].replace(" ", GAP), text).split():
         if found and NO_FIRST.match(word):
             found[-1] += GAP + word
         else:
@@ -74,7 +74,7 @@ def filled(run: Sequence[str]) -> list[str]:
     first = item[0] if item else run[0][: len(run[0]) - len(run[0].lstrip())]
     rest = " " * len(first)
     lines, line, empty = [], first, True
-    for word in words(" ".join([run[0][len(first) :], *run[1:]])):
+    for word in words(" ".join(line.strip() for line in [run[0][len(first) :], *run[1:]])):
         if not empty and len(line) + 1 + len(word) > WIDTH:
             lines.append(line)
             line, empty = rest, True

@@ -59,6 +59,14 @@ def test_api_pages_list_what_is_public() -> None:
     assert sorted(listed) == sorted(public)
 
 
+def test_losses_at_a_glance_has_every_loss() -> None:
+    page = (DOCS / "losses.md").read_text("utf-8")
+    losses = [name for name in sslfast.__all__ if getattr(sslfast, name).__module__.startswith("sslfast.losses.")]
+    types = {"CrossCorrelation", "Diagnostics", "MemoryQueue"}
+    assert len(losses) > 40
+    assert [name for name in losses if name not in types and f"`{name}`" not in page] == []
+
+
 @pytest.mark.parametrize("module", PUBLIC, ids=lambda module: module.__name__)
 def test_what_is_public_exists_and_has_an_example(module: ModuleType) -> None:
     assert len(set(module.__all__)) == len(module.__all__)
