@@ -61,7 +61,7 @@ def second_moment(
     eps: float = 1e-5,
     form: str = "auto",
 ) -> SecondMoment:
-    """Squares off the diagonal, and the diagonal, of second-moment matrices of columns, without the matrices.
+    """Diagonal and summed off-diagonal squares of the columns' second-moment matrices, without the matrices.
 
         M = ÂᵀB̂ if ``cross``, else ÂᵀÂ and, with ``b``, B̂ᵀB̂          (sums over the N rows, not means)
 

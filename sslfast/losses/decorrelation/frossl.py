@@ -17,7 +17,7 @@ EPS = 1e-12  # lower bound of a column's norm, as F.normalize
 
 
 def frossl(z_views: Sequence[Tensor], invariance_weight: float = 1.0, *, gather_distributed: bool = False) -> Tensor:
-    """Log-norm of the second moments of each view, plus the distance of the views from their mean.
+    """FroSSL: log-norm of each view's second moments, plus the views' distance from their mean.
 
         loss = Σ_v 2 log( ‖Ẑ_vᵀẐ_v‖_F / tr(Ẑ_vᵀẐ_v) ) + w (V/N) Σ_v ‖Ẑ_v − (1/V) Σ_u Ẑ_u‖²_F
 

@@ -18,11 +18,11 @@ from ._moment_loss import fused
 def spectral_contrastive(
     z_a: Tensor, z_b: Tensor, mu: float | None = 1.0, *, gather_distributed: bool = False
 ) -> Tensor:
-    """Similarities of the pairs, minus twice their mean, plus the mean square of all others.
+    """Minus twice the mean similarity of the positives, plus the mean squared similarity of all other pairs.
 
         loss = (1/μ) ( −(2/N) Σ_i a_i·b_i + 1/(N(N−1)) Σ_{i≠j} (a_i·b_j)² )
 
-    ``a_i``, ``b_i`` are the rows of ``z_a`` and ``z_b``, those that are longer than √μ shortened to √μ. Where D is
+    ``a_i``, ``b_i`` are the rows of ``z_a`` and ``z_b``, those longer than √μ shortened to √μ. Where D is
     clearly less than N no N × N matrix is computed.
 
     Args:

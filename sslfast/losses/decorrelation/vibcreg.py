@@ -29,7 +29,7 @@ def vibcreg(
     gather_distributed: bool = False,
     form: str = "auto",
 ) -> Tensor:
-    """VIbCReg of two views: VICReg whose third term does not depend on the columns' sizes.
+    """VIbCReg of two views: VICReg with a covariance term that does not depend on the columns' scale.
 
         loss = sim · mean (z_a − z_b)²
              + var · Σ_views mean_j max(0, 1 − sqrt(Var_j + eps))         unbiased; the sum of both views

@@ -119,10 +119,10 @@ def variance_loss(x: Tensor, eps: float = 1e-4) -> Tensor:
 
 
 def covariance_loss(x: Tensor, *, form: str = "auto") -> Tensor:
-    """Squares of the covariances off the diagonal, ``(1/D) Σ_{i≠j} Cov_ij²``, mean over the places.
+    """Sum of the squared off-diagonal covariances, ``(1/D) Σ_{i≠j} Cov_ij²``, averaged over positions.
 
     Args:
-        x: [N, ..., D], N ≥ 2; float32, float64, bfloat16 or float16. Each place between N and D has its own matrix.
+        x: [N, ..., D], N ≥ 2; float32, float64, bfloat16 or float16. Each position between N and D has its own matrix.
         form: "primal", O(N·D²), "dual", O(N²·D), or "auto" (default), the cheaper: see :func:`sslfast.second_moment`.
 
     Returns:

@@ -33,7 +33,7 @@ def vicregl(
     gather_distributed: bool = False,
     invariance: str = "global",
 ) -> Tensor:
-    """``α · global loss + (1 − α) · local loss``, of views that are crops of one image.
+    """VICRegL, ``α · global loss + (1 − α) · local loss``, of views that are crops of one image.
 
     Pairs are those of two views of which the first is a global one; "mean" is over pairs, or over views.
 

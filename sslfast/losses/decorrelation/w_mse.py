@@ -202,7 +202,7 @@ def whitened_pairs(
 
 
 class WMSELoss(nn.Module):
-    """Distance of positives after whitening in random sub-batches, mean over pairs of views and repetitions.
+    """W-MSE: mean distance of positives after whitening in random sub-batches, over view pairs and repetitions.
 
     Every repetition deals the samples into sub-batches by one ``torch.randperm`` of the default generator, as lightly's
     does, so the same seed gives the same sub-batches. All are whitened at once.

@@ -8,7 +8,7 @@ from ...ops.masked_feature_loss import LOSSES, masked_feature_loss
 
 
 class MaskedFeatureLoss(nn.Module):
-    """The module form of :func:`sslfast.masked_feature_loss`: I-JEPA; with ``beta=0`` V-JEPA.
+    """The module form of :func:`sslfast.masked_feature_loss`, for I-JEPA (for V-JEPA with ``beta=0``).
 
     Args:
         loss, beta, layer_norm, eps: as the function takes them.

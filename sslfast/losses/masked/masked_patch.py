@@ -11,7 +11,7 @@ from ...ops.masked_patch_loss import LOSSES, ORDERS, TARGETS, masked_patch_loss
 
 
 class MaskedPatchLoss(nn.Module):
-    """The module form of :func:`sslfast.masked_patch_loss`: MAE, SimMIM, VideoMAE.
+    """The module form of :func:`sslfast.masked_patch_loss`, for MAE, SimMIM and VideoMAE.
 
     Args:
         patch_size: p or (ph, pw), or (pt, ph, pw) for video.
