@@ -96,7 +96,7 @@ def fenced(lines: list[str]) -> list[str]:
 
 
 def functions_over_modules(package: Module) -> None:
-    """``ops.nt_xent`` is the function that ``ops`` imports from its module ``nt_xent``, as when Python runs it.
+    """``pretext.rotation`` is the function that ``pretext`` imports from its module ``rotation``, as for Python.
 
     Griffe takes the module; its aliases have to be resolved already, since their paths lead through the module.
     """
