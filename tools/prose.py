@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -105,9 +104,12 @@ def rewritten(text: str) -> str:
 
 
 def pages() -> list[Path]:
-    """Every Markdown file of the repository."""
-    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return [ROOT / name for name in listed.stdout.split()]
+    """Every Markdown file of the repository, but for what was built or installed."""
+
+    def made(path: Path) -> bool:
+        return any(part.startswith(".") or part in ("build", "dist", "out") for part in path.relative_to(ROOT).parts)
+
+    return sorted(path for path in ROOT.rglob("*.md") if not made(path))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
