@@ -1,5 +1,5 @@
-// CPU instruction-set levels: every csrc/cpu/<op>.cpp that does not say `// build: one level` is compiled once per level, and the widest level that the
-// processor has is chosen when a kernel is called.
+// CPU instruction-set levels: every csrc/cpu/<op>.cpp that does not say `// build: one level` is compiled once per
+// level, and the widest level that the processor has is chosen when a kernel is called.
 //
 // The build defines SSLFAST_CPU_LEVEL as `baseline`, `avx2` or `avx512` (with the compiler flags to match), and
 // SSLFAST_CPU_DISPATCH in the baseline pass alone. A source file puts its kernel into
