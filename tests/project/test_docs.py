@@ -195,7 +195,7 @@ def test_the_training_script_resumes_with_the_same_numbers(tmp_path: Path) -> No
 
 
 def test_the_temperature_of_the_script_for_ranks_stays_one(tmp_path: Path) -> None:
-    """The loss is inside of what DDP wraps; beside it, each rank's temperature would go its own way."""
+    """Every rank trains one model, the loss's own parameter included."""
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
     said = run_script(SCRIPTS["docs/scaling.md: script on 2 ranks"], tmp_path, *launcher)
     found = dict(re.findall(r"rank (\d): temperature ([\d.]+)", said))
