@@ -103,10 +103,6 @@ class Want(NamedTuple):
     Attributes:
         columns: the column LSE.
         hardest: the largest negative logit of each row.
-
-    Example:
-        >>> sslfast.distributed.Want(columns=True)
-        Want(columns=True, hardest=False)
     """
 
     columns: bool = False
