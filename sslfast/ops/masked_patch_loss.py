@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import _backends, _library, reference
 from .._checks import FLOATS, accumulator, ids_checked, without_autocast
 from . import _devices
-from .gather_patches import channel_numbers, check_images, length_of, patch_sides
+from ._patches import channel_numbers, check_images, length_of, patch_sides
 
 BACKENDS = ("cpu", "cuda", "reference")
 LOSSES = ("mse", "l1")
@@ -112,7 +112,10 @@ class _Images(NamedTuple):
 
 
 def _checked_images(
-    images: Tensor, patch_size: int | Sequence[int], mean: Sequence[float] | None, std: Sequence[float] | None
+    images: Tensor,
+    patch_size: int | Sequence[int],
+    mean: Sequence[float] | float | None,
+    std: Sequence[float] | float | None,
 ) -> _Images:
     check_images(images)
     patch = patch_sides(patch_size, images.shape[2:])
@@ -175,8 +178,8 @@ def masked_patch_loss(
     patch_size: int | Sequence[int],
     loss: str = "mse",
     target: str = "pixels",
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Sequence[float] | float | None = None,
+    std: Sequence[float] | float | None = None,
     order: str = "channels_last",
 ) -> Tensor:
     """Mean loss of predicted patches over the masked ones, with pixels or normalised pixels as the target.
@@ -200,8 +203,8 @@ def masked_patch_loss(
         target: "pixels" (default); "mae", the patch's pixels less their mean, divided by ``sqrt(var + 1e-6)``;
             "videomae", each channel of the patch less its mean, divided by ``sqrt(var) + 1e-6``. Variances are
             unbiased.
-        mean, std: a number a channel; ``(images − mean) / std`` comes first (default: as they are). What an image was
-            normalised with is undone by ``-mean / std`` and ``1 / std``.
+        mean, std: one number, or one a channel; ``(images − mean) / std`` comes first (default: as they are). What an
+            image was normalised with is undone by ``-mean / std`` and ``1 / std``.
         order: of a patch's values, "channels_last" (default; (pt, ph, pw, C), as MAE and VideoMAE) or
             "channels_first" ((C, pt, ph, pw), as a convolution's weight and as PixelShuffle reads its channels).
 
