@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 import sslfast
 from augment_common import BACKENDS, device_of, noise
@@ -213,38 +212,6 @@ def test_without_ids_torchs_generator_rules() -> None:
         torch.manual_seed(11)
         assert same(transform(images), first) and same(transform(images), second)
         assert not same(first, second)
-
-
-# -------------------------------------------------------------------------------------------------------------- workers
-
-
-class Augmented(Dataset):
-    """Images by their index, augmented one by one where the worker is."""
-
-    def __init__(self, images: Tensor, epoch: int) -> None:
-        self.images = images
-        self.epoch = epoch
-        self.transform = MultiViewTransform(VIEWS, seed=8)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> list[Tensor]:
-        return self.transform(self.images[index], index, epoch=self.epoch)
-
-
-@pytest.mark.parametrize(
-    ("start", "backend"),
-    [("fork", "reference"), ("fork", "cpu"), pytest.param("spawn", "cpu", marks=pytest.mark.slow)],
-)
-def test_workers_give_what_the_main_process_gives(start: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SSLFAST_BACKEND", backend)  # read where a spawned worker imports the package
-    dataset = Augmented(noise(10, 3, 40, 50), epoch=6)
-    with sslfast.use_backend(backend):
-        expected = dataset.transform(dataset.images, range(10), epoch=6)
-        loader = DataLoader(dataset, batch_size=3, num_workers=2, multiprocessing_context=start)
-        batches = list(loader)
-    assert same([torch.cat(parts) for parts in zip(*batches, strict=True)], expected)
 
 
 # ---------------------------------------------------------------------------------------------------------- wrong input
