@@ -51,7 +51,7 @@ def as_tensor(ids: Tensor | Array) -> Tensor:
     return torch.from_numpy(ids) if isinstance(ids, np.ndarray) else ids
 
 
-def of_kind(ids: Tensor | Array, *results: Tensor) -> tuple[Any, ...]:
+def like_samples(ids: Tensor | Array, *results: Tensor) -> tuple[Any, ...]:
     """Results as the samples are: arrays for arrays."""
     return tuple(x.numpy() if isinstance(ids, np.ndarray) else x for x in results)
 

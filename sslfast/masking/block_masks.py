@@ -20,7 +20,7 @@ from .._random.philox import LOW, philox
 from .._random.streams import stream_of
 from ..ops.block_mask import block_mask, checked_blocks
 from ..ops.masked_rows import masked_rows
-from ._samples import Array, Grid, Samples, as_samples, as_tensor, epoch_for, of_kind, rectangle
+from ._samples import Array, Grid, Samples, as_samples, as_tensor, epoch_for, like_samples, rectangle
 
 ASPECT = (0.3, 1 / 0.3)
 Counts = float | Sequence[float] | Tensor | Array
@@ -236,7 +236,7 @@ def ibot_masks(
     highest = [r + v for r, v in zip(ratios, variations, strict=True)]
     low, high = (_on_device(bounds, numbers.device)[choice] for bounds in (lowest, highest))
     share = torch.minimum(low + (high - low) * numbers[:, 1], high)
-    (counts,) = of_kind(ids, share * (height * width))
+    (counts,) = like_samples(ids, share * (height * width))
     return block_masks(
         ids,
         (height, width),
@@ -326,7 +326,7 @@ def _dino_masks(
     placed = block_masks(
         ids,
         grid,
-        *of_kind(ids, counts),
+        *like_samples(ids, counts),
         least=least,
         most=0.5 * patches if most is None else most,
         aspect=aspect,
@@ -337,7 +337,7 @@ def _dino_masks(
     if shift:
         masks = _rolled(masks, numbers[:, 2:], height, width)
     rows, weights, count = masked_rows(masks, upperbound)
-    masks, rows, weights, count = of_kind(ids, masks, rows, weights, count)
+    masks, rows, weights, count = like_samples(ids, masks, rows, weights, count)
     return PatchMasks(masks, rows, weights, upperbound, count)
 
 

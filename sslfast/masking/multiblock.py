@@ -175,19 +175,19 @@ def multiblock_masks(
             allowed = "None with upstream=True" if upstream else f"from 1 to {most}, which targets always leave"
             raise ValueError(f"context_size must be {allowed}, got {context_size}")
 
-    who = as_samples(samples, device)
+    ids = as_samples(samples, device)
 
     def place(kept: int) -> tuple[Any, Any, Any]:
-        if isinstance(who, torch.Tensor):
+        if isinstance(ids, torch.Tensor):
             options: dict[str, Any] = {"min_keep": min_keep, "allow_overlap": allow_overlap, "upstream": upstream}
-            return multiblock_mask(who, grid, targets, *blocks, kept, **options, seed=seed, epoch=epoch, view=view)
+            return multiblock_mask(ids, grid, targets, *blocks, kept, **options, seed=seed, epoch=epoch, view=view)
         function = multiblock_arrays if _native.host is None else _native.host.multiblock_mask
-        return function(who, grid, targets, *blocks, kept, min_keep, allow_overlap, upstream, seed, epoch, view)
+        return function(ids, grid, targets, *blocks, kept, min_keep, allow_overlap, upstream, seed, epoch, view)
 
-    own = blocks[1][0] * blocks[1][1] if allow_overlap else 0  # 0: known only once they are counted
-    kept = own if context_size is None else context_size
+    whole_block = blocks[1][0] * blocks[1][1] if allow_overlap else 0  # 0: known only once they are counted
+    kept = whole_block if context_size is None else context_size
     context, target, counts = place(kept)
-    if kept == 0 and len(who):
+    if kept == 0 and len(ids):
         free = 0 if upstream else patches - targets * target.shape[2]
         kept = max(int(counts.min()), min(min_keep, free))
         if kept < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,17 +39,19 @@ def _masks(
     order: str,
     noise: Tensor | Array | None,
     device: torch.device | str | None,
-    **key: int,
+    seed: int,
+    epoch: int | None,
+    view: int,
 ) -> Masks:
     if order not in ("raster", "noise"):
         raise ValueError(f"order must be 'raster' or 'noise', got {order!r}")
     ids, ascending = as_samples(samples, device), order == "raster"
+    key = key_of(seed, epoch_for(epoch, samples if noise is None else 0), view)._asdict()
     if isinstance(ids, Tensor):
         if noise is not None and not isinstance(noise, Tensor):
             raise TypeError(f"noise must be a torch.Tensor like the samples, got {type(noise).__name__}")
         return Masks(*random_mask(ids, grid, kept, unit=unit, noise=noise, ascending=ascending, **key))
     check_units(grid, unit, kept)
-    key = key_of(**key)._asdict()
     if noise is not None:
         units = math.prod(grid) // math.prod(unit)
         if not isinstance(noise, np.ndarray) or noise.dtype not in (np.float32, np.float16):
@@ -100,7 +103,7 @@ def random_masks(
     """
     ratio = check_share("ratio", ratio)
     sides = _sides(grid, 1, 2, 3)
-    key = {"seed": seed, "epoch": epoch_for(epoch, samples), "view": view}
+    key: dict[str, Any] = {"seed": seed, "epoch": epoch, "view": view}
     kept = int(math.prod(sides) * (1 - ratio))
     return _masks(samples, sides, kept, unit=(1, 1, 1), order=order, noise=noise, device=device, **key)
 
@@ -136,7 +139,7 @@ def tube_masks(
     ratio = check_share("ratio", ratio)
     sides = _sides(grid, 3)
     places = sides[1] * sides[2]
-    key = {"seed": seed, "epoch": epoch_for(epoch, samples), "view": view}
+    key: dict[str, Any] = {"seed": seed, "epoch": epoch, "view": view}
     kept = places - int(ratio * places)
     return _masks(samples, sides, kept, unit=(sides[0], 1, 1), order=order, noise=noise, device=device, **key)
 
@@ -178,6 +181,6 @@ def grid_masks(
     block = (1, height, width)
     check_units(sides, block, 0)
     units = math.prod(sides) // math.prod(block)
-    key = {"seed": seed, "epoch": epoch_for(epoch, samples), "view": view}
+    key: dict[str, Any] = {"seed": seed, "epoch": epoch, "view": view}
     kept = units - math.ceil(units * ratio)
     return _masks(samples, sides, kept, unit=block, order=order, noise=noise, device=device, **key)

@@ -133,11 +133,11 @@ def mask_tokens(
     rows = input_ids.shape[0] if input_ids.dim() else 0  # the operation checks the shape
     if isinstance(samples, (Tensor, Sequence)) and len(samples) != rows:
         raise ValueError(f"samples must be as many as the rows, {rows}, got {len(samples)}")
-    apart, words = _as_tensor("special", special, input_ids), _as_tensor("word_ids", word_ids, input_ids)
+    unchosen, words = _as_tensor("special", special, input_ids), _as_tensor("word_ids", word_ids, input_ids)
     return ops.mask_tokens.mask_tokens(
         input_ids,
         sample_ids(samples, rows, input_ids.device),
-        None if apart is None else apart.to(torch.bool),
+        None if unchosen is None else unchosen.to(torch.bool),
         None if words is None else words.to(torch.int64),
         limits,
         mask_id=mask_id,
@@ -196,12 +196,12 @@ def _checked_arrays(
         ids = as_samples(np.asarray(samples, dtype=None if count else np.int64), None)
     if len(ids) != count:
         raise ValueError(f"samples must be as many as the rows, {count}, got {len(ids)}")
-    apart = None if special is None else _from_rows("special", special, input_ids.shape)
+    unchosen = None if special is None else _from_rows("special", special, input_ids.shape)
     words = None if word_ids is None else _from_rows("word_ids", word_ids, input_ids.shape)
-    if apart is not None:
-        apart = np.ascontiguousarray(apart, dtype=np.bool_)
+    if unchosen is not None:
+        unchosen = np.ascontiguousarray(unchosen, dtype=np.bool_)
     if words is not None:
         words = np.ascontiguousarray(words, dtype=np.int64)
         if words.size and words.max() >= LONGEST:
             raise ValueError(f"word_ids must be below {LONGEST}, got {words.max()}")
-    return np.ascontiguousarray(input_ids), ids, apart, words
+    return np.ascontiguousarray(input_ids), ids, unchosen, words

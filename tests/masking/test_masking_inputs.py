@@ -187,6 +187,7 @@ def test_samples_without_an_epoch_are_warned_of() -> None:
             warnings.simplefilter("always")
             call(4)
             call(IDS, epoch=0)
+            masking.random_masks(IDS, 16, noise=torch.rand(4, 16))
         assert caught == []
         with pytest.warns(UserWarning, match="ids were given and no epoch") as told:
             result = call(IDS)
