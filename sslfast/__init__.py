@@ -6,6 +6,7 @@ from . import _native as _native, augment as augment, distributed as distributed
 from ._backends import use_backend as use_backend, use_gradient_form as use_gradient_form
 from ._version import __version__ as __version__
 from .adapters import Patch as Patch, patch as patch, unpatch as unpatch
+from .grad_cache import grad_cache_step as grad_cache_step
 from .losses.contrastive.clip import ClipLoss as ClipLoss, clip as clip
 from .losses.contrastive.dcl import DCLLoss as DCLLoss, DCLWLoss as DCLWLoss, dcl as dcl, dclw as dclw
 from .losses.contrastive.diagnostics import (

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+
+from ._warn import warn_user
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 GRADIENT_FORMS = ("streamed", "banded")
@@ -132,8 +133,7 @@ def tell_fallback(op: str, preferred: str, reason: str) -> None:
     if torch.compiler.is_compiling() or (op, reason) in _told:
         return
     _told.add((op, reason))
-    warnings.warn(
+    warn_user(
         f"sslfast.{op}: backend {preferred!r} cannot serve this call ({reason}); "
-        "using 'reference', which computes the same function in plain PyTorch",
-        stacklevel=5,  # the caller of the public function
+        "using 'reference', which computes the same function in plain PyTorch"
     )

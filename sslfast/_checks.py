@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 import os
+import sys
+import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+PACKAGES = tuple(str(Path(file).parent) for file in (__file__, torch.__file__))  # whose lines are not the caller's
+_warned: set[str] = set()
 
 
 def accumulator(x: Tensor) -> torch.dtype:
@@ -39,6 +48,122 @@ def autocasts(x: Tensor) -> bool:
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """A region in which ``x``'s device does not autocast."""
     return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def warn_once(message: str) -> None:
+    """Warn of the caller's line, once for each message and process; of a data loader's workers only the first warns."""
+    worker = torch.utils.data.get_worker_info()
+    if message in _warned or (worker is not None and worker.id > 0):
+        return
+    _warned.add(message)
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGES):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
+def is_real(value: object) -> TypeGuard[float]:
+    """``value`` is a number: Python's or NumPy's, whole or not, but no truth value."""
+    return isinstance(value, (int, float, np.integer, np.floating, torch.SymInt, torch.SymFloat)) and not isinstance(
+        value, bool
+    )
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """``value`` is a whole number by its type: Python's or NumPy's, but no truth value."""
+    return isinstance(value, (int, np.integer, torch.SymInt)) and not isinstance(value, bool)
+
+
+def real_number(name: str, value: Any) -> float:
+    """A number, or a tensor or array of one element, as a float."""
+    if is_real(value):
+        return float(value)
+    if isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) == 1:
+        return float(value.item())
+    raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def whole_number(name: str, value: Any, least: int, most: int | None = None, unit: str = "") -> int:
+    """A whole number, Python's, NumPy's or a tensor of one, as an int from ``least`` on, up to ``most``.
+
+    Raises:
+        ValueError: it is something else. ``unit`` says what there are ``most`` of.
+    """
+    number = value
+    if not isinstance(value, (int, torch.SymInt)):
+        try:
+            number = operator.index(value)
+        except TypeError:
+            number = None
+    if number is None or isinstance(value, bool) or number < least or (most is not None and number > most):
+        last = f"the {most} {unit}" if unit else most
+        allowed = f"of at least {least}" if most is None else f"from {least} to {last}"
+        raise ValueError(f"{name} must be a whole number {allowed}, got {value!r}")
+    return number
+
+
+def whole_numbers(name: str, values: Any, wanted: str) -> tuple[int, ...]:
+    """One whole number or several, as ints; ``wanted`` tells what is allowed.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    given = [values] if is_whole(values) else values
+    if not isinstance(given, (Sequence, np.ndarray, Tensor)) or isinstance(given, str):
+        raise ValueError(f"{name} must be {wanted}, got {values!r}")
+    try:
+        numbers: tuple[Any, ...] = tuple(v if isinstance(v, (int, torch.SymInt)) else operator.index(v) for v in given)
+    except TypeError:
+        raise ValueError(f"{name} must be {wanted}, in whole numbers, got {values!r}") from None
+    if any(isinstance(v, bool) for v in numbers):
+        raise ValueError(f"{name} must be {wanted}, in whole numbers, got {values!r}")
+    return numbers
+
+
+def whole_each(name: str, values: Any, count: int, wanted: str) -> tuple[int, ...]:
+    """``count`` whole numbers, or one in place of all; ``wanted`` tells what is allowed."""
+    numbers = whole_numbers(name, values, wanted)
+    if is_whole(values):
+        numbers *= count
+    if len(numbers) != count:
+        raise ValueError(f"{name} must be {wanted}, got {values!r}")
+    return numbers
+
+
+def real_numbers(name: str, values: Any) -> tuple[float, ...]:
+    """One number or several, of any kind, as floats."""
+    if is_real(values):
+        return (float(values),)
+    if isinstance(values, str) or not hasattr(values, "__iter__"):
+        raise TypeError(f"{name} must be a number or a sequence of numbers, got {values!r}")
+    if isinstance(values, (Tensor, np.ndarray)):
+        values = values.tolist() if values.ndim else [values.item()]
+    return tuple(real_number(name, value) for value in values)
+
+
+def check_share(name: str, value: Any) -> float:
+    """A number between 0 and 1."""
+    number = real_number(name, value)
+    if not 0 <= number <= 1:  # false for NaN too
+        raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
+    return number
+
+
+def warn_of_bytes(images: Tensor) -> None:
+    """Warn if floating-point images, which are on the scale 0 … 1, seem to be on that of bytes.
+
+    Only some pixels of the first one are looked at, and only where that waits for no device. Overshoot and brightness
+    above 1 are legal, and stay far below 8; of a photograph's bytes hardly any are below it.
+    """
+    if not images.dtype.is_floating_point or not readable(images) or images.numel() == 0:
+        return
+    first = images[0] if images.dim() > 3 else images
+    some = first[..., :: max(1, first.shape[-2] // 16), :: max(1, first.shape[-1] // 16)]
+    if float(some.detach().max()) > 8:
+        warn_once(
+            "images seem to be on the scale 0 … 255: floating-point ones must be on 0 … 1, or views are white. "
+            "Divide them by 255, or pass uint8"
+        )
 
 
 def check_matrix(name: str, x: Tensor) -> None:
@@ -80,7 +205,7 @@ def check_temperature(temperature: float | Tensor, device: torch.device) -> None
         if not readable(temperature):
             return
         value = float(temperature.detach())
-    elif isinstance(temperature, (int, float)) and not isinstance(temperature, bool):
+    elif is_real(temperature):
         value = float(temperature)
     else:
         raise TypeError(f"temperature must be a float or a tensor, got {type(temperature).__name__}")
@@ -130,7 +255,7 @@ def scalar_tensor(name: str, value: float | Tensor, like: Tensor) -> Tensor:
         if value.device != like.device:
             raise ValueError(f"{name} must be on the inputs' device {like.device}, got {value.device}")
         return value.reshape(()).to(kind)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if is_real(value):
         return torch.full((), value, dtype=kind, device=like.device)
     raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}")
 

@@ -8,6 +8,8 @@ schemas that ``sslfast.ops`` defines. A library that is absent or does not load 
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
+import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
@@ -43,8 +45,21 @@ def _import_host() -> ModuleType | None:
     try:
         return importlib.import_module("sslfast._host")
     except ImportError as error:
-        why_missing["_host"] = str(error)
+        why_missing["_host"] = f"{_why_no_host(error)}; without it NumPy draws the masks in data-loader workers"
         return None
+
+
+def _why_no_host(error: ImportError) -> str:
+    """Why the module of one Python version does not import, and what to do."""
+    built = sorted(path.name for path in _HERE.glob("_host.*") if path.suffix in (".so", ".pyd"))
+    own = [name for name in built if name in {f"_host{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES}]
+    if own:
+        return f"built, but does not load: {error}"
+    if built:
+        return f"built for another Python ({', '.join(built)}); install again"
+    if importlib.util.find_spec("pybind11") is None:
+        return "not built: pybind11 is missing; pip install pybind11, then install again"
+    return "not built; install again: pip install --no-build-isolation ."
 
 
 # Implemented in csrc/cpu/levels.cpp and tile_peak.cpp; they take no tensor, so they need no fake kernel.

@@ -4,9 +4,18 @@
 #include "mask_tokens.h"
 
 namespace sslfast {
-namespace SSLFAST_CPU_LEVEL {
 
 inline constexpr int64_t kTokenChunk = 1024;  // what is held besides the row itself stays in the first cache
+inline constexpr int kMostBucketBits = 12;
+
+// Memory of one thread: on the heap, because a thread's stack may be smaller.
+struct TokenScratch {
+  uint32_t key[kTokenChunk + 3], list[kTokenChunk], block[kTokenChunk], words[4][kTokenChunk];
+  uint32_t bucket_end[1 << kMostBucketBits];
+  uint8_t chosen[kTokenChunk];
+};
+
+namespace SSLFAST_CPU_LEVEL {
 
 // A row as it lies in memory; `special` and `word_ids` may be null.
 template <typename T>
@@ -33,11 +42,12 @@ static inline void draw_blocks(const Stream& s, const uint32_t* __restrict__ blo
   }
 }
 
-// key[i] of the tokens first … first + count, where `first` is a multiple of 4.
+// scratch.key[i] of the tokens first … first + count, where `first` is a multiple of 4.
 template <typename T>
 static inline void draw_keys(const TokenRow<T>& row, const Stream& stream, int64_t first, int64_t count,
-                             uint32_t* __restrict__ key) {
-  uint32_t block[kTokenChunk], words[4][kTokenChunk];
+                             TokenScratch& scratch) {
+  uint32_t* __restrict__ key = scratch.key, * __restrict__ block = scratch.block;
+  uint32_t (*__restrict__ words)[kTokenChunk] = scratch.words;
   if (row.word_ids == nullptr) {
     const int64_t blocks = (count + 3) / 4;
     for (int64_t i = 0; i < blocks; ++i) block[i] = static_cast<uint32_t>(first / 4 + i);
@@ -62,9 +72,10 @@ static inline bool is_candidate(const TokenRow<T>& row, int64_t s) {
 
 // Inputs and labels of the chosen tokens at list[0 … count); the inputs already hold the row.
 template <typename T>
-static void replace_tokens_at(const TokenRow<T>& row, const TokenRules& rules, const uint32_t* list, int64_t count) {
+static void replace_tokens_at(const TokenRow<T>& row, const TokenRules& rules, const uint32_t* list, int64_t count,
+                              TokenScratch& scratch) {
   const Stream stream = replacement_stream(rules, row.sample);
-  uint32_t words[2][kTokenChunk];
+  uint32_t (*words)[kTokenChunk] = scratch.words;
   for (int64_t first = 0; first < count; first += kTokenChunk) {
     const int64_t some = count - first < kTokenChunk ? count - first : kTokenChunk;
     draw_blocks<2>(stream, list + first, some, words);
@@ -88,27 +99,27 @@ static void copy_row(const TokenRow<T>& row, T ignore, int64_t begin, int64_t en
 
 // Each token, or word, by itself: chosen where its key is below the limit.
 template <typename T>
-static void mask_row(const TokenRow<T>& row, const TokenRules& rules) {
+static void mask_row(const TokenRow<T>& row, const TokenRules& rules, TokenScratch& scratch) {
   const Stream stream = selection_stream(rules, row.sample);
-  uint32_t key[kTokenChunk + 3], list[kTokenChunk];
-  uint8_t chosen[kTokenChunk];
+  uint32_t* __restrict__ key = scratch.key, * __restrict__ list = scratch.list;
+  uint8_t* __restrict__ chosen = scratch.chosen;
   for (int64_t first = 0; first < row.length; first += kTokenChunk) {
     const int64_t count = row.length - first < kTokenChunk ? row.length - first : kTokenChunk;
     copy_row(row, static_cast<T>(rules.ignore), first, first + count);
     if (rules.chosen == 0) continue;
-    draw_keys(row, stream, first, count, key);
+    draw_keys(row, stream, first, count, scratch);
     const auto last = static_cast<uint32_t>(rules.chosen - 1);
     for (int64_t i = 0; i < count; ++i) chosen[i] = key[i] <= last;
     if (row.special != nullptr)
       for (int64_t i = 0; i < count; ++i) chosen[i] &= row.special[first + i] == 0;
     if (row.word_ids != nullptr)
       for (int64_t i = 0; i < count; ++i) chosen[i] &= row.word_ids[first + i] >= 0;
-    int64_t found = 0;
+    int64_t length = 0;
     for (int64_t i = 0; i < count; ++i) {
-      list[found] = static_cast<uint32_t>(first + i);
-      found += chosen[i];
+      list[length] = static_cast<uint32_t>(first + i);
+      length += chosen[i];
     }
-    replace_tokens_at(row, rules, list, found);
+    replace_tokens_at(row, rules, list, length, scratch);
   }
 }
 
@@ -127,15 +138,14 @@ static inline void shell_sort(uint64_t* x, int64_t n) {
 // Numbers in ascending order, sorted only as far as they are asked for: keys are uniform, so that of about as many
 // buckets as numbers each has one or two.
 struct AscendingTokens {
-  static constexpr int kMostBits = 12;
-  uint32_t end[1 << kMostBits];  // of each bucket in `sorted`
+  uint32_t* end;  // [1 << kMostBucketBits]: of each bucket in `sorted`
   uint64_t* sorted;
   int64_t at = 0, known = 0;  // sorted[at … known) is in order
   int bucket = 0;
 
-  AscendingTokens(const uint64_t* x, int64_t n, uint64_t* out) : sorted(out) {
+  AscendingTokens(const uint64_t* x, int64_t n, uint64_t* out, uint32_t* bucket_end) : end(bucket_end), sorted(out) {
     int bits = 2;
-    while (bits < kMostBits && (int64_t{1} << bits) < n) ++bits;
+    while (bits < kMostBucketBits && (int64_t{1} << bits) < n) ++bits;
     const int shift = 64 - bits;
     for (int k = 0; k < 1 << bits; ++k) end[k] = 0;
     for (int64_t i = 0; i < n; ++i) ++end[x[i] >> shift];
@@ -159,23 +169,24 @@ struct AscendingTokens {
 
 // An exact number of tokens. `ranked` has room for two rows, `list` for one.
 template <typename T>
-static void mask_row_exactly(const TokenRow<T>& row, const TokenRules& rules, uint64_t* ranked, uint32_t* list) {
+static void mask_row_exactly(const TokenRow<T>& row, const TokenRules& rules, uint64_t* ranked, uint32_t* list,
+                             TokenScratch& scratch) {
   const Stream stream = selection_stream(rules, row.sample);
-  uint32_t key[kTokenChunk + 3];
+  const uint32_t* key = scratch.key;
   copy_row(row, static_cast<T>(rules.ignore), 0, row.length);
   int64_t n = 0;
   for (int64_t first = 0; first < row.length; first += kTokenChunk) {
     const int64_t count = row.length - first < kTokenChunk ? row.length - first : kTokenChunk;
-    draw_keys(row, stream, first, count, key);
+    draw_keys(row, stream, first, count, scratch);
     for (int64_t i = 0; i < count; ++i) {
       const auto s = static_cast<uint32_t>(first + i);
       ranked[n] = ranked_token(key[i], row.word_ids ? static_cast<uint32_t>(row.word_ids[s]) : s, s);
       n += is_candidate(row, s);
     }
   }
-  AscendingTokens next(ranked, n, ranked + row.length);
+  AscendingTokens next(ranked, n, ranked + row.length, scratch.bucket_end);
   const Chosen chosen = choose_exactly(n, token_budget(rules, n), next, list);
-  replace_tokens_at(row, rules, list + chosen.begin, chosen.count);
+  replace_tokens_at(row, rules, list + chosen.begin, chosen.count, scratch);
 }
 
 }  // namespace SSLFAST_CPU_LEVEL

@@ -16,4 +16,19 @@ void parallel_each(const Parallel& parallel, int64_t count, F& f) {
   parallel.run(count, [](void* data, int64_t i) { (*static_cast<F*>(data))(i); }, &f);
 }
 
+// Calls f(worker, task) for every task once, each worker alone with its number below min(threads, tasks): that of its
+// own scratch memory. `next` is a counter.
+template <typename F>
+void each_task(const Parallel& parallel, int64_t tasks, int64_t* next, F&& f) {
+  *next = 0;
+  auto body = [&](int64_t worker) {
+    for (;;) {
+      const int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+      if (task >= tasks) return;
+      f(worker, task);
+    }
+  };
+  parallel_each(parallel, tasks < parallel.threads ? tasks : parallel.threads, body);
+}
+
 }  // namespace sslfast

@@ -12,8 +12,9 @@ struct TokenBatch {
   const int64_t* samples;
   const uint8_t* special;
   const int64_t* word_ids;
-  uint64_t* ranked;  // [B, 2, S], or null: no exact number
-  uint32_t* list;    // [B, S], the same
+  uint64_t* ranked;       // [B, 2, S], or null: no exact number
+  uint32_t* list;         // [B, S], the same
+  TokenScratch* scratch;  // [threads]
 };
 
 }  // namespace sslfast
@@ -30,25 +31,27 @@ namespace {
 template <typename T>
 void mask_batch(const Parallel& parallel, const TokenBatch& batch, const TokenRules& rules, const T* ids, T* inputs,
                 T* labels) {
-  auto task = [&](int64_t t) {
-    const int64_t begin = t * batch.rows_per_task;
-    const int64_t end = begin + batch.rows_per_task < batch.rows ? begin + batch.rows_per_task : batch.rows;
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t at = b * batch.length;
-      const TokenRow<T> row{batch.length,
-                            static_cast<uint64_t>(batch.samples[b]),
-                            ids + at,
-                            batch.special ? batch.special + at : nullptr,
-                            batch.word_ids ? batch.word_ids + at : nullptr,
-                            inputs + at,
-                            labels + at};
-      if (batch.ranked)
-        mask_row_exactly(row, rules, batch.ranked + 2 * at, batch.list + at);
-      else
-        mask_row(row, rules);
-    }
-  };
-  parallel_each(parallel, (batch.rows + batch.rows_per_task - 1) / batch.rows_per_task, task);
+  int64_t next = 0;
+  each_task(parallel, (batch.rows + batch.rows_per_task - 1) / batch.rows_per_task, &next,
+            [&](int64_t worker, int64_t t) {
+              TokenScratch& scratch = batch.scratch[worker];
+              const int64_t begin = t * batch.rows_per_task;
+              const int64_t end = begin + batch.rows_per_task < batch.rows ? begin + batch.rows_per_task : batch.rows;
+              for (int64_t b = begin; b < end; ++b) {
+                const int64_t at = b * batch.length;
+                const TokenRow<T> row{batch.length,
+                                      static_cast<uint64_t>(batch.samples[b]),
+                                      ids + at,
+                                      batch.special ? batch.special + at : nullptr,
+                                      batch.word_ids ? batch.word_ids + at : nullptr,
+                                      inputs + at,
+                                      labels + at};
+                if (batch.ranked)
+                  mask_row_exactly(row, rules, batch.ranked + 2 * at, batch.list + at, scratch);
+                else
+                  mask_row(row, rules, scratch);
+              }
+            });
 }
 
 }  // namespace
@@ -70,7 +73,7 @@ void mask_tokens(const Parallel& parallel, const TokenBatch& batch, const TokenR
 #include <tuple>
 #include <vector>
 
-#include "torch_api.h"
+#include "cpu/engine/operator.h"
 
 namespace sslfast {
 namespace {
@@ -111,6 +114,8 @@ std::tuple<Tensor, Tensor> mask_tokens_cpu(const Tensor& ids_any, const Tensor& 
                          vocab_size,
                          ignore_index};
   constexpr int64_t kTokensPerTask = 8192;
+  const Parallel parallel = torch_parallel();
+  Tensor memory = scratch(ids, parallel.threads * static_cast<int64_t>(sizeof(TokenScratch)));
   const TokenBatch batch{rows,
                          length,
                          std::max<int64_t>(1, kTokensPerTask / std::max<int64_t>(1, length)),
@@ -118,10 +123,11 @@ std::tuple<Tensor, Tensor> mask_tokens_cpu(const Tensor& ids_any, const Tensor& 
                          special ? const_data<uint8_t>(*special) : nullptr,
                          words ? const_data<int64_t>(*words) : nullptr,
                          ranked ? mutable_data<uint64_t>(*ranked) : nullptr,
-                         list ? mutable_data<uint32_t>(*list) : nullptr};
+                         list ? mutable_data<uint32_t>(*list) : nullptr,
+                         static_cast<TokenScratch*>(aligned(memory))};
   auto run = [&](auto element) {
     using T = decltype(element);
-    SSLFAST_CALL(mask_tokens, torch_parallel(), batch, rules, const_data<T>(ids), mutable_data<T>(inputs),
+    SSLFAST_CALL(mask_tokens, parallel, batch, rules, const_data<T>(ids), mutable_data<T>(inputs),
                  mutable_data<T>(labels));
   };
   if (ids.scalar_type() == ScalarType::Long)

@@ -28,7 +28,7 @@ struct NtXent {
   SelfSaved saved;
   SelfSimilarity<T> similarity;
 
-  NtXent(const NtXentInput& in, const NtXentSaved& kept, bool backward, Arena& arena)
+  NtXent(const NtXentInput& in, const NtXentSaved& kept, bool backward, int64_t threads, Arena& arena)
       : rows(2 * in.n),
         positives(arena.take<int64_t>(rows)),
         positive(arena.take<T>(rows)),
@@ -36,7 +36,7 @@ struct NtXent {
         grad_positive(arena.take<T>(rows)),
         input{{in.z0, in.z1, in.n}, rows, in.d, 1 / in.temperature, in.normalize, true, nullptr, positives},
         saved{kept.inv_norm, kept.row_max, kept.row_sum, kept.tiles, kept.tiles_size},
-        similarity(input, saved, backward, arena) {}
+        similarity(input, saved, backward, threads, arena) {}
   NtXent(const NtXent&) = delete;
 
   void set_positives() {
@@ -47,7 +47,7 @@ struct NtXent {
 template <typename T>
 double forward(const NtXentInput& input, const NtXentSaved& saved, void* memory, const Parallel& parallel) {
   Arena arena{static_cast<char*>(memory)};
-  NtXent<T> task(input, saved, false, arena);
+  NtXent<T> task(input, saved, false, parallel.threads, arena);
   task.set_positives();
   task.similarity.forward(parallel, task.positive, nullptr);
   if (!input.normalize)
@@ -67,7 +67,7 @@ template <typename T>
 void backward(const NtXentInput& input, const NtXentSaved& saved, NtXentGradient& gradient, void* memory,
               const Parallel& parallel) {
   Arena arena{static_cast<char*>(memory)};
-  NtXent<T> task(input, saved, true, arena);
+  NtXent<T> task(input, saved, true, parallel.threads, arena);
   task.set_positives();
   const T weight = static_cast<T>(gradient.grad_loss / static_cast<double>(task.rows));
   for (int64_t row = 0; row < task.rows; ++row) {
@@ -80,29 +80,27 @@ void backward(const NtXentInput& input, const NtXentSaved& saved, NtXentGradient
 }
 
 template <typename T>
-int64_t workspace(const NtXentInput& input, int64_t tiles_size, bool backward) {
+int64_t workspace(const NtXentInput& input, int64_t tiles_size, bool backward, int64_t threads) {
   Arena arena{nullptr};
   const NtXentSaved saved{nullptr, nullptr, nullptr, nullptr, tiles_size};
-  const NtXent<T> task(input, saved, backward, arena);
+  const NtXent<T> task(input, saved, backward, threads, arena);
   return arena.bytes;
 }
 
 }  // namespace
 
-int64_t nt_xent_workspace(const NtXentInput& input, int64_t tiles_size, bool backward) {
-  return input.z0.type == ElementType::f64 ? workspace<double>(input, tiles_size, backward)
-                                           : workspace<float>(input, tiles_size, backward);
+int64_t nt_xent_workspace(const NtXentInput& input, int64_t tiles_size, bool backward, int64_t threads) {
+  return with_accumulator(input.z0.type,
+                          [&](auto t) { return workspace<decltype(t)>(input, tiles_size, backward, threads); });
 }
 
 double nt_xent_forward(const NtXentInput& input, const NtXentSaved& saved, void* memory, const Parallel& parallel) {
-  return input.z0.type == ElementType::f64 ? forward<double>(input, saved, memory, parallel)
-                                           : forward<float>(input, saved, memory, parallel);
+  return with_accumulator(input.z0.type, [&](auto t) { return forward<decltype(t)>(input, saved, memory, parallel); });
 }
 
 void nt_xent_backward(const NtXentInput& input, const NtXentSaved& saved, NtXentGradient& gradient, void* memory,
                       const Parallel& parallel) {
-  return input.z0.type == ElementType::f64 ? backward<double>(input, saved, gradient, memory, parallel)
-                                           : backward<float>(input, saved, gradient, memory, parallel);
+  with_accumulator(input.z0.type, [&](auto t) { backward<decltype(t)>(input, saved, gradient, memory, parallel); });
 }
 
 }  // namespace SSLFAST_CPU_LEVEL
@@ -141,8 +139,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nt_xent(const Tensor& z0_any,
   Tensor tiles = tile_cache_of(z0, tile_cache, kind);
   const NtXentSaved saved{inv_norm.mutable_data_ptr(), row_max.mutable_data_ptr(), row_sum.mutable_data_ptr(),
                           tiles.mutable_data_ptr(), tile_cache};
-  Tensor memory = scratch(z0, SSLFAST_CALL(nt_xent_workspace, input, tile_cache, false));
-  set_scalar(loss, SSLFAST_CALL(nt_xent_forward, input, saved, aligned(memory), torch_parallel()));
+  const Parallel parallel = torch_parallel();
+  Tensor memory = scratch(z0, SSLFAST_CALL(nt_xent_workspace, input, tile_cache, false, parallel.threads));
+  set_scalar(loss, SSLFAST_CALL(nt_xent_forward, input, saved, aligned(memory), parallel));
   return {loss, inv_norm, row_max, row_sum, tiles};
 }
 
@@ -160,15 +159,13 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, con
   check_tensor(tiles, "tiles", {tiles.numel()}, kind, z0);
   SSLFAST_CHECK(inv_norm.is_contiguous() && row_max.is_contiguous() && row_sum.is_contiguous() && tiles.is_contiguous(),
                 "inv_norm, row_max, row_sum and tiles must be as nt_xent returned them");
-  Tensor dz0 = torch::stable::empty_like(z0), dz1 = torch::stable::empty_like(z1);
+  Tensor dz0 = torch::stable::new_empty(z0, {input.n, input.d}), dz1 = torch::stable::new_empty(z0, {input.n, input.d});
   Tensor dtemperature = torch::stable::empty_like(temperature);
-  // The backward only reads what the forward saved.
-  const NtXentSaved saved{const_cast<void*>(inv_norm.const_data_ptr()), const_cast<void*>(row_max.const_data_ptr()),
-                          const_cast<void*>(row_sum.const_data_ptr()), const_cast<void*>(tiles.const_data_ptr()),
-                          tiles.numel()};
+  const NtXentSaved saved{read_only(inv_norm), read_only(row_max), read_only(row_sum), read_only(tiles), tiles.numel()};
   NtXentGradient gradient{scalar(grad_loss), dz0.mutable_data_ptr(), dz1.mutable_data_ptr(), 0};
-  Tensor memory = scratch(z0, SSLFAST_CALL(nt_xent_workspace, input, tiles.numel(), true));
-  SSLFAST_CALL(nt_xent_backward, input, saved, gradient, aligned(memory), torch_parallel());
+  const Parallel parallel = torch_parallel();
+  Tensor memory = scratch(z0, SSLFAST_CALL(nt_xent_workspace, input, tiles.numel(), true, parallel.threads));
+  SSLFAST_CALL(nt_xent_backward, input, saved, gradient, aligned(memory), parallel);
   set_scalar(dtemperature, gradient.dtemperature);
   return {dz0, dz1, dtemperature};
 }

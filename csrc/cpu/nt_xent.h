@@ -32,7 +32,7 @@ struct NtXentGradient {
 }  // namespace sslfast
 
 // Bytes of scratch memory (aligned to 64) that the kernels need: O(n·d).
-SSLFAST_DECLARE(int64_t nt_xent_workspace(const NtXentInput& input, int64_t tiles_size, bool backward))
+SSLFAST_DECLARE(int64_t nt_xent_workspace(const NtXentInput& input, int64_t tiles_size, bool backward, int64_t threads))
 // Fills `saved` and returns the loss.
 SSLFAST_DECLARE(double nt_xent_forward(const NtXentInput& input, const NtXentSaved& saved, void* workspace,
                                        const Parallel& parallel))

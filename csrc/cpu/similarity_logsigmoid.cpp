@@ -16,7 +16,8 @@ struct LogSigmoidResult {
 
 }  // namespace sslfast
 
-SSLFAST_DECLARE(int64_t similarity_logsigmoid_workspace(const CrossInput& input, bool need_q, bool need_k))
+SSLFAST_DECLARE(int64_t similarity_logsigmoid_workspace(const CrossInput& input, bool need_q, bool need_k,
+                                                        int64_t threads))
 SSLFAST_DECLARE(LogSigmoidResult similarity_logsigmoid(const CrossInput& input, double bias, CrossGradient& gradient,
                                                        void* workspace, const Parallel& parallel))
 
@@ -41,8 +42,8 @@ struct LogSigmoid {
   CrossSimilarity<T> cross;
   double *loss, *dbias;  // [blocks of q]
 
-  LogSigmoid(const CrossInput& input, bool need_q, bool need_k, Arena& arena)
-      : cross(input, 1.0, true, need_q, need_k, arena),
+  LogSigmoid(const CrossInput& input, bool need_q, bool need_k, int64_t threads, Arena& arena)
+      : cross(input, 1.0, true, need_q, need_k, threads, arena),
         loss(arena.take<double>(cross.of_q.count)),
         dbias(arena.take<double>(cross.of_q.count)) {}
 
@@ -96,12 +97,9 @@ struct LogSigmoid {
 
 }  // namespace
 
-int64_t similarity_logsigmoid_workspace(const CrossInput& input, bool need_q, bool need_k) {
+int64_t similarity_logsigmoid_workspace(const CrossInput& input, bool need_q, bool need_k, int64_t threads) {
   Arena arena{nullptr};
-  if (input.q.type == ElementType::f64)
-    LogSigmoid<double>(input, need_q, need_k, arena);
-  else
-    LogSigmoid<float>(input, need_q, need_k, arena);
+  with_accumulator(input.q.type, [&](auto t) { LogSigmoid<decltype(t)>(input, need_q, need_k, threads, arena); });
   return arena.bytes;
 }
 
@@ -109,9 +107,9 @@ LogSigmoidResult similarity_logsigmoid(const CrossInput& input, double bias, Cro
                                        const Parallel& parallel) {
   Arena arena{static_cast<char*>(memory)};
   const bool need_q = gradient.dq != nullptr, need_k = gradient.dk != nullptr;
-  if (input.q.type == ElementType::f64)
-    return LogSigmoid<double>(input, need_q, need_k, arena).run(bias, gradient, parallel);
-  return LogSigmoid<float>(input, need_q, need_k, arena).run(bias, gradient, parallel);
+  return with_accumulator(input.q.type, [&](auto t) {
+    return LogSigmoid<decltype(t)>(input, need_q, need_k, parallel.threads, arena).run(bias, gradient, parallel);
+  });
 }
 
 }  // namespace SSLFAST_CPU_LEVEL
@@ -134,9 +132,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_logsigmoid(const T
   Tensor loss = given.number(), dscale = given.number(), dbias = given.number();
   Tensor dq = given.gradient(given.q, need_q), dk = given.gradient(given.k, need_k);
   CrossGradient gradient{data_or_null(dq), data_or_null(dk), nullptr, 0};
-  Tensor memory = scratch(given.q, SSLFAST_CALL(similarity_logsigmoid_workspace, given.input, need_q, need_k));
+  const Parallel parallel = torch_parallel();
+  Tensor memory =
+      scratch(given.q, SSLFAST_CALL(similarity_logsigmoid_workspace, given.input, need_q, need_k, parallel.threads));
   const LogSigmoidResult result =
-      SSLFAST_CALL(similarity_logsigmoid, given.input, scalar(bias), gradient, aligned(memory), torch_parallel());
+      SSLFAST_CALL(similarity_logsigmoid, given.input, scalar(bias), gradient, aligned(memory), parallel);
   set_scalar(loss, result.loss);
   set_scalar(dscale, gradient.dscale);
   set_scalar(dbias, result.dbias);

@@ -37,7 +37,7 @@ struct CrossNeeds {
 }  // namespace sslfast
 
 SSLFAST_DECLARE(int64_t similarity_lse_workspace(const CrossInput& input, int64_t tiles_size, bool backward,
-                                                 const CrossNeeds& needs))
+                                                 const CrossNeeds& needs, int64_t threads))
 SSLFAST_DECLARE(void similarity_lse_forward(const CrossInput& input, const CrossSaved& saved, const CrossOutput& output,
                                             void* workspace, const Parallel& parallel))
 SSLFAST_DECLARE(void similarity_lse_backward(const CrossInput& input, const CrossSaved& saved, const CrossGiven& given,
@@ -57,14 +57,15 @@ struct CrossLse {
   T *row_a, *row_shift, *col_a, *col_shift;
   bool bounded;
 
-  CrossLse(const CrossInput& in, const CrossSaved& kept, bool backward, const CrossNeeds& needs, Arena& arena)
+  CrossLse(const CrossInput& in, const CrossSaved& kept, bool backward, const CrossNeeds& needs, int64_t threads,
+           Arena& arena)
       : input(in),
         saved(kept),
         columns_of_tiles(Blocks<T>(in.n, in.d).count),
         tile_numbers(Blocks<T>(in.m, in.d).height * kTile),
         slots(kept.tiles_size / tile_numbers),
         cross(in, kLog2e, !backward || slots < columns_of_tiles * Blocks<T>(in.m, in.d).count, backward && needs.q,
-              backward && needs.k, arena) {
+              backward && needs.k, threads, arena) {
     row_a = arena.take<T>(backward ? in.m + kTile : 0);
     row_shift = arena.take<T>(backward ? in.m + kTile : 0);
     col_a = arena.take<T>(backward ? in.n + kTile : 0);
@@ -171,13 +172,11 @@ struct CrossLse {
 
 }  // namespace
 
-int64_t similarity_lse_workspace(const CrossInput& input, int64_t tiles_size, bool backward, const CrossNeeds& needs) {
+int64_t similarity_lse_workspace(const CrossInput& input, int64_t tiles_size, bool backward, const CrossNeeds& needs,
+                                 int64_t threads) {
   Arena arena{nullptr};
   const CrossSaved saved{nullptr, nullptr, nullptr, nullptr, nullptr, tiles_size};
-  if (input.q.type == ElementType::f64)
-    CrossLse<double>(input, saved, backward, needs, arena);
-  else
-    CrossLse<float>(input, saved, backward, needs, arena);
+  with_accumulator(input.q.type, [&](auto t) { CrossLse<decltype(t)>(input, saved, backward, needs, threads, arena); });
   return arena.bytes;
 }
 
@@ -185,19 +184,17 @@ void similarity_lse_forward(const CrossInput& input, const CrossSaved& saved, co
                             const Parallel& parallel) {
   Arena arena{static_cast<char*>(memory)};
   const CrossNeeds none{false, false, false};
-  if (input.q.type == ElementType::f64)
-    CrossLse<double>(input, saved, false, none, arena).forward(output, parallel);
-  else
-    CrossLse<float>(input, saved, false, none, arena).forward(output, parallel);
+  with_accumulator(input.q.type, [&](auto t) {
+    CrossLse<decltype(t)>(input, saved, false, none, parallel.threads, arena).forward(output, parallel);
+  });
 }
 
 void similarity_lse_backward(const CrossInput& input, const CrossSaved& saved, const CrossGiven& given,
                              const CrossNeeds& needs, CrossGradient& gradient, void* memory, const Parallel& parallel) {
   Arena arena{static_cast<char*>(memory)};
-  if (input.q.type == ElementType::f64)
-    CrossLse<double>(input, saved, true, needs, arena).backward(given, gradient, parallel);
-  else
-    CrossLse<float>(input, saved, true, needs, arena).backward(given, gradient, parallel);
+  with_accumulator(input.q.type, [&](auto t) {
+    CrossLse<decltype(t)>(input, saved, true, needs, parallel.threads, arena).backward(given, gradient, parallel);
+  });
 }
 
 }  // namespace SSLFAST_CPU_LEVEL
@@ -225,8 +222,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const CrossOutput output{data_or_null(row_lse), data_or_null(col_lse), data_or_null(positive),
                            data_or_null(negative)};
   const CrossNeeds none{false, false, false};
-  Tensor memory = scratch(given.q, SSLFAST_CALL(similarity_lse_workspace, given.input, tile_cache, false, none));
-  SSLFAST_CALL(similarity_lse_forward, given.input, saved, output, aligned(memory), torch_parallel());
+  const Parallel parallel = torch_parallel();
+  Tensor memory =
+      scratch(given.q, SSLFAST_CALL(similarity_lse_workspace, given.input, tile_cache, false, none, parallel.threads));
+  SSLFAST_CALL(similarity_lse_forward, given.input, saved, output, aligned(memory), parallel);
   return {row_lse, col_lse, positive, negative, row_max, row_sum, col_max, col_sum, tiles};
 }
 
@@ -252,8 +251,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_lse_backward(
   check_statistics(col_max, col_sum, "grad_col", grad_col, given.input.n, given);
   check_optional(grad_positive, "grad_positive", given.input.m, given.kind, given.q);
   check_tensor(tiles, "tiles", {tiles.numel()}, given.kind, given.q);
-  // The backward only reads what the forward saved.
-  auto read_only = [](const Tensor& x) { return x.numel() == 0 ? nullptr : const_cast<void*>(x.const_data_ptr()); };
   const CrossSaved saved{read_only(row_max), read_only(row_sum), read_only(col_max),
                          read_only(col_sum), read_only(tiles),   tiles.numel()};
   Tensor dq = given.gradient(given.q, need_q), dk = given.gradient(given.k, need_k);
@@ -261,8 +258,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_lse_backward(
   CrossGradient gradient{data_or_null(dq), data_or_null(dk), data_or_null(dbias), 0};
   const CrossGiven grads{data_or_null(grad_row), data_or_null(grad_col), data_or_null(grad_positive)};
   const CrossNeeds needs{need_q, need_k, need_bias};
-  Tensor memory = scratch(given.q, SSLFAST_CALL(similarity_lse_workspace, given.input, tiles.numel(), true, needs));
-  SSLFAST_CALL(similarity_lse_backward, given.input, saved, grads, needs, gradient, aligned(memory), torch_parallel());
+  const Parallel parallel = torch_parallel();
+  Tensor memory = scratch(
+      given.q, SSLFAST_CALL(similarity_lse_workspace, given.input, tiles.numel(), true, needs, parallel.threads));
+  SSLFAST_CALL(similarity_lse_backward, given.input, saved, grads, needs, gradient, aligned(memory), parallel);
   set_scalar(dscale, gradient.dscale);
   return {dq, dk, dscale, dbias};
 }

@@ -34,13 +34,15 @@ template <typename T>
 struct Attend {
   const CrossInput& input;
   const Blocks<T> of_q, of_k;
-  const int64_t splits;  // few row blocks: each is shared by so many tasks, which take turns at the blocks of k
-  const int64_t chunk;   // blocks of k that are packed at a time
+  const int64_t splits;         // few row blocks: each is shared by so many tasks, which take turns at the blocks of k
+  const int64_t chunk;          // blocks of k that are packed at a time
+  const SplitFactor<T> factor;  // log2(e)·scale
   T *q_panels, *k_panels, *k_transposed, *sums, *scratch_rows, *bias;
-  T *max, *sum;  // [splits][m]
+  T* scratch_tiles;  // [workers][height·kTile]: on the heap, because a thread's stack may be smaller than a tile
+  T *max, *sum;      // [splits][m]
   IdRange *row_ranges, *col_ranges;
   double* per_block;
-  T high, low;
+  int64_t* next;
   bool bounded;
 
   Attend(const CrossInput& in, int64_t threads, Arena& arena)
@@ -48,7 +50,8 @@ struct Attend {
         of_q(in.m, in.d),
         of_k(in.n, in.d),
         splits(split_count(of_q, of_k, threads)),
-        chunk(chunk_count(of_k)) {
+        chunk(chunk_count(of_k)),
+        factor(kLog2e * in.scale) {
     q_panels = arena.take<T>(of_q.count * of_q.size);
     k_panels = arena.take<T>(chunk * of_k.size);
     k_transposed = arena.take<T>(chunk * of_k.size);
@@ -60,9 +63,11 @@ struct Attend {
     row_ranges = arena.take<IdRange>(of_q.count);
     col_ranges = arena.take<IdRange>(of_k.count);
     per_block = arena.take<double>(of_q.count + of_k.count);
-    high = static_cast<T>(kLog2e * in.scale);
-    low = static_cast<T>(kLog2e * in.scale - static_cast<double>(high));
+    next = arena.take<int64_t>(1);
+    scratch_tiles = arena.take<T>((threads < tasks() ? threads : tasks()) * of_q.height * kTile);
   }
+
+  int64_t tasks() const { return of_q.count * splits; }
 
   // Two tasks a thread, unless there are not so many blocks in a chunk of k.
   static int64_t split_count(const Blocks<T>& of_q, const Blocks<T>& of_k, int64_t threads) {
@@ -139,7 +144,7 @@ struct Attend {
   void tile(int64_t i, int64_t s, int64_t j, int64_t place, T* x) const {
     const int64_t rows = of_q.length(i), columns = of_k.length(j);
     tile_similarity(q_panels + i * of_q.size, k_transposed + place * of_k.size, of_q.height, rows, columns, input.d,
-                    high, low, x);
+                    factor, x);
     if (bias != nullptr) add_bias(x, rows, columns, bias + of_k.first(j));
     if (columns % kLanes<T> != 0) mask_padding(x, rows, columns, bounded);
     if (input.row_ids != nullptr && row_ranges[i].meets(col_ranges[j]))
@@ -187,42 +192,35 @@ struct Attend {
 };
 
 template <typename T>
-void attend(const CrossInput& input, const AttendOutput& output, void* memory, const Parallel& parallel) {
+void run(const CrossInput& input, const AttendOutput& output, void* memory, const Parallel& parallel) {
   Arena arena{static_cast<char*>(memory)};
-  Attend<T> task(input, parallel.threads, arena);
-  task.prepare(parallel);
-  for (int64_t first = 0; first < task.of_k.count; first += task.chunk) {
-    const int64_t left = task.of_k.count - first, count = left < task.chunk ? left : task.chunk;
-    task.pack_keys(parallel, first, count);
-    auto body = [&](int64_t t) {
-      alignas(64) T scratch[kTile * kTile];
-      const int64_t i = t / task.splits, s = t % task.splits;
+  Attend<T> attend(input, parallel.threads, arena);
+  attend.prepare(parallel);
+  for (int64_t first = 0; first < attend.of_k.count; first += attend.chunk) {
+    const int64_t left = attend.of_k.count - first, count = left < attend.chunk ? left : attend.chunk;
+    attend.pack_keys(parallel, first, count);
+    each_task(parallel, attend.tasks(), attend.next, [&](int64_t worker, int64_t task) {
+      T* scratch = attend.scratch_tiles + worker * attend.of_q.height * kTile;
+      const int64_t i = task / attend.splits, s = task % attend.splits;
       for (int64_t j = first; j < first + count; ++j)
-        if (j % task.splits == s) task.tile(i, s, j, j - first, scratch);
-    };
-    parallel_each(parallel, task.of_q.count * task.splits, body);
+        if (j % attend.splits == s) attend.tile(i, s, j, j - first, scratch);
+    });
   }
-  auto finish = [&](int64_t i) { task.finish(i, output); };
-  parallel_each(parallel, task.of_q.count, finish);
+  auto finish = [&](int64_t i) { attend.finish(i, output); };
+  parallel_each(parallel, attend.of_q.count, finish);
 }
 
 }  // namespace
 
 int64_t similarity_lse_attend_workspace(const CrossInput& input, int64_t threads) {
   Arena arena{nullptr};
-  if (input.q.type == ElementType::f64)
-    Attend<double>(input, threads, arena);
-  else
-    Attend<float>(input, threads, arena);
+  with_accumulator(input.q.type, [&](auto t) { Attend<decltype(t)>(input, threads, arena); });
   return arena.bytes;
 }
 
 void similarity_lse_attend(const CrossInput& input, const AttendOutput& output, void* memory,
                            const Parallel& parallel) {
-  if (input.q.type == ElementType::f64)
-    attend<double>(input, output, memory, parallel);
-  else
-    attend<float>(input, output, memory, parallel);
+  with_accumulator(input.q.type, [&](auto t) { run<decltype(t)>(input, output, memory, parallel); });
 }
 
 }  // namespace SSLFAST_CPU_LEVEL

@@ -17,7 +17,8 @@ struct SelfGiven {
 
 }  // namespace sslfast
 
-SSLFAST_DECLARE(int64_t similarity_lse_self_workspace(const SelfInput& input, int64_t tiles_size, bool backward))
+SSLFAST_DECLARE(int64_t similarity_lse_self_workspace(const SelfInput& input, int64_t tiles_size, bool backward,
+                                                      int64_t threads))
 SSLFAST_DECLARE(void similarity_lse_self_forward(const SelfInput& input, const SelfSaved& saved,
                                                  const SelfOutput& output, void* workspace, const Parallel& parallel))
 // Fills dz [m, d] and returns dscale.
@@ -30,10 +31,10 @@ namespace SSLFAST_CPU_LEVEL {
 namespace {
 
 template <typename T>
-int64_t workspace(const SelfInput& input, int64_t tiles_size, bool backward) {
+int64_t workspace(const SelfInput& input, int64_t tiles_size, bool backward, int64_t threads) {
   Arena arena{nullptr};
   const SelfSaved saved{nullptr, nullptr, nullptr, nullptr, tiles_size};
-  const SelfSimilarity<T> task(input, saved, backward, arena);
+  const SelfSimilarity<T> task(input, saved, backward, threads, arena);
   return arena.bytes;
 }
 
@@ -41,7 +42,7 @@ template <typename T>
 void forward(const SelfInput& input, const SelfSaved& saved, const SelfOutput& output, void* memory,
              const Parallel& parallel) {
   Arena arena{static_cast<char*>(memory)};
-  SelfSimilarity<T> task(input, saved, false, arena);
+  SelfSimilarity<T> task(input, saved, false, parallel.threads, arena);
   T *positive = static_cast<T*>(output.positive), *hardest = static_cast<T*>(output.hardest);
   task.forward(parallel, positive, hardest);
   natural_lse(task.row_max, task.row_sum, input.m, static_cast<T*>(output.row_lse));
@@ -53,31 +54,29 @@ template <typename T>
 double backward(const SelfInput& input, const SelfSaved& saved, const SelfGiven& given, void* dz, void* memory,
                 const Parallel& parallel) {
   Arena arena{static_cast<char*>(memory)};
-  SelfSimilarity<T> task(input, saved, true, arena);
+  SelfSimilarity<T> task(input, saved, true, parallel.threads, arena);
   const ElementType type = input.rows.first.type == ElementType::f64 ? ElementType::f64 : ElementType::f32;
   return task.backward(parallel, static_cast<const T*>(given.row), static_cast<const T*>(given.positive),
                        {dz, dz, input.m, type});
 }
 
-bool is_double(const SelfInput& input) { return input.rows.first.type == ElementType::f64; }
-
 }  // namespace
 
-int64_t similarity_lse_self_workspace(const SelfInput& input, int64_t tiles_size, bool backward) {
-  return is_double(input) ? workspace<double>(input, tiles_size, backward)
-                          : workspace<float>(input, tiles_size, backward);
+int64_t similarity_lse_self_workspace(const SelfInput& input, int64_t tiles_size, bool backward, int64_t threads) {
+  return with_accumulator(input.rows.first.type,
+                          [&](auto t) { return workspace<decltype(t)>(input, tiles_size, backward, threads); });
 }
 
 void similarity_lse_self_forward(const SelfInput& input, const SelfSaved& saved, const SelfOutput& output, void* memory,
                                  const Parallel& parallel) {
-  return is_double(input) ? forward<double>(input, saved, output, memory, parallel)
-                          : forward<float>(input, saved, output, memory, parallel);
+  with_accumulator(input.rows.first.type,
+                   [&](auto t) { forward<decltype(t)>(input, saved, output, memory, parallel); });
 }
 
 double similarity_lse_self_backward(const SelfInput& input, const SelfSaved& saved, const SelfGiven& given, void* dz,
                                     void* memory, const Parallel& parallel) {
-  return is_double(input) ? backward<double>(input, saved, given, dz, memory, parallel)
-                          : backward<float>(input, saved, given, dz, memory, parallel);
+  return with_accumulator(input.rows.first.type,
+                          [&](auto t) { return backward<decltype(t)>(input, saved, given, dz, memory, parallel); });
 }
 
 }  // namespace SSLFAST_CPU_LEVEL
@@ -121,8 +120,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> similarity_lse_self(c
   Tensor tiles = tile_cache_of(z, tile_cache, kind);
   const SelfSaved saved{nullptr, data_or_null(row_max), data_or_null(row_sum), data_or_null(tiles), tile_cache};
   const SelfOutput output{data_or_null(row_lse), data_or_null(positive), data_or_null(negative)};
-  Tensor memory = scratch(z, SSLFAST_CALL(similarity_lse_self_workspace, input, tile_cache, false));
-  SSLFAST_CALL(similarity_lse_self_forward, input, saved, output, aligned(memory), torch_parallel());
+  const Parallel parallel = torch_parallel();
+  Tensor memory = scratch(z, SSLFAST_CALL(similarity_lse_self_workspace, input, tile_cache, false, parallel.threads));
+  SSLFAST_CALL(similarity_lse_self_forward, input, saved, output, aligned(memory), parallel);
   return {row_lse, positive, negative, row_max, row_sum, tiles};
 }
 
@@ -146,14 +146,12 @@ std::tuple<Tensor, Tensor> similarity_lse_self_backward(const MaybeTensor& grad_
                 "row_max, row_sum and tiles must be as similarity_lse_self returned them");
   Tensor dz = torch::stable::new_empty(z, {input.m, input.d}, kind);
   Tensor dscale = torch::stable::new_empty(z, {}, kind);
-  // The backward only reads what the forward saved.
-  const SelfSaved saved{nullptr, const_cast<void*>(row_max.const_data_ptr()),
-                        const_cast<void*>(row_sum.const_data_ptr()), const_cast<void*>(tiles.const_data_ptr()),
-                        tiles.numel()};
+  const SelfSaved saved{nullptr, read_only(row_max), read_only(row_sum), read_only(tiles), tiles.numel()};
   const SelfGiven given{data_or_null(grad_row), data_or_null(grad_positive)};
-  Tensor memory = scratch(z, SSLFAST_CALL(similarity_lse_self_workspace, input, tiles.numel(), true));
+  const Parallel parallel = torch_parallel();
+  Tensor memory = scratch(z, SSLFAST_CALL(similarity_lse_self_workspace, input, tiles.numel(), true, parallel.threads));
   set_scalar(dscale, SSLFAST_CALL(similarity_lse_self_backward, input, saved, given, dz.mutable_data_ptr(),
-                                  aligned(memory), torch_parallel()));
+                                  aligned(memory), parallel));
   return {dz, dscale};
 }
 

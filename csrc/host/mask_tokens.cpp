@@ -7,6 +7,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -39,6 +40,7 @@ py::tuple mask_tokens(const Rows<T>& ids, const Rows<int64_t>& samples, const st
     const py::gil_scoped_release others_run;
     std::vector<uint64_t> ranked(exact ? 2 * length : 0);
     std::vector<uint32_t> list(exact ? length : 0);
+    const auto scratch = std::make_unique<TokenScratch>();
     for (int64_t b = 0; b < rows; ++b) {
       const int64_t at = b * length;
       const host::TokenRow<T> row{length,
@@ -49,9 +51,9 @@ py::tuple mask_tokens(const Rows<T>& ids, const Rows<int64_t>& samples, const st
                                   input + at,
                                   label + at};
       if (exact)
-        host::mask_row_exactly(row, rules, ranked.data(), list.data());
+        host::mask_row_exactly(row, rules, ranked.data(), list.data(), *scratch);
       else
-        host::mask_row(row, rules);
+        host::mask_row(row, rules, *scratch);
     }
   }
   return py::make_tuple(inputs, labels);

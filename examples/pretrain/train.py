@@ -104,6 +104,6 @@ def embedded_views(
     parts = []
     for ids in torch.arange(pairs).split(512):
         # The second time round an image has another id, hence other views.
-        parts.append([model.embed(view) for view in transform(data.train[ids % len(data.train)], ids)])
+        parts.append([model.embed(view) for view in transform(data.train[ids % len(data.train)], ids, epoch=0)])
     first, second = (torch.cat(embeddings) for embeddings in zip(*parts, strict=True))
     return first, second

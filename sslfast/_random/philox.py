@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .key import key_of
 from .streams import FIRST, LAST
 
 LOW = 0xFFFFFFFF
@@ -58,10 +59,7 @@ def uniforms(ids: Tensor, count: int, *, seed: int = 0, epoch: int = 0, stream: 
     Raises:
         ValueError: a number is out of its range.
     """
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed must be a 64-bit whole number, got {seed}")
-    if not 0 <= epoch < 2**32:
-        raise ValueError(f"epoch must be between 0 and 2^32 − 1, got {epoch}")
+    seed, epoch, _ = key_of(seed, epoch)
     if not FIRST <= stream <= LAST:
         raise ValueError(f"stream must be between 2^15 and 2^16 − 1, got {stream}")
     blocks = -(-count // 4)

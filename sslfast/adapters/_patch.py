@@ -30,6 +30,11 @@ PACKAGES: Mapping[str, _Known] = {
 }
 
 
+def _by_value(values: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Each value with its keys, joined."""
+    return [(value, ", ".join(k for k, v in values.items() if v == value)) for value in dict.fromkeys(values.values())]
+
+
 class Patch:
     """What :func:`patch` did; a context manager that takes it back when its block ends.
 
@@ -37,7 +42,8 @@ class Patch:
         package: the name that was given to :func:`patch`.
         version: the package's version; empty for code that has none.
         replaced: the classes and functions that sslfast serves now, sorted.
-        left: what it left alone, and why.
+        through: what else is fast, and through what of these.
+        unchanged: what stays the package's own, and why.
 
     Example:
         >>> patched = sslfast.patch("lightly")
@@ -52,15 +58,17 @@ class Patch:
         self.replaced = tuple(
             sorted([c.__name__ for c in contents.classes] + [f.__qualname__ for f in contents.functions])
         )
-        self.left: Mapping[str, str] = types.MappingProxyType(dict(sorted(contents.left.items())))
+        self.through: Mapping[str, str] = types.MappingProxyType(dict(sorted(contents.through.items())))
+        self.unchanged: Mapping[str, str] = types.MappingProxyType(dict(sorted(contents.unchanged.items())))
         self._contents = contents
         self._methods: list[tuple[type, str, Any, Any]] = []  # owner, name, original, replacement
 
     def __str__(self) -> str:
-        lines = [f"sslfast serves {self.package} {self.version}".rstrip() + f": {', '.join(self.replaced)}"]
-        for reason in dict.fromkeys(self.left.values()):
-            names = ", ".join(name for name, why in self.left.items() if why == reason)
-            lines.append(f"  left alone: {names} ({reason})")
+        lines = [f"sslfast.patch: {self.package} {self.version}".rstrip()]
+        if self.replaced:
+            lines.append(f"  fast: {', '.join(self.replaced)}")
+        lines += [f"  fast through {of}: {names}" for of, names in _by_value(self.through)]
+        lines += [f"  unchanged ({reason}): {names}" for reason, names in _by_value(self.unchanged)]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -97,24 +105,27 @@ class Patch:
 
 
 _active: dict[str, Patch] = {}
+_printed: set[str] = set()
 
 
-def patch(package: str, *, allow_untested: bool = False) -> Patch:
+def patch(package: str, *, allow_untested: bool = False, verbose: bool = True) -> Patch:
     """Let sslfast compute what ``package`` computes: the same classes and functions, faster and in less memory.
 
     The methods of the package's own classes are replaced, not the classes: names, signatures, defaults, ``isinstance``,
     pickles and ``state_dict`` stay, and instances, subclasses and imported names from before are served too. Functions
     are replaced in every loaded module that holds them under a name. What sslfast does not serve exactly, the
-    package's own code computes, and a warning says so once. stderr (of rank 0) is told what was replaced and what not.
+    package's own code computes, and a warning says so once. What was replaced and what not is printed on stderr (of
+    rank 0), once in a process.
 
     Args:
         package: ``"lightly"``, ``"solo"``, ``"open_clip"``, ``"pytorch_metric_learning"``,
             ``"sentence_transformers"``, or ``"mae"`` (a ``MaskedAutoencoderViT`` as in facebookresearch/mae, in any
             loaded module).
         allow_untested: patch a version that the adapter was not tested with.
+        verbose: print the list. Default true; ``print(patched)`` shows it at any time.
 
     Returns:
-        :class:`Patch`, which lists what was replaced and what was left alone, and as a context manager undoes it.
+        :class:`Patch`, which lists what was replaced and what stays unchanged, and as a context manager undoes it.
 
     Raises:
         ValueError: ``package`` is not one of these names.
@@ -144,7 +155,8 @@ def patch(package: str, *, allow_untested: bool = False) -> Patch:
     done = Patch(package, version, contents)
     done._apply()
     _active[package] = done
-    if os.environ.get("RANK", "0") == "0":
+    if verbose and os.environ.get("RANK", "0") == "0" and str(done) not in _printed:
+        _printed.add(str(done))
         print(done, file=sys.stderr)
     return done
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .._checks import FLOATS
+from .._warn import warn_user
 
 DEVICES = ("cpu", "cuda")
 # Distributed tensors and other subclasses have rules for PyTorch's operators, and none for sslfast's.
@@ -34,12 +35,14 @@ class Package:
         classes: adapter classes, each a subclass of the package's class of that name; their ``served`` methods are what
             is replaced.
         functions: ``served`` functions.
-        left: what of the package sslfast leaves alone, and why.
+        through: what else is fast, and through which of them.
+        unchanged: what sslfast does not replace, and why.
     """
 
     classes: tuple[type, ...] = ()
     functions: tuple[Callable[..., Any], ...] = ()
-    left: dict[str, str] = field(default_factory=dict)
+    through: Mapping[str, str] = field(default_factory=dict)
+    unchanged: Mapping[str, str] = field(default_factory=dict)
 
 
 def served(original: Callable[..., Any], fast: Callable[..., Any], name: str | None = None) -> Callable[..., Any]:
@@ -66,12 +69,28 @@ def served(original: Callable[..., Any], fast: Callable[..., Any], name: str | N
             result = Unserved("its arguments")
         if not isinstance(result, Unserved):
             return result
-        reason, result = result.reason, original(*args, **kwargs)
-        _tell(name, reason)  # after the call: an error of its own says enough
-        return result
+        return _by_the_package(original, name, result.reason, args, kwargs)
 
     call.__sslfast__ = True  # type: ignore[attr-defined]
     return call
+
+
+_nested = threading.local()
+
+
+def _by_the_package(
+    original: Callable[..., Any], name: str, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The package's own result, and a warning with the reason; none for what it calls in turn, for the same reason."""
+    if torch.compiler.is_compiling() or getattr(_nested, "on", False):
+        return original(*args, **kwargs)
+    _nested.on = True
+    try:
+        result = original(*args, **kwargs)
+    finally:
+        _nested.on = False
+    _tell(name, reason)  # after the call: an error of its own says enough
+    return result
 
 
 def _other_derivatives() -> bool:
@@ -96,13 +115,11 @@ _told: set[tuple[str, str]] = set()
 
 
 def _tell(name: str, reason: str) -> None:
-    if torch.compiler.is_compiling() or (name, reason) in _told:
+    if (name, reason) in _told:
         return
     _told.add((name, reason))
-    warnings.warn(
-        f"sslfast does not serve this use of {name}: {reason}; the package's own code computes it",
-        stacklevel=3,  # the call of the served function
-    )
+    package = name.partition(".")[0]
+    warn_user(f"sslfast does not serve this use of {name}: {reason}; the package's own code computes it", package)
 
 
 def unserved_matrices(*matrices: object) -> Unserved | None:

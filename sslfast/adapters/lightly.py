@@ -114,9 +114,9 @@ set_at_index = served(utils.set_at_index, compat.set_at_index)
 mask_at_index = served(utils.mask_at_index, _mask_at_index)
 
 _NO_KERNEL = "sslfast has no faster form"
-_ONE_PASS = "one pass over its inputs already"
+_ONE_PASS = "one pass over the inputs already"
 _PROTOTYPES = "softmax over prototypes: sslfast has no kernel for it"
-_LEFT = {
+_UNCHANGED = {
     _PROTOTYPES: (
         "CAPILoss",
         "DINOLoss",
@@ -142,14 +142,13 @@ _LEFT = {
         "VISRegLoss",
     ),
     _ONE_PASS: ("NegativeCosineSimilarity", "invariance_loss", "norm_mse_loss", "repeat_token", "variance_loss"),
-    "VICRegLoss and VICRegLLoss, which call it, are served whole": ("covariance_loss",),
-    "a subclass of NTXentLoss, which is served": ("DirectCLRLoss",),
+    "VICRegLoss and VICRegLLoss do not call it any more": ("covariance_loss",),
     "a sort, which sslfast would do too": ("random_token_mask",),
 }
 
 
 def contents() -> Package:
-    """What :func:`sslfast.patch` replaces in lightly, and what it leaves alone."""
+    """What :func:`sslfast.patch` replaces in lightly, and what stays lightly's own."""
     return Package(
         classes=(
             NTXentLoss,
@@ -166,5 +165,6 @@ def contents() -> Package:
             WMSELoss,
         ),
         functions=(get_at_index, set_at_index, mask_at_index),
-        left={name: reason for reason, names in _LEFT.items() for name in names},
+        through={"DirectCLRLoss": "NTXentLoss"},
+        unchanged={name: reason for reason, names in _UNCHANGED.items() for name in names},
     )

@@ -2,7 +2,7 @@
 
 That code is no package: its class is copied into other repositories, and changed there. So every class named
 ``MaskedAutoencoderViT`` among the loaded modules is tried out: a small model of it is built, and each of its methods
-that gives the numbers and gradients of sslfast's form is served; the others are left alone.
+that gives the numbers and gradients of sslfast's form is served; the others stay as they are.
 """
 
 from __future__ import annotations
@@ -231,16 +231,16 @@ def _served_methods(cls: Any) -> tuple[dict[str, Any], dict[str, str]]:
         "forward_loss": functools.partial(_forward_loss, cls),
     }
     methods: dict[str, Any] = {}
-    left: dict[str, str] = {}
+    unchanged: dict[str, str] = {}
     for name, calls in _trials(model).items():
         original = vars(cls).get(name)
         if original is None:
             continue
         if not _has(cls, name):
-            left[name] = "its arguments are not those of facebookresearch/mae's"
+            unchanged[name] = "its arguments are not those of facebookresearch/mae's"
             continue
-        if name == "forward_encoder" and "random_masking" in left:  # sslfast's encoder draws its masks without it
-            left[name] = "it does not compute what facebookresearch/mae's does, whose random_masking is another"
+        if name == "forward_encoder" and "random_masking" in unchanged:  # sslfast's encoder draws its masks without it
+            unchanged[name] = "it does not compute what facebookresearch/mae's does, whose random_masking is another"
             continue
         alike = True
         for normalise in (False, True) if name == "forward_loss" else (False,):
@@ -249,8 +249,8 @@ def _served_methods(cls: Any) -> tuple[dict[str, Any], dict[str, str]]:
         if alike:
             methods[name] = served(original, fast[name])
         else:
-            left[name] = "it does not compute what facebookresearch/mae's does"
-    return methods, left
+            unchanged[name] = "it does not compute what facebookresearch/mae's does"
+    return methods, unchanged
 
 
 def _hugging_face() -> tuple[tuple[type, ...], dict[str, str]]:
@@ -288,17 +288,17 @@ def _hugging_face() -> tuple[tuple[type, ...], dict[str, str]]:
         (decoder, "forward", _hf_decoder, small[1], trials["forward_decoder"]),
     ]
     adapters: dict[type, dict[str, Any]] = {}
-    left = {"ViTMAEForPreTraining": "its loss is a part of forward, which has the whole model in it"}
+    unchanged = {"ViTMAEForPreTraining": "its loss is a part of forward, which has the whole model in it"}
     for cls, name, fast, model, calls in wanted:
         original = vars(cls)[name]
         arguments = (tuple(inspect.signature(function).parameters) for function in (original, fast))
         # The embeddings' fast form draws its masks without the class's random_masking, which is tried first.
-        other_masks = cls is embeddings and f"{cls.__name__}.random_masking" in left
+        other_masks = cls is embeddings and f"{cls.__name__}.random_masking" in unchanged
         if not other_masks and len(set(arguments)) == 1 and same(original, fast, model, calls):
             adapters.setdefault(cls, {})[name] = served(original, fast)
         else:
-            left[f"{cls.__name__}.{name}"] = "this version of transformers computes something else"
-    return tuple(_adapter(cls, methods) for cls, methods in adapters.items()), left
+            unchanged[f"{cls.__name__}.{name}"] = "this version of transformers computes something else"
+    return tuple(_adapter(cls, methods) for cls, methods in adapters.items()), unchanged
 
 
 def _adapter(cls: type, methods: dict[str, Any]) -> type:
@@ -317,21 +317,21 @@ def contents() -> Package:
     except ImportError as error:
         missing = error
     classes: list[type] = []
-    left: dict[str, str] = {}
+    unchanged: dict[str, str] = {}
     with random_numbers_kept():
         seed()
         for cls in _classes():
             methods, not_served = _served_methods(cls)
-            left |= {f"{cls.__module__}.{NAME}.{method}": reason for method, reason in not_served.items()}
+            unchanged |= {f"{cls.__module__}.{NAME}.{method}": reason for method, reason in not_served.items()}
             if methods:
                 classes.append(_adapter(cls, methods))
         adapters, not_served = _hugging_face()
     classes += adapters
-    left |= not_served
-    if not classes and not left:
+    unchanged |= not_served
+    if not classes and not unchanged:
         raise ImportError(
             f"no loaded module has a class {NAME} with random_masking(self, x, mask_ratio) and "
             "forward_loss(self, imgs, pred, mask): import the module that defines it (or transformers' ViTMAE) before "
             f"sslfast.patch('mae'); {missing}"
         )
-    return Package(tuple(classes), left=left)
+    return Package(tuple(classes), unchanged=unchanged)

@@ -151,8 +151,8 @@ class SigLipLoss(upstream.SigLipLoss):
 def contents() -> Package:
     return Package(
         classes=(ClipLoss, CoCaLoss, SigLipLoss),
-        left={
+        unchanged={
             "CoCaLoss's caption loss": "a cross entropy over the vocabulary, with no matrix of pairs",
-            "DistillClipLoss": "distillation reads both N×N matrices, the student's and the teacher's",
+            "DistillClipLoss": "it needs both full pair matrices, the student's and the teacher's",
         },
     )

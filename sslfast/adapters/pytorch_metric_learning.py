@@ -324,12 +324,24 @@ class CrossBatchMemory(losses.CrossBatchMemory):
     forward = served(losses.CrossBatchMemory.forward, _cross_batch, "pytorch_metric_learning.losses.CrossBatchMemory")
 
 
-LEFT = {
-    "the other losses": "margins, proxies and sorted lists have other formulas than the kernels of sslfast",
-    "miners, distances, reducers, regularizers": "they compute on the matrix of pairs, which sslfast does not make",
-    "SelfSupervisedLoss, MultipleLosses, DistributedLossWrapper": "they call the losses, which are served inside them",
-}
+WRAPPERS = ("DistributedLossWrapper", "MultipleLosses", "SelfSupervisedLoss")
+OTHER_FORMULAS = "margins, proxies or sorted lists: sslfast has no kernel for them"
 
 
 def contents() -> Package:
-    return Package(classes=(NTXentLoss, SupConLoss, VICRegLoss, CrossBatchMemory), left=dict(LEFT))
+    classes = (NTXentLoss, SupConLoss, VICRegLoss, CrossBatchMemory)
+    known = {*WRAPPERS, *(cls.__name__ for cls in classes)}
+    others = {
+        name
+        for name, value in vars(losses).items()
+        if isinstance(value, type) and issubclass(value, losses.BaseMetricLossFunction) and name not in known
+    }
+    others -= {"BaseMetricLossFunction", "GenericPairLoss"}  # what the losses derive from
+    return Package(
+        classes=classes,
+        through=dict.fromkeys(WRAPPERS, "the loss inside"),
+        unchanged={
+            **dict.fromkeys(sorted(others), OTHER_FORMULAS),
+            "miners, distances, reducers, regularizers": "they need the full pair matrix",
+        },
+    )

@@ -121,22 +121,33 @@ class CachedMultipleNegativesRankingLoss(upstream.CachedMultipleNegativesRanking
     calculate_loss = served(upstream.CachedMultipleNegativesRankingLoss.calculate_loss, _from_minibatches)
 
 
+_UNCHANGED = {
+    "a guide model's similarities mask single pairs": ("GISTEmbedLoss", "CachedGISTEmbedLoss"),
+    "they choose triplets from the full pair matrix": (
+        "BatchAllTripletLoss",
+        "BatchHardTripletLoss",
+        "BatchSemiHardTripletLoss",
+        "MegaBatchMarginLoss",
+    ),
+    "sslfast has no kernel for them": ("ContrastiveTensionLossInBatchNegatives", "GlobalOrthogonalRegularizationLoss"),
+    "sums over pairs of labels": ("CoSENTLoss", "AnglELoss"),
+    "one pass over the rows already": (
+        "CosineSimilarityLoss",
+        "ContrastiveLoss",
+        "TripletLoss",
+        "MSELoss",
+        "SoftmaxLoss",
+        "others by row",
+    ),
+    "scores that are no dot products of two rows": ("cross_encoder.losses", "multi_vector_encoder.losses"),
+}
+
+
 def contents() -> Package:
     return Package(
         classes=(CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss),
-        left={
-            "AdaptiveLayerLoss, Matryoshka2dLoss, MatryoshkaLoss, SpladeLoss, CSRLoss": (
-                "they call the loss they are given: the two above, which are served inside them"
-            ),
-            "GISTEmbedLoss, CachedGISTEmbedLoss": "a guide model's similarities mask single pairs",
-            "BatchAllTripletLoss, BatchHardTripletLoss, BatchSemiHardTripletLoss, MegaBatchMarginLoss": (
-                "triplets are chosen from the matrix of distances"
-            ),
-            "ContrastiveTensionLossInBatchNegatives, GlobalOrthogonalRegularizationLoss": "sslfast has no form of them",
-            "CoSENTLoss, AnglELoss": "sums over pairs of labels",
-            "CosineSimilarityLoss, ContrastiveLoss, TripletLoss, MSELoss, SoftmaxLoss and others by row": (
-                "linear in the batch: nothing to gain"
-            ),
-            "cross_encoder.losses, multi_vector_encoder.losses": "their scores are not dot products of two rows",
-        },
+        through=dict.fromkeys(
+            ("AdaptiveLayerLoss", "CSRLoss", "Matryoshka2dLoss", "MatryoshkaLoss", "SpladeLoss"), "the loss inside"
+        ),
+        unchanged={name: reason for reason, names in _UNCHANGED.items() for name in names},
     )

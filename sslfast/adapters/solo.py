@@ -187,22 +187,22 @@ _KNOWN = (
     _Known("vicreg", "vicreg_loss_func", _vicreg_of(False), gathers=False),
     _Known("vicreg", "vicreg_loss_func", _vicreg_of(True), gathers=True),
 )
-_LEFT = {
+_UNCHANGED = {
     "DINOLoss": "sslfast has no DINO loss",
-    "byol_loss_func": "it makes no matrix that could be avoided",
-    "deepclusterv2_loss_func": "its logits come from the model",
-    "manual_simclr_loss_func": "its masks are N × N already",
+    "byol_loss_func": "no matrix that could be avoided",
+    "deepclusterv2_loss_func": "logits that come from the model",
+    "manual_simclr_loss_func": "masks that are N × N already",
     "ressl_loss_func": "sslfast has no ReSSL",
-    "simsiam_loss_func": "it makes no matrix that could be avoided",
-    "swav_loss_func": "its logits come from the model",
-    "wmse_loss_func": "it makes no matrix that could be avoided",
+    "simsiam_loss_func": "no matrix that could be avoided",
+    "swav_loss_func": "logits that come from the model",
+    "wmse_loss_func": "no matrix that could be avoided",
 }
 
 
 def _installed() -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
-    """Served functions by name, and what is left with the reason."""
+    """Served functions by name, and what stays solo-learn's own with the reason."""
     found: dict[str, Callable[..., Any]] = {}
-    left = {name: reason for name, reason in _LEFT.items() if hasattr(solo.losses, name)}
+    unchanged = {name: reason for name, reason in _UNCHANGED.items() if hasattr(solo.losses, name)}
     for known in _KNOWN:
         try:
             module = importlib.import_module(f"solo.losses.{known.module}")
@@ -213,8 +213,8 @@ def _installed() -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
         if same_arguments and known.gathers in (None, hasattr(module, "gather")):
             found[known.name] = served(original, known.fast)
         elif known.name not in found:
-            left[known.name] = "this version of solo-learn takes or gathers something else"
-    return found, {name: reason for name, reason in left.items() if name not in found}
+            unchanged[known.name] = "this version of solo-learn takes or gathers something else"
+    return found, {name: reason for name, reason in unchanged.items() if name not in found}
 
 
 def _parameters(function: Callable[..., Any]) -> list[tuple[str, object]]:
@@ -229,5 +229,5 @@ def __getattr__(name: str) -> Any:
 
 
 def contents() -> Package:
-    functions, left = _installed()
-    return Package(functions=tuple(functions[name] for name in sorted(functions)), left=left)
+    functions, unchanged = _installed()
+    return Package(functions=tuple(functions[name] for name in sorted(functions)), unchanged=unchanged)

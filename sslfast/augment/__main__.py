@@ -43,7 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sslfast.augment",
         description="Draw the views that a recipe makes of images: one row an image, first the original with the crop "
-        "boxes, then its views with what was drawn for each. Needs matplotlib and pillow.",
+        "boxes, then its views with what was drawn for each. Pixels are those that are stored, as for a transform: an "
+        "orientation in EXIF is not applied. Needs matplotlib and pillow.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("source", type=Path, metavar="PATH", help="an image, or a folder of images (with subfolders)")
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         images, names, unreadable = read_images(given.source, given.images)
         transform = MultiViewTransform(recipe(given.recipe, given.size, local_size), seed=given.seed)
-        params = transform.sample_params(images, range(len(images)))
+        params = transform.sample_params(images, range(len(images)), epoch=0)
         made = list(transform.apply(images, params))
         given.out.parent.mkdir(parents=True, exist_ok=True)
         title = f"{given.recipe}, {transform.views[0].semantics} semantics, seed {given.seed}"

@@ -15,10 +15,26 @@ from .spec import ViewSpec
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from PIL.Image import Image
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 INCHES = 2.1  # side of a panel
 OPERATIONS = ("brightness", "contrast", "saturation", "hue")
+
+
+def _bytes_of(image: Image) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """[H, W, 3] of the pixels as they are stored, whatever EXIF says: what a transform makes its views of.
+
+    Raises:
+        ValueError: which value is white cannot be known.
+    """
+    if image.mode != "F" and image.mode[0] != "I":
+        return np.array(image.convert("RGB"))
+    levels = np.array(image)
+    if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
+        raise ValueError(f"which value is white is not known of mode {image.mode!r}")
+    grey = np.round(levels / 257).astype(np.uint8)  # of 16 bits, which conversion would clip to 255
+    return np.stack([grey] * 3, axis=-1)
 
 
 def read_images(source: Path, most: int) -> tuple[list[Tensor], list[str], list[str]]:
@@ -30,7 +46,7 @@ def read_images(source: Path, most: int) -> tuple[list[Tensor], list[str], list[
     Raises:
         FileNotFoundError, ValueError: there is no such path, no image file in it, or none that can be read.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder")
@@ -47,7 +63,7 @@ def read_images(source: Path, most: int) -> tuple[list[Tensor], list[str], list[
             break
         try:
             with Image.open(path) as opened:
-                pixels = np.array(ImageOps.exif_transpose(opened).convert("RGB"))
+                pixels = _bytes_of(opened)
         except Exception as error:  # Pillow's decoders raise whatever the damaged bytes lead them to
             unreadable.append(f"{path.name} ({error})")
         else:

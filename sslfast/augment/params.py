@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from .._library import towards
 from ..ops.view_params import COLUMNS
@@ -17,7 +20,7 @@ class ViewParams:
 
     Everything is in ``table`` [V, B, 16], float32: V views of B images, one column a choice. The properties are views
     into it, so ``params.sigma[0] = 0`` switches the blur of the first view off, and ``torch.save(params.table, …)``
-    with ``ViewParams(torch.load(…))`` replays.
+    with ``ViewParams(torch.load(…))`` replays. A ``DataLoader`` joins those of its items to those of the batch.
 
     Attributes:
         table: [V, B, 16].
@@ -108,6 +111,18 @@ class ViewParams:
         """On another device; the same object's memory where it is there already."""
         return ViewParams(towards(self.table, device))
 
+    def pin_memory(self) -> ViewParams:
+        """A copy in pinned memory, for ``DataLoader(pin_memory=True)``."""
+        return ViewParams(self.table.pin_memory())
+
     def clone(self) -> ViewParams:
         """A copy to edit."""
         return ViewParams(self.table.clone())
+
+
+def _joined(batch: Sequence[ViewParams], *, collate_fn_map: Any = None) -> ViewParams:
+    """The parameters of several images, or batches of them, as those of one batch."""
+    return ViewParams(torch.cat([params.table for params in batch], dim=1))
+
+
+default_collate_fn_map[ViewParams] = _joined  # so that a DataLoader takes a data set whose items hold them

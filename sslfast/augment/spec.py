@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .._checks import check_share, is_real, is_whole, real_number, real_numbers, whole_each
 from ..ops.augment_views import LARGEST_KERNEL
+from ..ops.view_params import MOST_SIDE
 
 SEMANTICS = ("torchvision", "pil")
 INTERPOLATIONS = ("bilinear", "bicubic")
@@ -20,7 +22,7 @@ Range = tuple[float, float]
 
 def _pair(name: str, value: Sequence[float], low: float, high: float = math.inf) -> Range:
     try:
-        first, second = (float(v) for v in value)
+        first, second = real_numbers(name, value)
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be two numbers (low, high), got {value!r}") from None
     if not low <= first <= second <= high:  # false for NaN too
@@ -29,16 +31,22 @@ def _pair(name: str, value: Sequence[float], low: float, high: float = math.inf)
     return first, second
 
 
-def _factor(name: str, value: float | Sequence[float]) -> Range | None:
-    """A strength as a range of factors, as torchvision's ColorJitter reads it; ``None`` where the operation is off."""
-    centre, low, high = (0.0, -0.5, 0.5) if name == "hue" else (1.0, 0.0, 1e6)
-    if isinstance(value, (int, float)):
-        most = 0.5 if name == "hue" else 1e6
-        if not 0 <= value <= most:
-            raise ValueError(f"{name} must be between 0 and {most}, or (low, high), got {value!r}")
-        return None if value == 0 else (max(centre - value, low), centre + value)
-    first, second = _pair(name, value, low, high)
-    return None if first == second == centre else (first, second)
+def _strength(name: str, value: float | Sequence[float]) -> float | Range:
+    """A strength, or a range of factors."""
+    if not is_real(value):
+        low, high = (-0.5, 0.5) if name == "hue" else (0.0, 1e6)
+        return _pair(name, value, low, high)  # type: ignore[arg-type]
+    strength, most = real_number(name, value), 0.5 if name == "hue" else 1e6
+    if not 0 <= strength <= most:
+        raise ValueError(f"{name} must be between 0 and {most}, or (low, high), got {value!r}")
+    return strength
+
+
+def _factors(name: str, value: float | Range) -> Range | None:
+    """The range of factors, as torchvision's ColorJitter reads a strength; ``None`` where the operation is off."""
+    centre, least = (0.0, -0.5) if name == "hue" else (1.0, 0.0)
+    low, high = value if isinstance(value, tuple) else (max(centre - value, least), centre + value)
+    return None if low == high == centre else (low, high)
 
 
 @dataclass(frozen=True)
@@ -106,44 +114,49 @@ class ViewSpec:
     semantics: str = "torchvision"
 
     def __post_init__(self) -> None:
-        for name in ("size", "scale", "ratio", "sigma", "mean", "std", *JITTER):
-            if isinstance(value := getattr(self, name), list):
-                object.__setattr__(self, name, tuple(value))  # so that a spec is hashable
-        size = self.size if isinstance(self.size, tuple) else (self.size, self.size)
-        if len(size) != 2 or not all(isinstance(s, int) and 1 <= s < 2**24 for s in size):
-            raise ValueError(f"size must be a positive whole number below 2^24 or two of them, got {self.size!r}")
+        wanted = "a positive whole number below 2^24 or two of them"
+        size = whole_each("size", self.size, 2, wanted)
+        if not all(1 <= side <= MOST_SIDE for side in size):
+            raise ValueError(f"size must be {wanted}, got {self.size!r}")
+        self._settle("size", size[0] if is_whole(self.size) else size)
         if self.scale is not None:
-            _pair("scale", self.scale, 0.0, 1.0)
+            self._settle("scale", _pair("scale", self.scale, 0.0, 1.0))
             if self.scale[0] <= 0:
                 raise ValueError(f"scale must begin above 0, got {self.scale!r}")
-        if _pair("ratio", self.ratio, 0.0)[0] < 1e-3 or self.ratio[1] > 1e3:
+        self._settle("ratio", _pair("ratio", self.ratio, 0.0))
+        if self.ratio[0] < 1e-3 or self.ratio[1] > 1e3:
             raise ValueError(f"ratio must lie between 0.001 and 1000, got {self.ratio!r}")
-        for name in ("flip_p", "jitter_p", "grey_p", "blur_p", "solarize_p"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be a probability between 0 and 1, got {getattr(self, name)!r}")
+        for name in ("flip_p", "jitter_p", "grey_p", "blur_p", "solarize_p", "solarize_threshold"):
+            self._settle(name, check_share(name, getattr(self, name)))
         for name in JITTER:
-            _factor(name, getattr(self, name))
-        _pair("sigma", self.sigma, 0.0, LARGEST_KERNEL / 6)
+            self._settle(name, _strength(name, getattr(self, name)))
+        self._settle("sigma", _pair("sigma", self.sigma, 0.0, LARGEST_KERNEL / 6))
         if self.sigma[0] <= 0:
             raise ValueError(f"sigma must begin above 0, got {self.sigma!r}")
         kernel = self.blur_kernel
-        if not isinstance(kernel, int) or kernel % 2 == 0 or not 1 <= kernel <= LARGEST_KERNEL:
+        if not is_whole(kernel) or kernel % 2 == 0 or not 1 <= kernel <= LARGEST_KERNEL:
             raise ValueError(f"blur_kernel must be an odd whole number from 1 to {LARGEST_KERNEL}, got {kernel!r}")
+        self._settle("blur_kernel", int(kernel))
         # The border is mirrored, and a mirror image has no more pixels than the view has.
         if self.blur_p > 0 and self.semantics == "torchvision" and kernel // 2 >= min(size):
             raise ValueError(
                 f"blur_kernel must be below twice the view's side: {kernel} is too wide for size {self.size!r}"
             )
-        if not 0 <= self.solarize_threshold <= 1:
-            raise ValueError(f"solarize_threshold must be between 0 and 1, got {self.solarize_threshold!r}")
         for name in ("mean", "std"):
-            values = self.channels(name, 3)
+            given = getattr(self, name)
+            values = real_numbers(name, given)
+            self._settle(name, values[0] if is_real(given) else values)
+            self.channels(name, 3)
             if not all(math.isfinite(v) for v in values) or (name == "std" and 0 in values):
-                raise ValueError(f"{name} must be finite{' and not 0' * (name == 'std')}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be finite{' and not 0' * (name == 'std')}, got {given!r}")
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {self.interpolation!r}")
         if self.semantics not in SEMANTICS:
             raise ValueError(f"semantics must be one of {', '.join(SEMANTICS)}, got {self.semantics!r}")
+
+    def _settle(self, name: str, value: object) -> None:
+        """Numbers of any kind become Python's, so that equal specs are equal and have one hash."""
+        object.__setattr__(self, name, value)
 
     @property
     def height_width(self) -> tuple[int, int]:
@@ -152,20 +165,19 @@ class ViewSpec:
 
     def channels(self, name: str, count: int) -> tuple[float, ...]:
         """``mean`` or ``std`` for ``count`` channels: one number serves all."""
-        value = getattr(self, name)
-        if isinstance(value, (int, float)):
-            return (float(value),) * count
-        values = tuple(float(v) for v in value)
+        values = getattr(self, name)
+        if isinstance(values, float):
+            return (values,) * count
         if len(values) not in (1, 3) or len(values) not in (1, count):
             raise ValueError(
-                f"{name} must be one number or one a channel, got {value!r} for images of {count} channel(s): "
+                f"{name} must be one number or one a channel, got {values!r} for images of {count} channel(s): "
                 f"dataclasses.replace(view, {name}=…)"
             )
         return values * count if len(values) == 1 else values
 
     def numbers(self) -> tuple[float, ...]:
         """What sampling needs, in the order of ``ViewNumbers`` (csrc/common/view_params.h)."""
-        ranges = [_factor(name, getattr(self, name)) for name in JITTER]
+        ranges = [_factors(name, getattr(self, name)) for name in JITTER]
         off: tuple[Range, ...] = ((1.0, 1.0), (1.0, 1.0), (1.0, 1.0), (0.0, 0.0))
         factors = [number for r, neutral in zip(ranges, off, strict=True) for number in (r or neutral)]
         return (

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .._checks import warn_of_bytes
 from .._library import towards
 from .._random.ids import Ids, sample_ids
+from .._random.key import epoch_of, seed_of
 from ..ops.augment_views import VIEWS, augment_views, check_images
-from ..ops.view_params import check_seed, view_params
+from ..ops.view_params import view_params
 from .params import ViewParams
 from .spec import ViewSpec
 
@@ -44,18 +47,53 @@ def _check_layout(layout: str) -> None:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
 
 
+class _Images(NamedTuple):
+    """What the caller gave, as the operator wants it."""
+
+    tensors: list[Tensor]  # one batch [B, C, H, W], or images [C, H, W]
+    single: bool  # it was one image
+
+
+def _is_pil(image: Any) -> bool:
+    """An image of PIL, which is imported where there is one."""
+    pil = sys.modules.get("PIL.Image")
+    return pil is not None and isinstance(image, pil.Image)
+
+
+def _check_mode(mode: str) -> None:
+    """Of a PIL image: bytes that ``np.asarray`` gives as they are."""
+    if mode in ("RGB", "L"):
+        return
+    remedy = "image.convert('RGB')"
+    if mode == "F" or mode[0] == "I":  # conversion would clip these to 255
+        remedy = "np.asarray(image, dtype=np.float32) / white, with white the value of a white pixel"
+        remedy += " (65535 where all 16 bits are used), as convert() would clip"
+    raise ValueError(f"images must be PIL images of mode RGB or L, got {mode!r}: {remedy}")
+
+
 def _from_array(image: Any) -> Tensor:
     """Of a NumPy array or a PIL image: rows of pixels of channels."""
-    if getattr(image, "mode", "RGB") not in ("RGB", "L"):
-        raise ValueError(f"images must be PIL images of mode RGB or L, got {image.mode!r}: image.convert('RGB')")
+    if _is_pil(image):
+        _check_mode(image.mode)
     # torch takes neither read-only memory nor steps backwards.
     plain = isinstance(image, np.ndarray) and image.flags.writeable and min(image.strides, default=0) >= 0
     pixels = torch.from_numpy(image if plain else np.array(image, order="C"))
     return pixels[..., None] if pixels.dim() == 2 else pixels
 
 
-def _as_images(images: Any, layout: str) -> tuple[list[Tensor], bool]:
-    """A list as the operator wants it (one batch [B, C, H, W], or images [C, H, W]), and whether it was one image."""
+def _check_channels(image: Tensor, layout: str, remedy: str) -> None:
+    """Before its dimensions are moved, so that a message shows the caller's own shape."""
+    channels = image.shape[-1 if layout == "NHWC" else -3]
+    if channels not in (1, 3):
+        raise ValueError(
+            f"images must have 1 or 3 channels, got {channels} in shape {tuple(image.shape)} read as {layout}: {remedy}"
+        )
+
+
+def _as_images(images: Any, layout: str) -> _Images:
+    """Images of any kind; those that are ``_Images`` already stay."""
+    if isinstance(images, _Images):
+        return images
     _check_layout(layout)
     single = not isinstance(images, (list, tuple)) and getattr(images, "ndim", 3) < 4
     several = list(images) if isinstance(images, (list, tuple)) else [images]
@@ -63,20 +101,21 @@ def _as_images(images: Any, layout: str) -> tuple[list[Tensor], bool]:
         raise ValueError("images must hold at least one image, got an empty list")
     out = []
     for image in several:
-        if isinstance(image, Tensor):
-            channels_last = layout == "NHWC"
+        own, remedy = layout, f"layout={'NHWC' if layout == 'NCHW' else 'NCHW'!r} reads tensors the other way"
         # Asked of the type, since PIL makes the bytes anew for the property.
-        elif hasattr(type(image), "__array_interface__"):
-            image = _from_array(image)
-            channels_last = True
-        else:
+        if not isinstance(image, Tensor) and hasattr(type(image), "__array_interface__"):
+            image, own = _from_array(image), "NHWC"
+            remedy = "arrays are read channels last whatever layout is; with channels first, pass torch.from_numpy"
+        elif not isinstance(image, Tensor):
             raise TypeError(f"images must be tensors, NumPy arrays or PIL images, got {type(image).__name__}")
         if image.dim() not in (3, 4):
             raise ValueError(f"images must be [C, H, W] or a batch of them ({layout}), got shape {tuple(image.shape)}")
-        out.append(image.movedim(-1, -3) if channels_last else image)
+        _check_channels(image, own, remedy)
+        out.append(image.movedim(-1, -3) if own == "NHWC" else image)
     if len(out) > 1 and any(image.dim() == 4 for image in out):
         raise ValueError("images must be one batch, or a list of images of three dimensions each")
-    return out, single
+    warn_of_bytes(out[0])
+    return _Images(out, single)
 
 
 def _count_and_size(images: Sequence[Tensor]) -> tuple[int, tuple[int, int] | Tensor]:
@@ -93,7 +132,7 @@ def sample_params(
     ids: Ids = None,
     *,
     seed: int = 0,
-    epoch: int = 0,
+    epoch: int | None = None,
     layout: str = "NCHW",
 ) -> ViewParams:
     """Draw what happens to each image in each view.
@@ -105,7 +144,8 @@ def sample_params(
             id) and on the image's size alone, whatever the batch, the worker, the rank or the device. Default: drawn
             from torch's CPU generator, so ``torch.manual_seed`` and the seeds of data-loader workers rule.
         seed: 64 bits. Default 0.
-        epoch: below 2³². Default 0.
+        epoch: the current epoch, below 2³². Without it every epoch repeats the same views: default 0, with a warning
+            where ids are given.
         layout: of tensors, ``"NCHW"`` (default) or ``"NHWC"``.
 
     Returns:
@@ -120,17 +160,16 @@ def sample_params(
         >>> params.flip.shape  # 10 views of 4 images
         torch.Size([10, 4])
     """
-    numbers = [view.numbers() for view in _checked_views(views)]
-    return _sample(_as_images(images, layout)[0], numbers, ids, seed, epoch)
-
-
-def _sample(
-    tensors: Sequence[Tensor], numbers: Sequence[Sequence[float]], ids: Ids, seed: int, epoch: int
-) -> ViewParams:
-    """``sample_params`` of what ``_as_images`` gives and of views' numbers."""
+    tensors, _ = _as_images(images, layout)
     count, size = _count_and_size(tensors)
-    on_device = sample_ids(ids, count, tensors[0].device)
-    return ViewParams(view_params(on_device, size, numbers, seed=seed, epoch=epoch))
+    table = view_params(
+        sample_ids(ids, count, tensors[0].device),
+        size,
+        [view.numbers() for view in _checked_views(views)],
+        seed=seed,
+        epoch=epoch_of(epoch, ids),
+    )
+    return ViewParams(table)
 
 
 @overload
@@ -186,9 +225,10 @@ def apply(
 
     Args:
         images: a batch [B, C, H, W] (or [B, H, W, C], with ``layout="NHWC"``), one image, or a list of B images of any
-            sizes: uint8, or floating point on the scale 0 … 1; 1 or 3 channels; any strides. NumPy arrays and PIL
-            images too, channels last. Floating-point values beyond [0, 1] are clamped where torchvision clamps: by
-            brightness, contrast, saturation and hue.
+            sizes: uint8, or floating point on the scale 0 … 1 (what seems to be on 0 … 255 is warned of); 1 or 3
+            channels; any strides. NumPy arrays and PIL images too, channels last, their pixels as they are stored:
+            EXIF's orientation is not applied, as in torchvision. Floating-point values beyond [0, 1] are clamped where
+            torchvision clamps: by brightness, contrast, saturation and hue.
         params: V views of B images, or their table.
         views: V of them; what is not drawn (size, interpolation, kernel, normalisation, semantics) comes from here.
         dtype: of the views: float32 (default), bfloat16 or float16.
@@ -211,19 +251,7 @@ def apply(
     """
     tensors, single = _as_images(images, layout)
     table = (ViewParams(params) if isinstance(params, Tensor) else params).table
-    return _make(tensors, single, table, _checked_views(views), dtype, channels_last, stacked)
-
-
-def _make(
-    tensors: Sequence[Tensor],
-    single: bool,
-    table: Tensor,
-    several: Sequence[ViewSpec],
-    dtype: torch.dtype,
-    channels_last: bool,
-    stacked: bool,
-) -> list[Tensor] | Tensor:
-    """``apply`` to what ``_as_images`` gives."""
+    several = _checked_views(views)
     if len(table) != len(several):
         raise ValueError(f"params must describe {len(several)} views, got {len(table)}")
     sizes = {view.height_width for view in several}
@@ -279,21 +307,20 @@ class MultiViewTransform:
         layout: str = "NCHW",
         stacked: bool = False,
     ) -> None:
-        check_seed(seed)
+        seed_of(seed)
         if dtype not in VIEWS:
             raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
         _check_layout(layout)
         self.views = _checked_views(views)
-        self._numbers = [view.numbers() for view in self.views]
         self.seed = seed
         self.dtype = dtype
         self.channels_last = channels_last
         self.layout = layout
         self.stacked = stacked
 
-    def sample_params(self, images: Any, ids: Ids = None, *, epoch: int = 0) -> ViewParams:
+    def sample_params(self, images: Any, ids: Ids = None, *, epoch: int | None = None) -> ViewParams:
         """What ``__call__`` would draw; see ``sslfast.augment.sample_params``."""
-        return _sample(_as_images(images, self.layout)[0], self._numbers, ids, self.seed, epoch)
+        return sample_params(images, self.views, ids, seed=self.seed, epoch=epoch, layout=self.layout)
 
     def apply(self, images: Any, params: ViewParams | Tensor) -> list[Tensor] | Tensor:
         """The views that ``params`` describe; see ``sslfast.augment.apply``."""
@@ -307,11 +334,10 @@ class MultiViewTransform:
             stacked=self.stacked,
         )
 
-    def __call__(self, images: Any, ids: Ids = None, *, epoch: int = 0) -> list[Tensor] | Tensor:
+    def __call__(self, images: Any, ids: Ids = None, *, epoch: int | None = None) -> list[Tensor] | Tensor:
         """One tensor a view: [B, C, h, w], or [C, h, w] for one image. ``ids``, ``epoch``: see ``sample_params``."""
-        tensors, single = _as_images(images, self.layout)
-        table = _sample(tensors, self._numbers, ids, self.seed, epoch).table
-        return _make(tensors, single, table, self.views, self.dtype, self.channels_last, self.stacked)
+        prepared = _as_images(images, self.layout)
+        return self.apply(prepared, self.sample_params(prepared, ids, epoch=epoch))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(map(repr, self.views))}, seed={self.seed}, dtype={self.dtype})"

@@ -6,18 +6,23 @@ same clear error on every rank.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import struct
+import threading
 from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .._checks import FLOATS
-from .collectives import Ranks
+from .collectives import Ranks, averaged
 
 _DTYPES = (*FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 _CALLS = ("shard", "gather", "similarity_terms", "similarity_logsigmoid", "second_moment")
-Trait = bool | float | str
+Trait = bool | int | float | str
 REFUSED = -1  # in place of the number of rows
 SHOWN = 8  # ranks named for one value of an error
 
@@ -31,13 +36,15 @@ def sizes_of(
         call: the method's name.
         x: [n, ...] on this rank; width (numbers a row) and dtype must be the same on all.
         traits: what else must be the same, by the words that an error uses: truth values, numbers, or words of at most
-            eight ASCII letters. A call always names the same traits.
+            eight ASCII letters; how many parameters of the loss learn is added. A call always names the same traits.
         check: raises if this rank's inputs are bad. The other ranks then raise too, instead of waiting for it.
 
     Raises:
         ValueError: the ranks disagree; the same message on every rank.
         RuntimeError: the inputs of another rank were refused there.
     """
+    _call.exchanges = _exchanges() + 1
+    traits = {**traits, "how many of the loss's own parameters learn": getattr(_call, "learning", 0)}
     problem: Exception | None = None
     try:
         if check is not None:
@@ -45,10 +52,8 @@ def sizes_of(
         mine = _described(call, x, traits)
     except (TypeError, ValueError) as error:
         problem = error
-        mine = [REFUSED] + [0] * (3 + len(traits))
-    table = ranks.all_gather(
-        torch.tensor([mine + [0] * (_LENGTH - len(mine))], device=ranks.meeting_device(x.device)), (1,) * ranks.size
-    ).tolist()
+        mine = [REFUSED]
+    table = _exchanged(ranks, mine, x.device)
     if problem is not None:
         raise problem
     refused = [rank for rank, row in enumerate(table) if row[0] == REFUSED]
@@ -72,6 +77,12 @@ def sizes_of(
 
 
 _LENGTH = 12  # integers a rank sends, whatever the call, so that even different calls meet
+
+
+def _exchanged(ranks: Ranks, mine: list[int], device: torch.device) -> list[list[int]]:
+    """The integers of every rank."""
+    row = torch.tensor([mine + [0] * (_LENGTH - len(mine))], device=ranks.meeting_device(device))
+    return ranks.all_gather(row, (1,) * ranks.size).tolist()
 
 
 def _described(call: str, x: Tensor, traits: Mapping[str, Trait]) -> list[int]:
@@ -100,6 +111,8 @@ def _encoded(value: Trait) -> int:
 
 def _decoder(value: Trait) -> Callable[[int], object]:
     """What undoes :func:`_encoded` for values like this one, for an error to show."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int
     if isinstance(value, str):
         return lambda code: repr(code.to_bytes(8, "big").decode("ascii").strip())
     if isinstance(value, float):
@@ -111,3 +124,88 @@ def named(ranks: list[int]) -> str:
     shown = ", ".join(str(rank) for rank in ranks[:SHOWN])
     more = f" and {len(ranks) - SHOWN} more" if len(ranks) > SHOWN else ""
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}{more}"
+
+
+# ------------------------------------------------------------------------------------- a loss, as the ranks call it
+
+
+_call = threading.local()  # of this thread: exchanges so far, and how many parameters of the present loss learn
+Loss = TypeVar("Loss", bound=Callable[..., Any])
+
+
+def _exchanges() -> int:
+    return getattr(_call, "exchanges", 0)
+
+
+def over_ranks(*learnt: str) -> Callable[[Loss], Loss]:
+    """A decorator for losses: functions of a ``scope`` or with a keyword ``gather_distributed``, or a module's method.
+
+    - A rank that refuses its arguments before the first exchange, which every other rank makes, tells them so in that
+      exchange: they raise, and do not wait for it.
+    - Over ranks, every rank gets the mean of all ranks' gradients of the numbers that the loss is given, such as a
+      temperature. That is the gradient of the global batch, also where no DistributedDataParallel averages it; where
+      one does, the mean of equal numbers is that number.
+
+    Args:
+        learnt: the names of such arguments; ``"options.temperature"`` is one in a named tuple ``options``. Where one
+            decorated loss calls another, it is enough that the inner one names them.
+    """
+
+    def decorate(loss: Loss) -> Loss:
+        signature = inspect.signature(loss)
+        names = tuple(signature.parameters)
+        scope_at = names.index("scope") if "scope" in names else None
+        is_method = names[0] == "self"
+
+        @functools.wraps(loss)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if is_method:
+                alone = not args[0].gather_distributed
+            elif scope_at is None:
+                alone = not kwargs.get("gather_distributed", False)
+            else:
+                scope = args[scope_at] if len(args) > scope_at else kwargs["scope"]
+                alone = getattr(scope, "ranks", None) is None
+            if alone:
+                return loss(*args, **kwargs)
+            return _together(loss, signature.bind(*args, **kwargs).arguments, learnt)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def _together(loss: Callable[..., Any], arguments: dict[str, Any], learnt: tuple[str, ...]) -> Any:
+    before, outer = _exchanges(), getattr(_call, "learning", 0)
+    try:
+        if not (dist.is_available() and dist.is_initialized()):
+            return loss(**arguments)  # which says what is missing
+        ranks = _ranks_of(arguments)
+        for name in learnt:
+            holder, _, field = name.rpartition(".")
+            number = getattr(arguments[holder], field) if holder else arguments.get(field)
+            if isinstance(number, Tensor) and number.requires_grad and torch.is_grad_enabled():
+                _call.learning = getattr(_call, "learning", 0) + 1
+                number = averaged(number, ranks)
+                arguments |= {holder: arguments[holder]._replace(**{field: number})} if holder else {field: number}
+        return loss(**arguments)
+    except Exception:
+        if _exchanges() == before and dist.is_available() and dist.is_initialized():
+            _refuse(_ranks_of(arguments), arguments)
+        raise
+    finally:
+        _call.learning = outer
+
+
+def _ranks_of(arguments: Mapping[str, Any]) -> Ranks:
+    ranks = getattr(arguments.get("scope"), "ranks", None)
+    return Ranks() if ranks is None else ranks
+
+
+def _refuse(ranks: Ranks, arguments: Mapping[str, Any]) -> None:
+    """Takes part in the exchange that the other ranks make first, and says in it that this rank does not go on."""
+    if ranks.size == 1:
+        return
+    _call.exchanges = _exchanges() + 1
+    devices = [x.device for x in arguments.values() if isinstance(x, Tensor) and x.device.type in ranks.backends]
+    _exchanged(ranks, [REFUSED], devices[0] if devices else torch.device(next(iter(ranks.backends))))

@@ -162,6 +162,22 @@ class _Total(torch.autograd.Function):
         return recorded(_Total, grad, ctx.ranks), None
 
 
+class _Averaged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return recorded(_Total, grad.contiguous(), ctx.ranks) / ctx.ranks.size, None
+
+
+def averaged(x: Tensor, ranks: Ranks) -> Tensor:
+    """``x``, the same number on every rank; its gradient is the mean of the ranks', as DDP would make it."""
+    return recorded(_Averaged, x, ranks)
+
+
 def gather_rows(x: Tensor, sizes: Sequence[int], ranks: Ranks) -> Tensor:
     """The rows ``x`` [n, ...] of all ranks, [total, ...]; the gradient of a row is summed over the ranks.
 

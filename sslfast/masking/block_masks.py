@@ -10,17 +10,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from .. import _native, reference
+from .._checks import check_share, is_real, real_number, real_numbers
 from .._library import constant_to_the_compiler, kept_on_device, on_the_host, towards
+from .._random.key import Key, key_of
 from .._random.philox import LOW, philox
 from .._random.streams import stream_of
-from ..ops.block_mask import block_mask, check_blocks
+from ..ops.block_mask import block_mask, checked_blocks
 from ..ops.masked_rows import masked_rows
-from ..ops.random_mask import check_key
-from ._samples import Array, Samples, as_samples
+from ._samples import Array, Grid, Samples, as_samples, as_tensor, epoch_for, like_samples, rectangle
 
 ASPECT = (0.3, 1 / 0.3)
+Counts = float | Sequence[float] | Tensor | Array
 
 
 class PatchMasks(NamedTuple):
@@ -46,25 +49,34 @@ class PatchMasks(NamedTuple):
     n_masked_patches: Any
 
 
+def _not_joined(batch: Sequence[PatchMasks], *, collate_fn_map: Any = None) -> PatchMasks:
+    raise TypeError("PatchMasks are those of a whole batch, not of single images: make them in the collate_fn")
+
+
+default_collate_fn_map[PatchMasks] = _not_joined  # of tuples a DataLoader would stack the parts
+
+
 def _check_counts(counts: Array, patches: int) -> None:
     wrong = counts[~((counts >= 0) & (counts <= patches))]
     if wrong.size and patches > 0:  # a wrong grid is named as such
         raise ValueError(f"counts must be between 0 and the {patches} patches, got {wrong.flat[0]}")
 
 
-def _counts(count: float | Sequence[float] | Tensor | Array, ids: Tensor | Array, patches: int) -> Any:
+def _counts(count: Counts, ids: Tensor | Array, patches: int) -> Tensor | Array:
     """[B] float64, of the samples' kind and on their device."""
+    counts: Tensor | Array
     if isinstance(ids, np.ndarray):
-        given = np.asarray(count, dtype=np.float64)
-        counts: Any = np.full(len(ids), given) if given.ndim == 0 else given
+        counts = np.asarray(count, dtype=np.float64)
+        counts = np.full(len(ids), counts) if counts.ndim == 0 else counts
     elif isinstance(count, Tensor):
         counts = count.to(torch.float64)
-    elif isinstance(count, (int, float, np.number)):
+    elif is_real(count):
         _check_counts(np.asarray(count), patches)
-        return torch.full((len(ids),), float(count), dtype=torch.float64, device=ids.device)
+        return torch.full((len(ids),), real_number("count", count), dtype=torch.float64, device=ids.device)
     else:
-        _check_counts(np.asarray(count), patches)
-        counts = towards(torch.from_numpy(np.array(count, dtype=np.float64)), ids.device)
+        numbers = np.array(count, dtype=np.float64)
+        _check_counts(numbers, patches)
+        counts = towards(torch.from_numpy(numbers), ids.device)
     if tuple(counts.shape) != (len(ids),):
         raise ValueError(f"count must be a number or one of each of the {len(ids)} images, got {tuple(counts.shape)}")
     return counts
@@ -72,8 +84,8 @@ def _counts(count: float | Sequence[float] | Tensor | Array, ids: Tensor | Array
 
 def block_masks(
     samples: Samples,
-    grid: Sequence[int],
-    count: float | Sequence[float] | Tensor | Array,
+    grid: Grid,
+    count: Counts,
     *,
     least: float = 4,
     most: float | None = None,
@@ -81,7 +93,7 @@ def block_masks(
     tries: int = 10,
     complete: bool = False,
     seed: int = 0,
-    epoch: int = 0,
+    epoch: int | None = None,
     view: int = 0,
     device: torch.device | str | None = None,
 ) -> Any:
@@ -95,7 +107,7 @@ def block_masks(
 
     Args:
         samples: [B] ids or a number of images, as in :func:`random_masks`.
-        grid: (height, width) in patches, each at most 1024, at most 2¹⁷ patches.
+        grid: (height, width) in patches, or the side of a square; at most 1024 each, at most 2¹⁷ patches.
         count: patches to mask, one number or one for each image, at most height · width. A fraction raises the upper
             bounds and is cut off in the end.
         least, most: area of a rectangle in patches. Defaults 4 and no bound.
@@ -116,34 +128,24 @@ def block_masks(
         >>> masks.shape, masks.sum(1).tolist()
         (torch.Size([2, 196]), [75, 75])
     """
-    ids = as_samples(samples, device)
-    sides = [int(side) for side in grid]
+    epoch = epoch_for(epoch, samples)
+    ids, sides = as_samples(samples, device), rectangle(grid)
     counts = _counts(count, ids, math.prod(sides))
-    if len(aspect) != 2:
-        raise ValueError(f"aspect must be two numbers, got {aspect!r}")
-    area = (float(least), 2.0**40 if most is None else float(most))
-    bounds = (float(aspect[0]), float(aspect[1]))
+    area = (least, 2.0**40 if most is None else most)
+    options: dict[str, Any] = {"complete": complete, **key_of(seed, epoch, view)._asdict()}
     if isinstance(ids, Tensor):
-        return block_mask(
-            *(ids, counts, sides),
-            area=area,
-            aspect=bounds,
-            tries=tries,
-            complete=complete,
-            seed=seed,
-            epoch=epoch,
-            view=view,
-        )
-    log_aspect = check_blocks(sides, area, bounds, tries)
-    key = {"seed": check_key(seed, epoch, view), "epoch": epoch, "view": view}
-    _check_counts(counts, sides[0] * sides[1])
+        assert isinstance(counts, Tensor)
+        return block_mask(ids, counts, sides, area=area, aspect=aspect, tries=tries, **options)
+    assert isinstance(counts, np.ndarray)
+    rules = checked_blocks(sides, area, aspect, tries)
+    _check_counts(counts, math.prod(sides))
     function = reference.block_mask if _native.host is None else _native.host.block_mask
-    return function(ids, counts, sides, area=area, log_aspect=log_aspect, tries=tries, complete=complete, **key)
+    return function(ids, counts, **rules._asdict(), **options)
 
 
 def beit_masks(
     samples: Samples,
-    grid: Sequence[int] = (14, 14),
+    grid: Grid = (14, 14),
     count: int = 75,
     *,
     least: int = 16,
@@ -166,13 +168,13 @@ def beit_masks(
 
 def _batch_numbers(ids: Tensor, seed: int, epoch: int, view: int) -> Tensor:
     """[B, 4] float64 in [0, 1) of each sample, apart from its blocks: ratios and choices in the batch."""
-    check_key(seed, epoch, view)
-    first = torch.full_like(ids, stream_of("batch_of_masks", view) << 16)
-    counter = (first, torch.full_like(ids, epoch), ids & LOW, ids >> 32 & LOW)
-    return torch.stack(philox(counter, seed), 1).to(torch.float64) * 2.0**-32
+    key = key_of(seed, epoch, view)
+    first = torch.full_like(ids, stream_of("batch_of_masks", key.view) << 16)
+    counter = (first, torch.full_like(ids, key.epoch), ids & LOW, ids >> 32 & LOW)
+    return torch.stack(philox(counter, key.seed), 1).to(torch.float64) * 2.0**-32
 
 
-def _filled(numbers: Sequence[float], device: torch.device) -> Tensor:
+def _on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
     """[n] float64 of numbers that the host knows. A copy to a GPU would wait for it, so they are kept per device."""
     if torch.compiler.is_compiling():
         return torch.tensor(numbers, dtype=torch.float64, device=device)
@@ -184,20 +186,16 @@ def _constants(numbers: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
-def _like(ids: Tensor | Array, x: Tensor) -> Any:
-    return x.numpy() if isinstance(ids, np.ndarray) else x
-
-
 def ibot_masks(
     samples: Samples,
-    grid: Sequence[int],
+    grid: Grid,
     ratio: float | Sequence[float] = 0.3,
     variation: float | Sequence[float] = 0.0,
     *,
     shape: str = "block",
     aspect: Sequence[float] = ASPECT,
     seed: int = 0,
-    epoch: int = 0,
+    epoch: int | None = None,
     view: int = 0,
     device: torch.device | str | None = None,
 ) -> Any:
@@ -221,25 +219,29 @@ def ibot_masks(
         >>> masks.sum(1).tolist()
         [58, 58]
     """
-    ratios = [float(r) for r in ratio] if isinstance(ratio, Sequence) else [float(ratio)]
-    spread = [float(v) for v in variation] if isinstance(variation, Sequence) else [float(variation)] * len(ratios)
-    if len(ratios) != len(spread) or not ratios:
+    ratios, variations = real_numbers("ratio", ratio), real_numbers("variation", variation)
+    if is_real(variation):
+        variations *= len(ratios)
+    if len(ratios) != len(variations) or not ratios:
         raise ValueError(f"variation must be one number or one for each ratio, got {variation!r} for {ratio!r}")
-    if not all(0 <= v <= r and r + v <= 1 for r, v in zip(ratios, spread, strict=True)):
+    if not all(0 <= v <= r and r + v <= 1 for r, v in zip(ratios, variations, strict=True)):
         raise ValueError(f"shares ratio ± variation must lie between 0 and 1, got {ratio!r} ± {variation!r}")
     if shape not in ("block", "random"):
         raise ValueError(f"shape must be 'block' or 'random', got {shape!r}")
-    ids = as_samples(samples, device)
-    numbers = _batch_numbers(torch.from_numpy(ids) if isinstance(ids, np.ndarray) else ids, seed, epoch, view)
-    bounds = [(r - v, r + v) for r, v in zip(ratios, spread, strict=True)]
+    epoch = epoch_for(epoch, samples)
+    ids, (height, width) = as_samples(samples, device), rectangle(grid)
+    numbers = _batch_numbers(as_tensor(ids), seed, epoch, view)
     choice = (numbers[:, 2] * len(ratios)).to(torch.int64)
-    low, high = (_filled([bound[end] for bound in bounds], numbers.device)[choice] for end in (0, 1))
+    lowest = [r - v for r, v in zip(ratios, variations, strict=True)]
+    highest = [r + v for r, v in zip(ratios, variations, strict=True)]
+    low, high = (_on_device(bounds, numbers.device)[choice] for bounds in (lowest, highest))
     share = torch.minimum(low + (high - low) * numbers[:, 1], high)
+    (counts,) = like_samples(ids, share * (height * width))
     return block_masks(
         ids,
-        grid,
-        _like(ids, share * (grid[0] * grid[1])),
-        least=(min(grid) // 3) ** 2,
+        (height, width),
+        counts,
+        least=(min(height, width) // 3) ** 2,
         aspect=aspect,
         tries=10 if shape == "block" else 0,
         complete=shape == "random",
@@ -262,54 +264,86 @@ def _bins_once(ratios: tuple[float, float], bins: int, patches: int) -> tuple[li
         return bounds.tolist(), (patches * bounds).to(torch.int64).tolist()
 
 
-def _dino_masks(
-    samples: Samples,
-    grid: Sequence[int],
-    probability: float,
-    ratios: Sequence[float],
-    device: torch.device | str | None,
-    *,
-    least: float,
-    most: float | None,
-    exact: bool,
-    shift: bool,
-    **options: Any,
-) -> PatchMasks:
-    """``exact``: an image has the upper bound of its bin, met exactly; else a number from its bin, at most met."""
-    if len(ratios) != 2 or not 0 <= ratios[0] <= ratios[1] <= 1:
+class _Shares(NamedTuple):
+    """Which images DINO's collate functions mask, and how much of them.
+
+    int(B · probability) images, one for each of as many bins of equal width between the two ratios.
+    """
+
+    probability: float
+    ratios: tuple[float, float]
+    exact: bool  # an image has the upper bound of its bin, met exactly; else a number from its bin, at most met
+
+
+def _checked_shares(probability: float, ratios: Sequence[float], exact: bool) -> _Shares:
+    bounds = real_numbers("ratios", ratios)
+    if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] <= 1:
         raise ValueError(f"ratios must be two rising numbers between 0 and 1, got {ratios!r}")
-    if not 0 <= probability <= 1:
-        raise ValueError(f"probability must be between 0 and 1, got {probability}")
-    ids = as_samples(samples, device)
-    tensor = torch.from_numpy(ids) if isinstance(ids, np.ndarray) else ids
-    key = {name: options[name] for name in ("seed", "epoch", "view")}
-    numbers = _batch_numbers(tensor, **key)
-    height, width = (int(side) for side in grid)
-    patches, bins = height * width, int(len(ids) * probability)
-    bounds, whole = _bins((float(ratios[0]), float(ratios[1])), bins, patches)
-    upperbound = sum(whole[1:])
-    # Which image gets which bin: the images in the order of their first number, so that all orders are equally likely.
-    order = torch.argsort(numbers[:, 0], stable=True)
-    bound, most_of = _filled(bounds, tensor.device), _filled(whole[1:], tensor.device)
-    of_bin = most_of
-    if not exact:
-        share = bound[:-1] + (bound[1:] - bound[:-1]) * numbers[order[:bins], 1]
-        of_bin = torch.minimum((share * patches).floor(), most_of)
-    counts = torch.zeros(len(ids), dtype=torch.float64, device=tensor.device).index_put((order[:bins],), of_bin)
-    most = 0.5 * patches if most is None else most
-    masks = block_masks(ids, grid, _like(ids, counts), least=least, most=most, complete=exact, **options)
+    return _Shares(check_share("probability", probability), (bounds[0], bounds[1]), exact)
+
+
+def _dino_counts(shares: _Shares, numbers: Tensor, patches: int) -> tuple[Tensor, int]:
+    """[B] float64, how many patches of each image are to be masked, and the most that a batch of this size can have."""
+    batch, device = len(numbers), numbers.device
+    masked = int(batch * shares.probability)
+    bounds, most = _bins(shares.ratios, masked, patches)
+    upper = _on_device(most[1:], device)
+    # The images in the order of their first number, so that all orders are equally likely: image i gets bin i.
+    images = torch.argsort(numbers[:, 0], stable=True)[:masked]
+    counts = upper
+    if not shares.exact:
+        edges = _on_device(bounds, device)
+        drawn = edges[:-1] + (edges[1:] - edges[:-1]) * numbers[images, 1]
+        counts = torch.minimum((drawn * patches).floor(), upper)
+    nothing = torch.zeros(batch, dtype=torch.float64, device=device)
+    return nothing.index_put((images,), counts), sum(most[1:])
+
+
+def _rolled(masks: Tensor, shift: Tensor, height: int, width: int) -> Tensor:
+    """Each mask moved round the edges of its grid, by its share [B, 2] of the height and of the width."""
+    down, across = (shift * _on_device((height, width), masks.device)).long().split(1, dim=1)  # [B, 1]
+    rows = (torch.arange(height, device=masks.device) - down) % height
+    columns = (torch.arange(width, device=masks.device) - across) % width
+    return masks.gather(1, (rows[:, :, None] * width + columns[:, None, :]).flatten(1))
+
+
+def _dino_masks(
+    ids: Tensor | Array,
+    grid: tuple[int, int],
+    shares: _Shares,
+    area: tuple[float, float | None],
+    aspect: Sequence[float],
+    key: Key,
+    *,
+    shift: bool = False,
+) -> PatchMasks:
+    """Counts of each image, blocks that meet them, a shift, and the list of what is masked."""
+    height, width = grid
+    patches = height * width
+    numbers = _batch_numbers(as_tensor(ids), *key)
+    counts, upperbound = _dino_counts(shares, numbers, patches)
+    least, most = area
+    placed = block_masks(
+        ids,
+        grid,
+        *like_samples(ids, counts),
+        least=least,
+        most=0.5 * patches if most is None else most,
+        aspect=aspect,
+        complete=shares.exact,
+        **key._asdict(),
+    )
+    masks = as_tensor(placed)
     if shift:
-        rows = (torch.arange(height, device=tensor.device) - (numbers[:, 2:3] * height).long()) % height
-        columns = (torch.arange(width, device=tensor.device) - (numbers[:, 3:4] * width).long()) % width
-        source = (rows[:, :, None] * width + columns[:, None, :]).reshape(len(ids), patches)
-        masks = np.take_along_axis(masks, source.numpy(), 1) if isinstance(ids, np.ndarray) else masks.gather(1, source)
-    listed = (reference.masked_rows if isinstance(ids, np.ndarray) else masked_rows)(masks, upperbound)
-    return PatchMasks(masks, listed[0], listed[1], upperbound, listed[2])
+        masks = _rolled(masks, numbers[:, 2:], height, width)
+    rows, weights, count = masked_rows(masks, upperbound)
+    masks, rows, weights, count = like_samples(ids, masks, rows, weights, count)
+    return PatchMasks(masks, rows, weights, upperbound, count)
 
 
 def dinov2_masks(
     samples: Samples,
-    grid: Sequence[int],
+    grid: Grid,
     probability: float = 0.5,
     ratios: Sequence[float] = (0.1, 0.5),
     *,
@@ -317,7 +351,7 @@ def dinov2_masks(
     most: float | None = None,
     aspect: Sequence[float] = ASPECT,
     seed: int = 0,
-    epoch: int = 0,
+    epoch: int | None = None,
     view: int = 0,
     device: torch.device | str | None = None,
 ) -> PatchMasks:
@@ -344,15 +378,14 @@ def dinov2_masks(
         >>> masks.collated_masks.shape, masks.collated_masks.any(1).sum().item()  # half of the images
         (torch.Size([4, 256]), 2)
     """
-    options: dict[str, Any] = {"aspect": aspect, "seed": seed, "epoch": epoch, "view": view}
-    return _dino_masks(
-        samples, grid, probability, ratios, device, least=least, most=most, exact=False, shift=False, **options
-    )
+    key = key_of(seed, epoch_for(epoch, samples), view)
+    shares = _checked_shares(probability, ratios, exact=False)
+    return _dino_masks(as_samples(samples, device), rectangle(grid), shares, (least, most), aspect, key)
 
 
 def dinov3_masks(
     samples: Samples,
-    grid: Sequence[int],
+    grid: Grid,
     probability: float = 0.5,
     ratios: Sequence[float] = (0.1, 0.5),
     *,
@@ -361,7 +394,7 @@ def dinov3_masks(
     most: float | None = None,
     aspect: Sequence[float] = ASPECT,
     seed: int = 0,
-    epoch: int = 0,
+    epoch: int | None = None,
     view: int = 0,
     device: torch.device | str | None = None,
 ) -> PatchMasks:
@@ -382,7 +415,6 @@ def dinov3_masks(
         >>> masks.n_masked_patches.item() == masks.upperbound
         True
     """
-    options: dict[str, Any] = {"aspect": aspect, "seed": seed, "epoch": epoch, "view": view}
-    return _dino_masks(
-        samples, grid, probability, ratios, device, least=least, most=most, exact=True, shift=circular_shift, **options
-    )
+    key = key_of(seed, epoch_for(epoch, samples), view)
+    shares, ids = _checked_shares(probability, ratios, exact=True), as_samples(samples, device)
+    return _dino_masks(ids, rectangle(grid), shares, (least, most), aspect, key, shift=circular_shift)

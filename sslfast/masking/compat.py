@@ -9,15 +9,17 @@ looking would wait for a GPU, or end a graph of ``torch.compile``, ``get_at_inde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .._checks import FLOATS, check_tokens, readable
+from .._checks import FLOATS, check_tokens, readable, whole_numbers
 from ..ops.gather_tokens import select_and_gather
 from ..ops.masked_patch_loss import masked_patch_loss
 from ..ops.scatter_tokens import replace_tokens
+from .patches import unpatchify as unpatchify_grid
 
 __all__ = [
     "forward_loss",
@@ -27,6 +29,7 @@ __all__ = [
     "random_token_mask",
     "repeat_token",
     "set_at_index",
+    "unpatchify",
 ]
 
 
@@ -100,7 +103,7 @@ def random_token_mask(
         >>> idx_keep.shape, idx_mask.shape, idx_keep[:, 0].tolist()
         (torch.Size([2, 20]), torch.Size([2, 30]), [0, 0])
     """
-    batch, length = size
+    batch, length = whole_numbers("size", size, "(batch_size, sequence_length)")
     kept = int((length - int(not mask_class_token)) * (1 - mask_ratio))
     noise = torch.rand(batch, length, device=device)
     if not mask_class_token and length > 0:
@@ -199,6 +202,24 @@ def mask_at_index(tokens: Tensor, index: Tensor, mask_token: Tensor) -> Tensor:
     return replace_tokens(tokens.to(wider), masked, mask_token.to(wider))
 
 
+def unpatchify(patches: Tensor, patch_size: int, channels: int = 3) -> Tensor:
+    """lightly's: square images [B, C, S, S] from patches [B, L, p²·C], with L = (S/p)².
+
+    Raises:
+        ValueError: L is no square. :func:`sslfast.masking.unpatchify` takes the grid.
+
+    Example:
+        >>> sslfast.masking.compat.unpatchify(torch.zeros(2, 196, 768), 16).shape
+        torch.Size([2, 3, 224, 224])
+    """
+    side = math.isqrt(patches.shape[1])
+    if side * side != patches.shape[1]:
+        raise ValueError(
+            f"patches must be those of a square, got {patches.shape[1]}: sslfast.masking.unpatchify takes their grid"
+        )
+    return unpatchify_grid(patches, patch_size, channels, grid=side)
+
+
 def forward_loss(
     imgs: Tensor, pred: Tensor, mask: Tensor, *, patch_size: int | Sequence[int], norm_pix_loss: bool = False
 ) -> Tensor:
@@ -210,7 +231,7 @@ def forward_loss(
         norm_pix_loss: compare with pixels normalised by their patch's mean and variance (default: plain pixels).
 
     Returns:
-        [] as :func:`sslfast.masked_patch_loss`, of which this is a call; and so are the errors.
+        [], as :func:`sslfast.masked_patch_loss`, of which this is a thin wrapper: same result and errors.
 
     Source: He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners"; ``models_mae.py`` of that repository.
 

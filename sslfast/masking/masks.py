@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from .. import reference
+from .._checks import whole_number
 from .._library import towards
 from ..ops.partition_mask import check_mask, partition_mask
 from ._samples import Array
@@ -18,6 +21,8 @@ from ._samples import Array
 @dataclass(frozen=True)
 class Masks:
     """Masks of B images of L patches, each with K kept and M masked ones: torch tensors, or NumPy arrays.
+
+    A ``DataLoader`` joins those of its items to those of the batch.
 
     Attributes:
         ids_keep: [B, K] int64.
@@ -44,6 +49,10 @@ class Masks:
         arrays = (self.ids_keep, self.ids_mask, self.ids_restore)
         return Masks(*(towards(a if isinstance(a, Tensor) else torch.from_numpy(a), device) for a in arrays))
 
+    def pin_memory(self) -> Masks:
+        """Copies in pinned memory, for ``DataLoader(pin_memory=True)``."""
+        return Masks(*(torch.as_tensor(a).pin_memory() for a in (self.ids_keep, self.ids_mask, self.ids_restore)))
+
     @classmethod
     def from_mask(cls, mask: Tensor | Array, kept: int | None = None) -> Masks:
         """From a mask, ids in raster order.
@@ -60,14 +69,21 @@ class Masks:
         if isinstance(mask, np.ndarray):
             if mask.ndim != 2 or mask.dtype != np.bool_:
                 raise TypeError(f"mask must be [images, patches] of bool, got {mask.shape} of {mask.dtype}")
-            kept = _first_row(mask) if kept is None else kept
-            if not 0 <= kept <= mask.shape[1]:
-                raise ValueError(f"kept must be between 0 and the {mask.shape[1]} patches, got {kept}")
+            kept = _first_row(mask) if kept is None else whole_number("kept", kept, 0, mask.shape[1], "patches")
             return cls(*reference.partition_mask(mask, kept))
         check_mask(mask)
         if kept is None and not mask.is_cpu:
             raise ValueError(f"kept must be given for a mask on {mask.device}: counting it would wait for the device")
         return cls(*partition_mask(mask, _first_row(mask) if kept is None else kept))
+
+
+def _joined(batch: Sequence[Masks], *, collate_fn_map: Any = None) -> Masks:
+    """The masks of several images, or batches of them, as those of one batch of tensors."""
+    fields = ("ids_keep", "ids_mask", "ids_restore")
+    return Masks(*(torch.cat([torch.as_tensor(getattr(masks, field)) for masks in batch]) for field in fields))
+
+
+default_collate_fn_map[Masks] = _joined  # so that a DataLoader takes a data set whose items hold them
 
 
 def _first_row(mask: Any) -> int:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from .. import _native
+from .._checks import real_numbers, whole_number
+from .._random.key import key_of
 from .._random.philox import LOW, philox
 from .._random.streams import stream_of
 from ..ops.multiblock_mask import MOST_PATCHES, MOST_TARGETS, multiblock_mask
-from ..ops.random_mask import check_key
 from ..reference.multiblock_mask import multiblock_arrays
-from ._samples import as_samples
+from ._samples import Grid, Samples, as_samples, epoch_for, rectangle
 
 Pair = tuple[float, float]
 
@@ -35,6 +38,20 @@ class MultiBlockMasks(NamedTuple):
     targets: Any
 
 
+def _joined(batch: Sequence[MultiBlockMasks], *, collate_fn_map: Any = None) -> MultiBlockMasks:
+    """The masks of several images as those of one batch of tensors."""
+    if len({(masks.context.shape[1], *masks.targets.shape[::2]) for masks in batch}) > 1:
+        raise ValueError(
+            "masks of single images have contexts or targets of different sizes: give context_size, and the same step "
+            "for a whole batch, or make them where the batch is known (collate_fn)"
+        )
+    context = torch.cat([torch.as_tensor(masks.context) for masks in batch])
+    return MultiBlockMasks(context, torch.cat([torch.as_tensor(masks.targets) for masks in batch], dim=1))
+
+
+default_collate_fn_map[MultiBlockMasks] = _joined  # of tuples a DataLoader would stack the parts
+
+
 def _block(grid: tuple[int, int], scale: float, aspect: float, upstream: bool) -> tuple[int, int]:
     """Height and width of a block of ``scale`` of the grid's patches, height/width = ``aspect``, within the grid."""
     area = int(grid[0] * grid[1] * scale)
@@ -54,27 +71,16 @@ def _largest_target(grid: tuple[int, int], scale: Pair, aspect: Pair) -> int:
     return most
 
 
-def _check(grid: Any, targets: int, ranges: dict[str, Pair], min_keep: int, step: int) -> tuple[int, int]:
-    if len(grid) != 2 or not all(isinstance(side, int) and side >= 1 for side in grid):
-        raise ValueError(f"grid must be two whole numbers (rows, columns) of at least 1, got {grid!r}")
-    for name, (low, high) in ranges.items():
-        if not (0 < low <= high and (high <= 1 or name == "target_aspect")):  # false for NaN too
-            raise ValueError(f"{name} must be 0 < low <= high{' <= 1' * (name != 'target_aspect')}, got {low}, {high}")
-    patches = grid[0] * grid[1]
-    for name, value, least, most in (
-        ("grid's patches", patches, 1, MOST_PATCHES),
-        ("targets", targets, 1, MOST_TARGETS),
-        ("min_keep", min_keep, 0, patches),
-        ("step", step, 0, 2**64 - 1),
-    ):
-        if not least <= value <= most:
-            raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value}")
-    return grid[0], grid[1]
+def _checked_range(name: str, given: Pair, most: float = 1.0) -> Pair:
+    numbers = real_numbers(name, given)
+    if len(numbers) != 2 or not 0 < numbers[0] <= numbers[1] <= most:  # false for NaN too
+        raise ValueError(f"{name} must be 0 < low <= high{' <= 1' * (most == 1)}, got {given!r}")
+    return numbers[0], numbers[1]
 
 
 def multiblock_masks(
-    samples: Any,
-    grid: tuple[int, int],
+    samples: Samples,
+    grid: Grid,
     *,
     targets: int = 4,
     target_scale: Pair = (0.15, 0.2),
@@ -86,7 +92,7 @@ def multiblock_masks(
     upstream: bool = False,
     step: int = 0,
     seed: int = 0,
-    epoch: int = 0,
+    epoch: int | None = None,
     view: int = 0,
     device: torch.device | str | None = None,
 ) -> MultiBlockMasks:
@@ -103,9 +109,9 @@ def multiblock_masks(
     ``min_keep`` patches is too small, and after every 20 attempts it may cover one more target, from the last one on.
 
     Args:
-        samples: B images without identity as an int; or their ids, [B] int64 tensor or sequence; or a NumPy array of
-            them: then the result is NumPy arrays, made without torch's operators, as for a data loader's worker.
-        grid: patches (H, W), at most 2^17 of them.
+        samples: the images' dataset indices, or just how many images there are, as in :func:`random_masks`. A NumPy
+            array gives NumPy arrays, made without torch's operators, as for a data loader's worker.
+        grid: patches (H, W), or the side of a square; at most 2^17 of them.
         targets: T, 1 to 256. Default 4.
         target_scale: share of the grid's patches in a target block, range of a uniform number. Default (0.15, 0.2).
         target_aspect: its height/width, range of a uniform number. Default (0.75, 1.5).
@@ -119,7 +125,7 @@ def multiblock_masks(
         step: number of the batch, 0 to 2⁶⁴ − 1, the same on every rank. Without it all batches of an epoch have blocks
             of the same sizes. Default 0.
         seed: any 64-bit whole number. Default 0.
-        epoch: 0 to 2³² − 1. Default 0.
+        epoch: the current epoch, as in :func:`random_masks`.
         view: 0 to 1023. Default 0.
         device: of the result; default: the samples', else the CPU.
 
@@ -135,16 +141,25 @@ def multiblock_masks(
         >>> masks.context.shape, masks.targets.shape[:2]
         (torch.Size([2, 28]), torch.Size([4, 2]))
     """
-    ranges = {"target_scale": target_scale, "target_aspect": target_aspect, "context_scale": context_scale}
-    grid = _check(grid, targets, ranges, min_keep, step)
-    seed = check_key(seed, epoch, view)
+    grid = rectangle(grid)
+    patches = whole_number("grid's patches", grid[0] * grid[1], 1, MOST_PATCHES)
+    if min(grid) < 1:
+        raise ValueError(f"grid must have sides of at least 1, got {grid}")
+    targets = whole_number("targets", targets, 1, MOST_TARGETS)
+    min_keep = whole_number("min_keep", min_keep, 0, patches)
+    step = whole_number("step", step, 0, 2**64 - 1)
+    target_scale = _checked_range("target_scale", target_scale)
+    target_aspect = _checked_range("target_aspect", target_aspect, math.inf)
+    context_scale = _checked_range("context_scale", context_scale)
+    seed, epoch, view = key_of(seed, epoch_for(epoch, samples), view)
     # Block sizes are shapes, so their numbers are drawn on the host.
     words = philox((stream_of("multiblock_sizes", view) << 16, epoch, step & LOW, step >> 32), seed)
     u = [word * 2.0**-32 for word in words]
-    scale, aspect, of_context = (low + (high - low) * u[i] for i, (low, high) in enumerate(ranges.values()))
+    ranges = (target_scale, target_aspect, context_scale)
+    scale, aspect, share = (low + (high - low) * u[i] for i, (low, high) in enumerate(ranges))
     if upstream:
         aspect = target_aspect[0] + (target_aspect[1] - target_aspect[0]) * u[0]
-    blocks = (_block(grid, scale, aspect, upstream), _block(grid, of_context, 1.0, upstream))
+    blocks = (_block(grid, scale, aspect, upstream), _block(grid, share, 1.0, upstream))
     if upstream and min(h * w for h, w in blocks) <= min_keep:
         (a, b), (c, d) = blocks
         raise ValueError(
@@ -152,27 +167,28 @@ def multiblock_masks(
             f"(targets) and {c} × {d} (context) never have"
         )
     if context_size is not None:
-        most = grid[0] * grid[1] - (
-            0 if allow_overlap else targets * _largest_target(grid, target_scale, target_aspect)
-        )
+        covered = 0 if allow_overlap else targets * _largest_target(grid, target_scale, target_aspect)
+        most = patches - covered
+        if not upstream:
+            context_size = whole_number("context_size", context_size, -(2**63))
         if upstream or not 1 <= context_size <= most:
             allowed = "None with upstream=True" if upstream else f"from 1 to {most}, which targets always leave"
             raise ValueError(f"context_size must be {allowed}, got {context_size}")
 
-    who = as_samples(samples, device)
+    ids = as_samples(samples, device)
 
     def place(kept: int) -> tuple[Any, Any, Any]:
-        if isinstance(who, torch.Tensor):
+        if isinstance(ids, torch.Tensor):
             options: dict[str, Any] = {"min_keep": min_keep, "allow_overlap": allow_overlap, "upstream": upstream}
-            return multiblock_mask(who, grid, targets, *blocks, kept, **options, seed=seed, epoch=epoch, view=view)
+            return multiblock_mask(ids, grid, targets, *blocks, kept, **options, seed=seed, epoch=epoch, view=view)
         function = multiblock_arrays if _native.host is None else _native.host.multiblock_mask
-        return function(who, grid, targets, *blocks, kept, min_keep, allow_overlap, upstream, seed, epoch, view)
+        return function(ids, grid, targets, *blocks, kept, min_keep, allow_overlap, upstream, seed, epoch, view)
 
-    own = blocks[1][0] * blocks[1][1] if allow_overlap else 0  # 0: known only once they are counted
-    kept = own if context_size is None else context_size
+    whole_block = blocks[1][0] * blocks[1][1] if allow_overlap else 0  # 0: known only once they are counted
+    kept = whole_block if context_size is None else context_size
     context, target, counts = place(kept)
-    if kept == 0 and len(who):
-        free = 0 if upstream else grid[0] * grid[1] - targets * target.shape[2]
+    if kept == 0 and len(ids):
+        free = 0 if upstream else patches - targets * target.shape[2]
         kept = max(int(counts.min()), min(min_keep, free))
         if kept < 1:
             raise ValueError(

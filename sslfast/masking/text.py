@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from .. import _native, ops
+from .._library import towards
 from .._random.ids import Ids, sample_ids
-from ..ops.mask_tokens import LONGEST, check_rules, limits_of
-from ..ops.random_mask import check_key
+from .._random.key import epoch_of, key_of
+from ..ops.mask_tokens import LONGEST, checked_rules, limits_of
 from ..reference.mask_tokens import mask_arrays
 from ._samples import Array, as_samples
+
+Rows = Sequence[Sequence[int | None]]
 
 
 @overload
@@ -27,12 +30,12 @@ def mask_tokens(
     probability: float = 0.15,
     mask_share: float = 0.8,
     random_share: float = 0.1,
-    special: Tensor | None = None,
-    word_ids: Tensor | None = None,
+    special: Tensor | Rows | None = None,
+    word_ids: Tensor | Rows | None = None,
     exact: bool = False,
     ignore_index: int = -100,
     seed: int = 0,
-    epoch: int = 0,
+    epoch: int | None = None,
     view: int = 0,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -47,12 +50,12 @@ def mask_tokens(
     probability: float = 0.15,
     mask_share: float = 0.8,
     random_share: float = 0.1,
-    special: Array | None = None,
-    word_ids: Array | None = None,
+    special: Array | Rows | None = None,
+    word_ids: Array | Rows | None = None,
     exact: bool = False,
     ignore_index: int = -100,
     seed: int = 0,
-    epoch: int = 0,
+    epoch: int | None = None,
     view: int = 0,
 ) -> tuple[Array, Array]: ...
 
@@ -71,7 +74,7 @@ def mask_tokens(
     exact: bool = False,
     ignore_index: int = -100,
     seed: int = 0,
-    epoch: int = 0,
+    epoch: int | None = None,
     view: int = 0,
 ) -> tuple[Any, Any]:
     """Choose tokens to predict; of these replace 80 % by the mask token and 10 % by random words, leave the others.
@@ -81,24 +84,27 @@ def mask_tokens(
     masking, as RoBERTa's). ``input_ids`` are not written to.
 
     Args:
-        input_ids: [B, S] int64 or int32, S ≤ 65536, tensor (any strides) or NumPy array; the others are of its kind.
-        samples: [B] whole numbers: which row of the data set each is. Default: drawn from torch's CPU generator.
+        input_ids: [B, S] int64 or int32, S ≤ 65536, tensor (any strides) or NumPy array; the others are of its kind, or
+            lists of rows.
+        samples: the rows' dataset indices, [B] whole numbers. Default: drawn from torch's CPU generator.
         mask_id: id of the mask token.
         vocab_size: random words are 0 … vocab_size − 1, special ones included, as in ``transformers``.
         probability: chance of a token to be chosen. Default 0.15.
         mask_share, random_share: of the chosen tokens, those replaced by the mask token and by random words; the rest
             stay as they are. Defaults 0.8 and 0.1.
         special: [B, S] bool or integer; tokens that are never chosen are not 0. Padding belongs to them.
-        word_ids: [B, S] integers from 0 to 65535, less than 0 for special tokens: tokens of the same number in a row
-            are a word, which is chosen whole or not at all. What a token is replaced by is still its own matter. A row
-            of two sentences needs numbers that go on from one to the other.
+        word_ids: [B, S] integers from 0 to 65535, less than 0 or None for special tokens, as ``word_ids()`` of a fast
+            tokenizer gives them: tokens of the same number in a row are a word, which is chosen whole or not at all.
+            What a token is replaced by is still its own matter. A row of two sentences needs numbers that go on from
+            one to the other.
         exact: choose exactly round(probability · candidates) tokens of each row (halves up; at least 1 of those that
             may be chosen). With ``word_ids`` words are taken in random order, and one that no longer fits is passed
             over, as in BERT's own code; so the number may fall short. Only where no word fits is it exceeded, by the
             one word chosen. Default ``False``: each token by itself.
         ignore_index: label of every token that was not chosen. Default −100.
         seed: any 64-bit whole number. Default 0.
-        epoch: 0 to 2³² − 1. Default 0.
+        epoch: the current epoch, 0 to 2³² − 1. Without it every epoch repeats the same masks: default 0, with a
+            warning where samples are given.
         view: 0 to 1023: for several masks of one row. Default 0.
 
     Returns:
@@ -115,26 +121,24 @@ def mask_tokens(
         [15, 15]
     """
     limits = limits_of(probability, mask_share, random_share)
+    epoch = epoch_of(epoch, samples)
     if isinstance(input_ids, np.ndarray):
-        check_rules(mask_id, vocab_size, ignore_index, seed, epoch, view)
+        rules, key = checked_rules(mask_id, vocab_size, ignore_index), key_of(seed, epoch, view)
         arrays = _checked_arrays(input_ids, samples, special, word_ids)
         function: Any = mask_arrays if _native.host is None else _native.host.mask_tokens
-        rest = (limits, mask_id, vocab_size, ignore_index, exact, check_key(seed, epoch, view), epoch, view)
-        inputs, labels = function(*arrays, *rest)
+        inputs, labels = function(*arrays, limits, *rules, exact, *key)
         return inputs, labels
     if not isinstance(input_ids, Tensor):
         raise TypeError(f"input_ids must be a tensor or a NumPy array, got {type(input_ids).__name__}")
-    for name, given in (("special", special), ("word_ids", word_ids)):
-        if given is not None and not isinstance(given, Tensor):
-            raise TypeError(f"{name} must be a tensor, as input_ids, got {type(given).__name__}")
     rows = input_ids.shape[0] if input_ids.dim() else 0  # the operation checks the shape
     if isinstance(samples, (Tensor, Sequence)) and len(samples) != rows:
         raise ValueError(f"samples must be as many as the rows, {rows}, got {len(samples)}")
+    unchosen, words = _as_tensor("special", special, input_ids), _as_tensor("word_ids", word_ids, input_ids)
     return ops.mask_tokens.mask_tokens(
         input_ids,
         sample_ids(samples, rows, input_ids.device),
-        None if special is None else special.to(torch.bool),
-        None if word_ids is None else word_ids.to(torch.int64),
+        None if unchosen is None else unchosen.to(torch.bool),
+        None if words is None else words.to(torch.int64),
         limits,
         mask_id=mask_id,
         vocab_size=vocab_size,
@@ -146,27 +150,58 @@ def mask_tokens(
     )
 
 
+def _from_rows(name: str, rows: Any, shape: Sequence[int]) -> Array:
+    """Lists of rows, or an array, as an array of whole numbers; what has no number, None, is −1.
+
+    Raises:
+        TypeError, ValueError: they have another shape, or hold what is neither.
+    """
+    try:
+        array = np.asarray(rows)
+        if array.dtype == np.object_:  # None among numbers
+            array = np.where(array == None, -1, array).astype(np.int64, casting="unsafe")  # noqa: E711 (of each entry)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be {list(shape)} of whole numbers or None: {error}") from error
+    if array.shape != tuple(shape):
+        raise ValueError(f"{name} must be {list(shape)}, got {list(array.shape)}")
+    if array.dtype.kind not in "iub":
+        raise TypeError(f"{name} must hold whole numbers or None, got {array.dtype}")
+    return array
+
+
+def _as_tensor(name: str, rows: Any, like: Tensor) -> Tensor | None:
+    """A tensor as it is, lists of rows as one on ``like``'s device."""
+    if rows is None or isinstance(rows, Tensor):
+        if rows is not None and (rows.is_floating_point() or rows.is_complex()):
+            raise TypeError(f"{name} must hold whole numbers, got {rows.dtype}")
+        return rows
+    if not isinstance(rows, Sequence) or isinstance(rows, str):
+        raise TypeError(f"{name} must be a tensor, as input_ids, or lists of rows, got {type(rows).__name__}")
+    return towards(torch.from_numpy(_from_rows(name, rows, like.shape)), like.device)
+
+
 def _checked_arrays(
-    input_ids: Array, samples: Array | None, special: Array | None, word_ids: Array | None
+    input_ids: Array, samples: Any, special: Any, word_ids: Any
 ) -> tuple[Array, Array, Array | None, Array | None]:
     """The four without gaps, of the dtypes that the kernels take."""
     if input_ids.ndim != 2 or input_ids.dtype not in (np.int64, np.int32):
         raise TypeError(f"input_ids must be [B, S] of int64 or int32, got {list(input_ids.shape)} of {input_ids.dtype}")
-    rows, length = input_ids.shape
+    count, length = input_ids.shape
     if length > LONGEST:
         raise ValueError(f"input_ids must have at most {LONGEST} tokens a row, got {length}")
-    who: Any
+    ids: Any
     if samples is None:
-        who = sample_ids(None, rows, torch.device("cpu")).numpy()
+        ids = sample_ids(None, count, torch.device("cpu")).numpy()
     else:  # an empty list has no type: NumPy takes it for floats
-        who = as_samples(np.asarray(samples, dtype=None if rows else np.int64), None)
-    if len(who) != rows:
-        raise ValueError(f"samples must be as many as the rows, {rows}, got {len(who)}")
-    for name, array in (("special", special), ("word_ids", word_ids)):
-        if array is not None and np.shape(array) != input_ids.shape:
-            raise ValueError(f"{name} must be {list(input_ids.shape)}, got {list(np.shape(array))}")
-    apart = None if special is None else np.ascontiguousarray(special, dtype=np.bool_)
-    words = None if word_ids is None else np.ascontiguousarray(word_ids, dtype=np.int64)
-    if words is not None and words.size and words.max() >= LONGEST:
-        raise ValueError(f"word_ids must be below {LONGEST}, got {words.max()}")
-    return np.ascontiguousarray(input_ids), who, apart, words
+        ids = as_samples(np.asarray(samples, dtype=None if count else np.int64), None)
+    if len(ids) != count:
+        raise ValueError(f"samples must be as many as the rows, {count}, got {len(ids)}")
+    unchosen = None if special is None else _from_rows("special", special, input_ids.shape)
+    words = None if word_ids is None else _from_rows("word_ids", word_ids, input_ids.shape)
+    if unchosen is not None:
+        unchosen = np.ascontiguousarray(unchosen, dtype=np.bool_)
+    if words is not None:
+        words = np.ascontiguousarray(words, dtype=np.int64)
+        if words.size and words.max() >= LONGEST:
+            raise ValueError(f"word_ids must be below {LONGEST}, got {words.max()}")
+    return np.ascontiguousarray(input_ids), ids, unchosen, words

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _library, reference
-from .._checks import readable
+from .._checks import readable, real_number, real_numbers, whole_each, whole_number
 from . import _devices
-from .view_params import COLUMNS
+from .view_params import COLUMNS, MOST_SIDE
 
 BACKENDS = ("cpu", "cuda", "reference")
 IMAGES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)
@@ -65,7 +65,8 @@ def check_images(images: Sequence[Tensor]) -> int:
         if not isinstance(image, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(image).__name__}")
         if image.dtype not in IMAGES:
-            raise TypeError(f"{name} must be uint8, float32, bfloat16 or float16, got {image.dtype}")
+            scaled = "" if image.dtype == torch.float64 else ": divide by the value of white, in float32"
+            raise TypeError(f"{name} must be uint8, float32, bfloat16 or float16, got {image.dtype}{scaled}")
         if image.dim() != 3 and not (image.dim() == 4 and len(images) == 1):
             raise ValueError(f"{name} must be a batch of four or an image of three dimensions, got {image.dim()}")
         if image.shape[-3] not in (1, 3):
@@ -167,14 +168,19 @@ def augment_views(
     if dtype not in VIEWS:
         raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     channels = images[0].shape[-3]
-    mean, std = mean or (0.0,) * channels, std or (1.0,) * channels
+    mean = (0.0,) * channels if mean is None else real_numbers("mean", mean)
+    std = (1.0,) * channels if std is None else real_numbers("std", std)
     if len(mean) != channels or len(std) != channels or 0 in std:
         raise ValueError(
             f"mean and std must have {channels} numbers, std none that is 0, got {tuple(mean)} and {tuple(std)}"
         )
-    if len(size) != 2 or not all(isinstance(s, int) and 1 <= s < 2**24 for s in size):
+    height, width = whole_each("size", size, 2, "two positive whole numbers")
+    if not (1 <= height <= MOST_SIDE and 1 <= width <= MOST_SIDE):
         raise ValueError(f"size must be two positive whole numbers, got {size!r}")
-    if blur_kernel % 2 == 0 or not 1 <= blur_kernel <= LARGEST_KERNEL:
+    size = height, width
+    threshold = real_number("threshold", threshold)
+    blur_kernel = whole_number("blur_kernel", blur_kernel, 1, LARGEST_KERNEL)
+    if blur_kernel % 2 == 0:
         raise ValueError(f"blur_kernel must be an odd whole number from 1 to {LARGEST_KERNEL}, got {blur_kernel}")
     # The border is mirrored, and a mirror image has no more pixels than the view; PIL's blur knows no kernel.
     _check_params(images, params, LARGEST_KERNEL if pil else 2 * min(size) - 1, blur_kernel)

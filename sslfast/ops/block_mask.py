@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _backends, _library, reference
-from .._checks import readable
+from .._checks import readable, real_number, whole_number, whole_numbers
+from .._random.key import key_of
 from . import _devices
-from .random_mask import check_key, check_samples
+from .random_mask import check_samples
 
 BACKENDS = ("cpu", "cuda", "reference")
 why_not = functools.partial(_devices.why_not, "block_mask", "samples")
@@ -42,22 +44,36 @@ _library.define(
 )
 
 
-def check_blocks(
-    grid: Sequence[int], area: tuple[float, float], aspect: tuple[float, float], tries: int
-) -> tuple[float, float]:
-    """The logarithms of ``aspect``, once all are in range."""
-    if len(grid) != 2 or not 1 <= min(grid) <= max(grid) <= MAX_SIDE or math.prod(grid) > MAX_PATCHES:
+class Blocks(NamedTuple):
+    """What a rectangle may be, in range."""
+
+    grid: tuple[int, int]
+    area: tuple[float, float]
+    log_aspect: tuple[float, float]
+    tries: int
+
+
+def checked_blocks(grid: Sequence[int], area: Sequence[float], aspect: Sequence[float], tries: int) -> Blocks:
+    """The arguments of ``block_mask``, of any kind of numbers.
+
+    Raises:
+        TypeError, ValueError: one of them is something else or out of range.
+    """
+    sides = whole_numbers("grid", grid, "(height, width)")
+    if len(sides) != 2 or not 1 <= min(sides) <= max(sides) <= MAX_SIDE or math.prod(sides) > MAX_PATCHES:
         raise ValueError(
-            f"grid must be (height, width), each from 1 to {MAX_SIDE}, of at most {MAX_PATCHES} patches, "
-            f"got {tuple(grid)}"
+            f"grid must be (height, width), each from 1 to {MAX_SIDE}, of at most {MAX_PATCHES} patches, got {sides}"
         )
-    if not all(0 <= a <= 2**40 for a in area):  # false for NaN too
-        raise ValueError(f"least and most must be between 0 and 2^40 patches, got {area}")
-    if not all(1e-100 <= a <= 1e100 for a in aspect):
-        raise ValueError(f"aspect must be two numbers between 1e-100 and 1e100, got {aspect}")
-    if not 0 <= tries < 2**31:
-        raise ValueError(f"tries must not be negative, got {tries}")
-    return math.log(aspect[0]), math.log(aspect[1])
+    least, most = real_number("least", area[0]), real_number("most", area[1])
+    if not (0 <= least <= 2**40 and 0 <= most <= 2**40):  # false for NaN too
+        raise ValueError(f"least and most must be between 0 and 2^40 patches, got {(least, most)}")
+    if len(aspect) != 2:
+        raise ValueError(f"aspect must be two numbers, got {aspect!r}")
+    low, high = real_number("aspect", aspect[0]), real_number("aspect", aspect[1])
+    if not (1e-100 <= low <= 1e100 and 1e-100 <= high <= 1e100):
+        raise ValueError(f"aspect must be two numbers between 1e-100 and 1e100, got {(low, high)}")
+    attempts = whole_number("tries", tries, 0, 2**31 - 1)
+    return Blocks((sides[0], sides[1]), (least, most), (math.log(low), math.log(high)), attempts)
 
 
 def block_mask(
@@ -65,8 +81,8 @@ def block_mask(
     counts: Tensor,
     grid: Sequence[int],
     *,
-    area: tuple[float, float],
-    aspect: tuple[float, float],
+    area: Sequence[float],
+    aspect: Sequence[float],
     tries: int = 10,
     complete: bool = False,
     seed: int = 0,
@@ -94,8 +110,8 @@ def block_mask(
         TypeError, ValueError: an argument has the wrong type, shape or range.
     """
     check_samples(samples)
-    log_aspect = check_blocks(grid, area, aspect, tries)
-    seed = check_key(seed, epoch, view)
+    grid, area, log_aspect, tries = checked_blocks(grid, area, aspect, tries)
+    seed, epoch, view = key_of(seed, epoch, view)
     if counts.shape != samples.shape or counts.dtype != torch.float64 or counts.device != samples.device:
         raise ValueError(
             f"counts must be [{len(samples)}] of float64 on {samples.device}, got {tuple(counts.shape)} of "

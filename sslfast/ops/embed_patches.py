@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from .. import _backends, _library, reference
 from .._checks import FLOATS, accumulator, autocasts, without_autocast
 from . import _devices
-from .gather_patches import channel_numbers, check_ids, check_images, check_values, length_of, patch_sides
+from ._patches import channel_numbers, check_ids, check_images, check_values, length_of, patch_sides
 
 BACKENDS = ("cpu", "cuda", "reference")
 why_not = functools.partial(_devices.why_not, "embed_patches", "images")
@@ -194,12 +194,12 @@ def embed_patches(
     kernel and stride are the patch.
 
     Args:
-        images: [B, C, H, W], or [B, C, T, H, W] of films; uint8 (divided by 255) or floating point; any strides.
+        images: [B, C, H, W], or [B, C, T, H, W] of videos; uint8 (divided by 255) or floating point; any strides.
         ids: [B, K] int64: kept patches in raster order, 0 to L − 1, none twice in a row; −1 gives a row of zeros.
             This is checked on the CPU, and on a GPU with ``SSLFAST_CHECK_IDS=1``. None: all L patches in order.
         weight: [D, C·pt·ph·pw], or a convolution's [D, C, (pt,) ph, pw]; float32, float64, bfloat16 or float16.
         bias: [D]. Default None.
-        patch_size: p or (ph, pw); (pt, ph, pw) of films. Divides the sides.
+        patch_size: p or (ph, pw); (pt, ph, pw) of videos. Divides the sides.
         position: [L, D] or [1, L, D], added to each token of its patch. Default None.
         prefix: [P, D] or [1, P, D], such as the class token (with its own position added). Default None.
         mean, std: one number a channel (at most 64), or one for all: pixels become (x − mean) / std first. Default:

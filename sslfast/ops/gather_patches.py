@@ -16,18 +16,13 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _library, reference
-from .._checks import FLOATS, ids_checked
+from .._checks import FLOATS, whole_numbers
 from . import _devices
+from ._patches import channel_numbers, check_ids, check_images, check_values, length_of, patch_sides
 
 BACKENDS = ("cpu", "cuda", "reference")
 why_not = functools.partial(_devices.why_not, "gather_patches", "images")
-MOST_CHANNELS = 64  # kMostChannels
 Order = Literal["channels_first", "channels_last"]
-
-
-def length_of(sides: Sequence[int], patch: Sequence[int]) -> int:
-    """L, the patches of an image of these sides (T, H, W)."""
-    return math.prod([side // p for side, p in zip(sides, patch, strict=True)])  # a list: the tracer takes no generator
 
 
 def _gather_fake(
@@ -101,75 +96,6 @@ _library.define(
 _library.autograd("scatter_patches", _scatter_backward, _scatter_setup)
 
 
-def check_images(images: Tensor) -> None:
-    """[B, C, H, W] or [B, C, T, H, W] of bytes or floating-point numbers."""
-    if not isinstance(images, Tensor):
-        raise TypeError(f"images must be a torch.Tensor, got {type(images).__name__}")
-    if images.dim() not in (4, 5):
-        raise ValueError(f"images must be [B, C, H, W] or [B, C, T, H, W], got shape {tuple(images.shape)}")
-    if images.dtype not in (*FLOATS, torch.uint8):
-        raise TypeError(f"images must be uint8, float32, float64, bfloat16 or float16, got {images.dtype}")
-    if 0 in images.shape[1:]:
-        raise ValueError(f"images must have at least one channel and one pixel, got shape {tuple(images.shape)}")
-
-
-def patch_sides(patch_size: int | Sequence[int], sides: Sequence[int]) -> list[int]:
-    """(pt, ph, pw) of an image of sides (H, W) or (T, H, W), which they divide.
-
-    Raises:
-        ValueError: not one number for a still image or one for each side, not positive, or no divisors.
-    """
-    given = (patch_size, patch_size) if isinstance(patch_size, int) and len(sides) == 2 else patch_size
-    if isinstance(given, int) or len(given) != len(sides):
-        wanted = "p, (ph, pw)" if len(sides) == 2 else "(pt, ph, pw)"
-        raise ValueError(f"patch_size must be {wanted} for these images, got {patch_size}")
-    if any(p < 1 for p in given):
-        raise ValueError(f"patch_size must be positive, got {patch_size}")
-    if any(side % p for side, p in zip(sides, given, strict=True)):
-        raise ValueError(f"patch_size must divide the images' sides {tuple(sides)}, got {patch_size}")
-    return [*(1 for _ in range(3 - len(given))), *given]
-
-
-def check_ids(ids: Tensor, batch: int, device: torch.device) -> None:
-    """[B, K] int64; their values are checked where a kernel on the CPU reads them."""
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"ids must be a torch.Tensor, got {type(ids).__name__}")
-    if ids.dtype != torch.int64:
-        raise TypeError(f"ids must be int64, got {ids.dtype}")
-    if ids.dim() != 2 or ids.shape[0] != batch:
-        raise ValueError(f"ids must be [{batch}, K], a row for each image, got shape {tuple(ids.shape)}")
-    if ids.device != device:
-        raise ValueError(f"ids must be on the images' device {device}, got {ids.device}")
-
-
-def check_values(ids: Tensor, length: int) -> None:
-    """From −1 to L − 1, none twice in a row: what the CPU's kernels check themselves, for the reference and a GPU."""
-    if not ids_checked(ids) or ids.numel() == 0:
-        return
-    low, high = int(ids.min()), int(ids.max())
-    if low < -1 or high >= length:
-        raise ValueError(f"ids must be from 0 to {length - 1}, or -1 for none, got {low if low < -1 else high}")
-    ordered = ids.sort(dim=1).values
-    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    if bool(twice.any()):
-        raise ValueError(f"ids must not repeat within a row, got {int(ordered[:, 1:][twice][0])} twice")
-
-
-def channel_numbers(name: str, numbers: Sequence[float] | float | None, channels: int) -> list[float]:
-    """One number a channel; empty for None."""
-    if numbers is None:
-        return []
-    given = [float(numbers)] * channels if isinstance(numbers, (int, float)) else [float(x) for x in numbers]
-    if len(given) != channels or channels > MOST_CHANNELS:
-        raise ValueError(
-            f"{name} must be one number, or one for each of the images' {channels} channels (at most {MOST_CHANNELS}), "
-            f"got {len(given)}"
-        )
-    if not all(math.isfinite(x) for x in given) or (name == "std" and not all(x > 0 for x in given)):
-        raise ValueError(f"{name} must be finite{' and positive' if name == 'std' else ''}, got {given}")
-    return given
-
-
 def is_inner(order: str) -> bool:
     if order not in ("channels_first", "channels_last"):
         raise ValueError(f"order must be 'channels_first' or 'channels_last', got {order!r}")
@@ -189,11 +115,11 @@ def gather_patches(
     """Rows of pixels of the wanted patches: ``rows[b, k]`` is patch ``ids[b, k]`` of image b, ``(x − mean) / std``.
 
     Args:
-        images: [B, C, H, W], or [B, C, T, H, W] of films; uint8 (divided by 255) or floating point; any strides.
+        images: [B, C, H, W], or [B, C, T, H, W] of videos; uint8 (divided by 255) or floating point; any strides.
         ids: [B, K] int64: patches in raster order, 0 to L − 1, none twice in a row; −1 gives a row of zeros. This is
             checked on the CPU, and on a GPU with ``SSLFAST_CHECK_IDS=1``; elsewhere an id out of range gives NaN, and
             a repeated one a gradient of NaN. Default None: all L patches in order.
-        patch_size: p or (ph, pw); (pt, ph, pw) of films. Divides the sides.
+        patch_size: p or (ph, pw); (pt, ph, pw) of videos. Divides the sides.
         mean, std: one number a channel (at most 64 channels), or one for all. Default: 0 and 1.
         order: of a row's numbers: "channels_first", (c, t, y, x), as a convolution's weight has them (default), or
             "channels_last", (t, y, x, c), as MAE's and lightly's patchify do.
@@ -261,8 +187,9 @@ def scatter_patches(
         raise TypeError(f"patches must be a torch.Tensor, got {type(patches).__name__}")
     if patches.dtype not in FLOATS:
         raise TypeError(f"patches must be float32, float64, bfloat16 or float16, got {patches.dtype}")
+    size = whole_numbers("size", size, "(C, H, W) or (C, T, H, W)")
     if len(size) not in (3, 4) or any(side < 1 for side in size):
-        raise ValueError(f"size must be (C, H, W) or (C, T, H, W), positive, got {tuple(size)}")
+        raise ValueError(f"size must be (C, H, W) or (C, T, H, W), positive, got {size}")
     patch = patch_sides(patch_size, size[1:])
     whole = [size[0], 1, *size[1:]] if len(size) == 3 else list(size)
     length, features = length_of(whole[1:], patch), size[0] * math.prod(patch)

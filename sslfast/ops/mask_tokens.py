@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _backends, _library, reference
-from .._checks import readable
+from .._checks import check_share, readable, whole_number
+from .._random.key import key_of
 from . import _devices
 
 BACKENDS = ("cpu", "cuda", "reference")
@@ -51,31 +53,31 @@ def limits_of(probability: float, mask_share: float, random_share: float) -> lis
     """What a random word is compared with, 0 … 2³²: chosen, of these masked, of these masked or random.
 
     Raises:
-        ValueError: one is not between 0 and 1, or the two shares are more than 1 together.
+        TypeError, ValueError: one is no number between 0 and 1, or the two shares are more than 1 together.
     """
-    for name, share in (("probability", probability), ("mask_share", mask_share), ("random_share", random_share)):
-        if not 0 <= share <= 1:  # false for NaN too
-            raise ValueError(f"{name} must be between 0 and 1, got {share!r}")
-    both = mask_share + random_share
+    chosen = check_share("probability", probability)
+    masked, replaced = check_share("mask_share", mask_share), check_share("random_share", random_share)
+    both = masked + replaced
     if both > 1 + 1e-12:
         raise ValueError(f"mask_share + random_share must be at most 1, got {mask_share!r} + {random_share!r}")
     # A word w is below p where w·2⁻³² < p, so where w < ⌈p·2³²⌉; 0.7 + 0.3 may miss 1 by a rounding.
-    return [math.ceil(share * 2**32) for share in (probability, mask_share, 1.0 if both > 1 - 1e-12 else both)]
+    return [math.ceil(share * 2**32) for share in (chosen, masked, 1.0 if both > 1 - 1e-12 else both)]
 
 
-def check_rules(mask_id: int, vocab_size: int, ignore_index: int, seed: int, epoch: int, view: int) -> None:
-    """Each number lies where the kernels can hold it."""
-    numbers = (
-        ("mask_id", mask_id, 0, 2**31 - 1),
-        ("vocab_size", vocab_size, 1, 2**31 - 1),
-        ("ignore_index", ignore_index, -(2**31), 2**31 - 1),
-        ("seed", seed, -(2**63), 2**64 - 1),
-        ("epoch", epoch, 0, 2**32 - 1),
-        ("view", view, 0, 1023),
+class Rules(NamedTuple):
+    """The ids that stand for something, where the kernels can hold them."""
+
+    mask_id: int
+    vocab_size: int
+    ignore_index: int
+
+
+def checked_rules(mask_id: int, vocab_size: int, ignore_index: int) -> Rules:
+    return Rules(
+        whole_number("mask_id", mask_id, 0, 2**31 - 1),
+        whole_number("vocab_size", vocab_size, 1, 2**31 - 1),
+        whole_number("ignore_index", ignore_index, -(2**31), 2**31 - 1),
     )
-    for name, value, least, most in numbers:
-        if not least <= value <= most:
-            raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value}")
 
 
 def _check_rows(name: str, x: Tensor, dtype: torch.dtype, input_ids: Tensor, dims: int) -> None:
@@ -126,7 +128,8 @@ def mask_tokens(
         raise TypeError(f"input_ids must be [B, S] of int64 or int32, got {got}")
     if input_ids.shape[1] > LONGEST:
         raise ValueError(f"input_ids must have at most {LONGEST} tokens a row, got {input_ids.shape[1]}")
-    check_rules(mask_id, vocab_size, ignore_index, seed, epoch, view)
+    mask_id, vocab_size, ignore_index = checked_rules(mask_id, vocab_size, ignore_index)
+    seed, epoch, view = key_of(seed, epoch, view)
     _check_rows("samples", samples, torch.int64, input_ids, 1)
     if special is not None:
         _check_rows("special", special, torch.bool, input_ids, 2)
@@ -136,7 +139,6 @@ def mask_tokens(
             largest = int(word_ids.max())
             if largest >= LONGEST:
                 raise ValueError(f"word_ids must be below {LONGEST}, got {largest}")
-    seed = seed - 2**64 if seed >= 2**63 else seed  # as the schema's signed 64 bits
     preferred = "cuda" if input_ids.device.type == "cuda" else "cpu"
     backend = _backends.select("mask_tokens", preferred, lambda name: why_not(name, input_ids))
     function = reference.mask_tokens if backend == "reference" else torch.ops.sslfast.mask_tokens.default

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _library, reference
-from .._checks import FLOATS, accumulator, ids_checked, without_autocast
+from .._checks import FLOATS, accumulator, ids_checked, real_number, without_autocast
 from . import _devices
 
 BACKENDS = ("cpu", "cuda", "reference")
@@ -117,10 +117,10 @@ def masked_feature_loss(
     """
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))}, got {loss!r}")
-    if not (math.isfinite(beta) and beta >= 0):
-        raise ValueError(f"beta must not be negative, got {beta}")
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps must not be negative, got {eps}")
+    beta, eps = real_number("beta", beta), real_number("eps", eps)
+    for name, value in (("beta", beta), ("eps", eps)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be finite and not negative, got {value}")
     pred, ids = _checked(pred, teacher, ids)
     teacher = teacher.detach()
     kind = SQUARED if loss == "mse" else SMOOTH if beta > 0 else ABSOLUTE

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import _backends, _library, reference
 from .._checks import FLOATS, accumulator, ids_checked, without_autocast
 from . import _devices
-from .gather_patches import channel_numbers, check_images, length_of, patch_sides
+from ._patches import channel_numbers, check_images, length_of, patch_sides
 
 BACKENDS = ("cpu", "cuda", "reference")
 LOSSES = ("mse", "l1")
@@ -112,7 +112,10 @@ class _Images(NamedTuple):
 
 
 def _checked_images(
-    images: Tensor, patch_size: int | Sequence[int], mean: Sequence[float] | None, std: Sequence[float] | None
+    images: Tensor,
+    patch_size: int | Sequence[int],
+    mean: Sequence[float] | float | None,
+    std: Sequence[float] | float | None,
 ) -> _Images:
     check_images(images)
     patch = patch_sides(patch_size, images.shape[2:])
@@ -132,21 +135,21 @@ def _checked_index(masks: Any, pred: Tensor, count: int) -> Tensor:
     batch, rows = pred.shape[:2]
     if index.dim() != 2 or index.shape[0] != batch:
         raise ValueError(f"masks must be [{batch}, {count}], or ids [{batch}, M], got shape {tuple(index.shape)}")
-    looks = ids_checked(index)
+    checked = ids_checked(index)
     if index.dtype == torch.int64:
-        if looks and index.numel():
+        if checked and index.numel():
             low, high = (int(i) for i in torch.aminmax(index))
             if low < 0 or high >= count:
                 raise ValueError(f"masks must hold patches, 0 to {count - 1}, got {low} to {high}")
         if rows == index.shape[1]:
-            if looks and index.shape[1] > 1:
+            if checked and index.shape[1] > 1:
                 ordered = index.sort(dim=1).values
                 if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
                     raise ValueError("masks must not hold a patch of an image twice (a mask is of bool, not of int64)")
             return index
         _check_rows(rows, count, f"{count} patches, or of the {index.shape[1]} masked ones")
         mask = torch.zeros(batch, count, dtype=torch.bool, device=index.device).scatter_(1, index, True)
-        if looks and int(mask.sum()) != index.numel():
+        if checked and int(mask.sum()) != index.numel():
             raise ValueError("masks must not hold a patch of an image twice")
         return mask
     if index.dtype != torch.bool and not index.dtype.is_floating_point:
@@ -157,7 +160,7 @@ def _checked_index(masks: Any, pred: Tensor, count: int) -> Tensor:
     if index.dtype == torch.bool:
         return index
     mask = index != 0
-    if looks and not torch.equal(mask.to(index.dtype), index):
+    if checked and not torch.equal(mask.to(index.dtype), index):
         raise ValueError("masks must be of 0 (kept) and 1 (masked) where they are floating point")
     return mask
 
@@ -175,8 +178,8 @@ def masked_patch_loss(
     patch_size: int | Sequence[int],
     loss: str = "mse",
     target: str = "pixels",
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Sequence[float] | float | None = None,
+    std: Sequence[float] | float | None = None,
     order: str = "channels_last",
 ) -> Tensor:
     """Mean loss of predicted patches over the masked ones, with pixels or normalised pixels as the target.
@@ -200,8 +203,8 @@ def masked_patch_loss(
         target: "pixels" (default); "mae", the patch's pixels less their mean, divided by ``sqrt(var + 1e-6)``;
             "videomae", each channel of the patch less its mean, divided by ``sqrt(var) + 1e-6``. Variances are
             unbiased.
-        mean, std: a number a channel; ``(images − mean) / std`` comes first (default: as they are). What an image was
-            normalised with is undone by ``-mean / std`` and ``1 / std``.
+        mean, std: one number, or one a channel; ``(images − mean) / std`` comes first (default: as they are). What an
+            image was normalised with is undone by ``-mean / std`` and ``1 / std``.
         order: of a patch's values, "channels_last" (default; (pt, ph, pw, C), as MAE and VideoMAE) or
             "channels_first" ((C, pt, ph, pw), as a convolution's weight and as PixelShuffle reads its channels).
 
@@ -227,23 +230,30 @@ def masked_patch_loss(
     for name, value, allowed in (("loss", loss, LOSSES), ("target", target, TARGETS), ("order", order, ORDERS)):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    of = _checked_images(images, patch_size, mean, std)
+    source = _checked_images(images, patch_size, mean, std)
     if not isinstance(pred, Tensor):
         raise TypeError(f"pred must be a torch.Tensor, got {type(pred).__name__}")
     if pred.dtype not in FLOATS:
         raise TypeError(f"pred must be float32, float64, bfloat16 or float16, got {pred.dtype}")
-    if pred.dim() != 3 or pred.shape[0] != images.shape[0] or pred.shape[2] != of.width:
+    if pred.dim() != 3 or pred.shape[0] != images.shape[0] or pred.shape[2] != source.width:
         raise ValueError(
-            f"pred must be [{images.shape[0]}, patches, {of.width}] for these images and patches, "
+            f"pred must be [{images.shape[0]}, patches, {source.width}] for these images and patches, "
             f"got shape {tuple(pred.shape)}"
         )
     if pred.device != images.device:
         raise ValueError(f"images and pred must be on the same device, got {images.device} and {pred.device}")
-    index = _checked_index(masks, pred, of.cells)
+    index = _checked_index(masks, pred, source.cells)
     preferred = "cuda" if pred.device.type == "cuda" else "cpu"
     backend = _backends.select("masked_patch_loss", preferred, lambda name: why_not(name, pred))
-    options = (of.patch, LOSSES.index(loss), TARGETS.index(target), of.mean, of.std, order == "channels_last")
+    options = (
+        source.patch,
+        LOSSES.index(loss),
+        TARGETS.index(target),
+        source.mean,
+        source.std,
+        order == "channels_last",
+    )
     if backend == "reference":
-        return by_reference(of.x, pred, index, *options)
-    result: Tensor = torch.ops.sslfast.masked_patch_loss(of.x, pred, index, *options)[0]
+        return by_reference(source.x, pred, index, *options)
+    result: Tensor = torch.ops.sslfast.masked_patch_loss(source.x, pred, index, *options)[0]
     return result

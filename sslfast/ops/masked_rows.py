@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _library, reference
+from .._checks import whole_number
 from . import _devices
 from .partition_mask import check_mask
 
@@ -41,8 +42,7 @@ def masked_rows(mask: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
         so that a part of the sum is never taken for the whole.
     """
     check_mask(mask)
-    if size < 0:
-        raise ValueError(f"size must not be negative, got {size}")
+    size = whole_number("size", size, 0)
     preferred = "cuda" if mask.device.type == "cuda" else "cpu"
     if _backends.select("masked_rows", preferred, lambda name: why_not(name, mask)) == "reference":
         arrays = reference.masked_rows(mask.cpu().numpy(), size)

@@ -7,13 +7,17 @@ every device, in every batch, worker and rank.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import _backends, _library, reference
+from .._checks import whole_number, whole_numbers
+from .._random.key import key_of
 from . import _devices
+from .random_mask import check_samples
 
 BACKENDS = ("cpu", "cuda", "reference")
 why_not = functools.partial(_devices.why_not, "multiblock_mask", "samples")
@@ -81,26 +85,17 @@ def multiblock_mask(
     Raises:
         TypeError, ValueError: samples are not a vector of int64, or a number is out of range.
     """
-    if not isinstance(samples, Tensor) or samples.dtype != torch.int64 or samples.dim() != 1:
-        got = f"{list(samples.shape)} of {samples.dtype}" if isinstance(samples, Tensor) else type(samples).__name__
-        raise TypeError(f"samples must be a vector of int64, got {got}")
-    patches = grid[0] * grid[1]
+    check_samples(samples)
+    grid = whole_numbers("grid", grid, "(rows, columns)")
+    patches = whole_number("grid's patches", math.prod(grid), 1, MOST_PATCHES)
+    targets = whole_number("targets", targets, 1, MOST_TARGETS)
+    kept = whole_number("kept", kept, 0, patches)
+    min_keep = whole_number("min_keep", min_keep, 0, MOST_PATCHES)
+    seed, epoch, view = key_of(seed, epoch, view)
     for name, block in (("target_block", target_block), ("context_block", context_block)):
         most = [side - 1 if upstream else side for side in grid]
         if not all(1 <= size <= side for size, side in zip(block, most, strict=True)):
             raise ValueError(f"{name} must be from 1 × 1 to {most[0]} × {most[1]}, got {block[0]} × {block[1]}")
-    for name, value, least, largest in (
-        ("grid's patches", patches, 1, MOST_PATCHES),
-        ("targets", targets, 1, MOST_TARGETS),
-        ("kept", kept, 0, patches),
-        ("min_keep", min_keep, 0, MOST_PATCHES),
-        ("seed", seed, -(2**63), 2**64 - 1),
-        ("epoch", epoch, 0, 2**32 - 1),
-        ("view", view, 0, 1023),
-    ):
-        if not least <= value <= largest:
-            raise ValueError(f"{name} must be a whole number from {least} to {largest}, got {value}")
-    seed = seed - 2**64 if seed >= 2**63 else seed  # as the schema's signed 64 bits
     preferred = "cuda" if samples.device.type == "cuda" else "cpu"
     backend = _backends.select("multiblock_mask", preferred, lambda name: why_not(name, samples))
     function = reference.multiblock_mask if backend == "reference" else torch.ops.sslfast.multiblock_mask.default

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _library, reference
+from .._checks import whole_number
 from . import _devices
 
 BACKENDS = ("cpu", "cuda", "reference")
@@ -48,8 +49,7 @@ def partition_mask(mask: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
         ids that are missing are −1, and what is too much is left out.
     """
     check_mask(mask)
-    if not 0 <= kept <= mask.shape[1]:
-        raise ValueError(f"kept must be between 0 and the {mask.shape[1]} patches, got {kept}")
+    kept = whole_number("kept", kept, 0, mask.shape[1], "patches")
     preferred = "cuda" if mask.device.type == "cuda" else "cpu"
     if _backends.select("partition_mask", preferred, lambda name: why_not(name, mask)) == "reference":
         arrays = reference.partition_mask(mask.cpu().numpy(), kept)

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _library, reference
+from .._checks import whole_number, whole_numbers
+from .._random.key import key_of
 from . import _devices
-from .view_params import check_seed
 
 BACKENDS = ("cpu", "cuda", "reference")
 why_not = functools.partial(_devices.why_not, "random_mask", "samples")
 MAX_UNITS = 2**18  # kMaxUnits in csrc/common/masks.h
-VIEWS = 2**10  # of each group of mask streams
 
 
 def _fake(
@@ -45,24 +45,14 @@ _library.define(
 )
 
 
-def check_key(seed: int, epoch: int, view: int) -> int:
-    """``seed`` as the schema's signed 64 bits, once all three are in range."""
-    check_seed(seed)
-    if not 0 <= epoch < 2**32:
-        raise ValueError(f"epoch must be between 0 and 2^32 − 1, got {epoch}")
-    if not 0 <= view < VIEWS:
-        raise ValueError(f"view must be between 0 and {VIEWS - 1}, got {view}")
-    return seed - 2**64 if seed >= 2**63 else seed
-
-
 def check_samples(samples: Tensor) -> None:
     if not isinstance(samples, Tensor) or samples.dtype != torch.int64 or samples.dim() != 1:
         got = f"{tuple(samples.shape)} of {samples.dtype}" if isinstance(samples, Tensor) else type(samples).__name__
         raise TypeError(f"samples must be a vector of int64, got {got}")
 
 
-def check_units(grid: Sequence[int], unit: Sequence[int], kept: int) -> None:
-    """``unit`` divides ``grid`` (three numbers each), and ``kept`` is no more than there are units."""
+def check_units(grid: Sequence[int], unit: Sequence[int], kept: int) -> int:
+    """``kept`` as an int, once ``unit`` divides ``grid`` (three numbers each) into no fewer units."""
     if len(grid) != 3 or len(unit) != 3:
         raise ValueError(f"grid and unit must have three numbers each, got {len(grid)} and {len(unit)}")
     if min(grid) < 1 or math.prod(grid) >= 2**31:
@@ -72,8 +62,7 @@ def check_units(grid: Sequence[int], unit: Sequence[int], kept: int) -> None:
     units = math.prod(grid) // math.prod(unit)
     if units > MAX_UNITS:
         raise ValueError(f"grid must have at most {MAX_UNITS} units, got {units} of {tuple(unit)} in {tuple(grid)}")
-    if not 0 <= kept <= units:
-        raise ValueError(f"kept must be between 0 and the {units} units, got {kept}")
+    return whole_number("kept", kept, 0, units, "units")
 
 
 def random_mask(
@@ -109,8 +98,9 @@ def random_mask(
         TypeError, ValueError: an argument has the wrong type, shape or range.
     """
     check_samples(samples)
-    check_units(grid, unit, kept)
-    seed = check_key(seed, epoch, view)
+    grid, unit = whole_numbers("grid", grid, "three numbers"), whole_numbers("unit", unit, "three numbers")
+    kept = check_units(grid, unit, kept)
+    seed, epoch, view = key_of(seed, epoch, view)
     units = math.prod(grid) // math.prod(unit)
     if noise is not None:
         if noise.shape != (len(samples), units) or noise.device != samples.device:

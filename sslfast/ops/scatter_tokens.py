@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _library, reference
-from .._checks import check_tokens, ids_checked
+from .._checks import check_tokens, ids_checked, whole_number
 from . import _devices
 from ._tokens import check_index, in_accumulator, linear_second_order, table
 
@@ -150,8 +150,7 @@ def scatter_tokens(
     """
     check_tokens("x", x)
     check_index("ids_restore", ids_restore, x.device, 2)
-    if isinstance(passed, bool) or not isinstance(passed, int) or not 0 <= passed <= x.shape[1]:
-        raise ValueError(f"passed must be a whole number from 0 to the {x.shape[1]} rows of x, got {passed}")
+    passed = whole_number("passed", passed, 0, x.shape[1], "rows of x")
     if ids_restore.shape[0] != x.shape[0] or ids_restore.shape[1] < x.shape[1] - passed:
         raise ValueError(
             f"ids_restore must have a row for each image and a column for each token, at least those of x, got "

@@ -13,17 +13,33 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _library, reference
-from .._checks import readable
+from .._checks import readable, whole_number
+from .._random.key import key_of
 from . import _devices
 
 BACKENDS = ("cpu", "cuda", "reference")
 why_not = functools.partial(_devices.why_not, "view_params", "ids")
 # In the order of `enum Column` in csrc/common/view_params.h.
 COLUMNS = (
-    *("top", "left", "height", "width", "flip", "brightness", "contrast", "saturation", "hue"),
-    *("order0", "order1", "order2", "order3", "grey", "sigma", "solarize"),
+    "top",
+    "left",
+    "height",
+    "width",
+    "flip",
+    "brightness",
+    "contrast",
+    "saturation",
+    "hue",
+    "order0",
+    "order1",
+    "order2",
+    "order3",
+    "grey",
+    "sigma",
+    "solarize",
 )
 NUMBERS = 24  # kViewNumbers
+MOST_SIDE = 2**24 - 1  # a float32 parameter holds no larger whole number
 
 
 def _fake(
@@ -38,15 +54,9 @@ _library.define(
 )
 
 
-def _check_sides(smallest: int, largest: int) -> None:
-    if smallest < 1 or largest >= 2**24:  # a float32 parameter holds no larger whole number
-        raise ValueError(f"size must be from 1 to 2^24 − 1, got {smallest if smallest < 1 else largest}")
-
-
-def check_seed(seed: int) -> None:
-    """64 bits, signed or not."""
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed must be a 64-bit whole number, got {seed}")
+def _check_sides(sizes: Tensor) -> None:
+    for side in (int(sizes.min()), int(sizes.max())):
+        whole_number("size", side, 1, MOST_SIDE)
 
 
 def view_params(
@@ -77,11 +87,7 @@ def view_params(
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.dim() != 1:
         got = f"{tuple(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"ids must be a vector of int64, got {got}")
-    check_seed(seed)
-    if not 0 <= epoch < 2**32:
-        raise ValueError(f"epoch must be between 0 and 2^32 − 1, got {epoch}")
-    if not 0 <= view <= 2**16 - len(numbers):
-        raise ValueError(f"view must be between 0 and 2^16 minus the number of views, got {view}")
+    seed, epoch, view = key_of(seed, epoch, view, 2**16 - len(numbers) + 1)
     if isinstance(size, Tensor):
         if size.shape != (len(ids), 2) or size.dtype != torch.int64 or size.device != ids.device:
             raise ValueError(
@@ -89,10 +95,9 @@ def view_params(
                 f"{size.device}"
             )
         if len(ids) and readable(size):
-            _check_sides(int(size.min()), int(size.max()))
+            _check_sides(size)
     else:
-        _check_sides(min(size), max(size))
-    seed = seed - 2**64 if seed >= 2**63 else seed  # as the schema's signed 64 bits
+        size = (whole_number("size", size[0], 1, MOST_SIDE), whole_number("size", size[1], 1, MOST_SIDE))
     flat = [number for of_view in numbers for number in of_view]
     sizes, fixed = (size, []) if isinstance(size, Tensor) else (None, list(size))
     preferred = "cuda" if ids.device.type == "cuda" else "cpu"

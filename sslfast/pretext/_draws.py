@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,17 +26,10 @@ def check_images(images: Tensor, channels: Sequence[int] | None = None) -> None:
         raise ValueError(f"images must have {allowed} channels, got {images.shape[1]} in shape {tuple(images.shape)}")
 
 
-def check_share(name: str, value: float) -> None:
-    """``value`` is between 0 and 1."""
-    if not 0 <= value <= 1:  # false for NaN too
-        raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
-
-
-def check_whole(name: str, value: int, least: int, most: int | None = None) -> None:
-    """``value`` is a whole number from ``least`` on, up to ``most``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
-        allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name} must be a whole number {allowed}, got {value!r}")
+def settle(task: Any, **options: Any) -> None:
+    """Set options of a frozen task to what they were checked and converted to."""
+    for name, value in options.items():
+        object.__setattr__(task, name, value)
 
 
 def unit_scale(pixels: Tensor) -> Tensor:

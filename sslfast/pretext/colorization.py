@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._checks import check_share, real_number, warn_of_bytes, whole_number
 from .._library import kept_on_device, on_the_host
-from ._draws import check_images, check_whole, unit_scale
+from ._draws import check_images, settle, unit_scale
 
 # Linear sRGB to XYZ (D65), and the white point, with scikit-image's digits, which the released code converts with.
 XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
@@ -21,15 +23,31 @@ TO_RGB = np.linalg.inv(TO_XYZ).tolist()
 KNEE = 6 / 29  # where CIE's cube root goes over into a line
 
 STEP = 10  # of the grid of colours
-# The paper's 313 colours: for each a, the first and the last b, in steps of 10. They hold each corner of each 10 × 10
+# The paper's 313 colours: (a, the first b, the last b), in steps of 10. They hold each corner of each 10 × 10
 # square of the ab plane that a colour of sRGB falls into. Those are 309, and the released list has four more at its
 # rim: (40, 90), (100, −90), (100, −10) and (100, 0).
-ROWS = {
-    **{-90: (50, 90), -80: (20, 90), -70: (0, 90), -60: (-20, 90), -50: (-30, 100)},
-    **{-40: (-40, 100), -30: (-50, 100), -20: (-50, 100), -10: (-60, 100), 0: (-70, 100)},
-    **{10: (-80, 90), 20: (-80, 90), 30: (-90, 90), 40: (-100, 90), 50: (-100, 80)},
-    **{60: (-110, 80), 70: (-110, 80), 80: (-110, 70), 90: (-110, 70), 100: (-90, 0)},
-}
+ROWS = (
+    (-90, 50, 90),
+    (-80, 20, 90),
+    (-70, 0, 90),
+    (-60, -20, 90),
+    (-50, -30, 100),
+    (-40, -40, 100),
+    (-30, -50, 100),
+    (-20, -50, 100),
+    (-10, -60, 100),
+    (0, -70, 100),
+    (10, -80, 90),
+    (20, -80, 90),
+    (30, -90, 90),
+    (40, -100, 90),
+    (50, -100, 80),
+    (60, -110, 80),
+    (70, -110, 80),
+    (80, -110, 70),
+    (90, -110, 70),
+    (100, -90, 0),
+)
 RANGE, CELL = 110.0, 2.5  # the table of nearest colours: a and b from −RANGE to RANGE, in squares of CELL
 FAR = 1e6  # where the table's padding lies
 
@@ -79,6 +97,7 @@ def rgb_to_lab(images: Tensor) -> Tensor:
         100.0
     """
     check_images(images, (3,))
+    warn_of_bytes(images)
     rgb = unit_scale(images)
     linear = torch.where(rgb > 0.04045, ((rgb.clamp_min(0.0) + 0.055) / 1.055) ** 2.4, rgb / 12.92)
     xyz = _linear(linear, TO_XYZ)
@@ -113,7 +132,7 @@ def lab_to_rgb(lab: Tensor) -> Tensor:
 
 @kept_on_device
 def _bins(device: torch.device) -> Tensor:
-    grid = [(a, b) for a, (first, last) in ROWS.items() for b in range(first, last + 1, STEP)]
+    grid = [(a, b) for a, first, last in ROWS for b in range(first, last + 1, STEP)]
     return torch.tensor(grid, dtype=torch.float32, device="cpu").to(device)
 
 
@@ -140,9 +159,8 @@ def _candidate_arrays(neighbours: int) -> tuple[np.ndarray, np.ndarray]:
         bins = _bins(torch.device("cpu")).double()
         middle = torch.arange(-RANGE + CELL / 2, RANGE, CELL, dtype=torch.float64)
         distance = torch.cdist(torch.cartesian_prod(middle, middle), bins)
-        reach = (
-            distance.kthvalue(neighbours, dim=1, keepdim=True).values + 2**0.5 * CELL + 1e-3
-        )  # float32 may round into the next
+        furthest = distance.kthvalue(neighbours, dim=1, keepdim=True).values
+        reach = furthest + 2**0.5 * CELL + 1e-3  # float32 may round into the next square
         near = distance <= reach
         padded = torch.where(near, torch.arange(len(bins)), len(bins)).sort(dim=1).values
         padded = padded[:, : int(near.sum(1).max())]
@@ -184,9 +202,13 @@ class Colorization:
     sigma: float = 5.0
 
     def __post_init__(self) -> None:
-        check_whole("stride", self.stride, 1)
-        check_whole("neighbours", self.neighbours, 1, 32)
-        if not 0 < self.sigma < float("inf"):
+        settle(
+            self,
+            stride=whole_number("stride", self.stride, 1),
+            neighbours=whole_number("neighbours", self.neighbours, 1, 32),
+            sigma=real_number("sigma", self.sigma),
+        )
+        if not 0 < self.sigma < math.inf:
             raise ValueError(f"sigma must be positive and finite, got {self.sigma!r}")
 
     def __call__(self, images: Tensor) -> Colorized:
@@ -274,6 +296,7 @@ def decode_colors(logits: Tensor, temperature: float = 0.38) -> Tensor:
         torch.Size([2, 2, 8, 8])
     """
     check_images(logits, (313,))
+    temperature = real_number("temperature", temperature)
     if not 0 < temperature <= 1:
         raise ValueError(f"temperature must be above 0 and at most 1, got {temperature!r}")
     annealed = (logits.to(torch.float32) / temperature).softmax(1)
@@ -306,8 +329,9 @@ def rebalancing_weights(histogram: Tensor, *, lam: float = 0.5, sigma: float = 5
     bins = _bins(histogram.device).double()
     if histogram.shape != (len(bins),):
         raise ValueError(f"histogram must have shape ({len(bins)},), got {tuple(histogram.shape)}")
-    if not 0 <= lam <= 1 or not 0 <= sigma < float("inf"):
-        raise ValueError(f"lam must be between 0 and 1 and sigma not negative, got {lam!r} and {sigma!r}")
+    lam, sigma = check_share("lam", lam), real_number("sigma", sigma)
+    if not 0 <= sigma < math.inf:
+        raise ValueError(f"sigma must be finite and not negative, got {sigma!r}")
     share = histogram.double() / histogram.double().sum()
     if sigma > 0:
         spread = (torch.cdist(bins, bins).square() / (-2 * sigma**2)).softmax(0)  # a column is where one colour goes

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._checks import check_share, is_real, real_number, real_numbers, warn_of_bytes, whole_number
 from .._random.ids import Ids, sample_ids
+from .._random.key import epoch_of
 from .._random.philox import BLOCKS, below, uniforms
 from .._random.streams import stream_of
 from ..augment.spec import IMAGENET_MEAN
-from ._draws import check_images, check_share, check_whole
+from ._draws import check_images, settle
 
 HOLES = ("centre", "blocks", "region")
 FRACTION = 12  # bits behind the point of interpolation weights
@@ -156,20 +158,27 @@ class Inpainting:
     def __post_init__(self) -> None:
         if self.hole not in HOLES:
             raise ValueError(f"hole must be one of {', '.join(HOLES)}, got {self.hole!r}")
-        check_share("share", self.share)
-        check_whole("blocks", self.blocks, 1, 4 * BLOCKS // 3)  # three draws each
-        check_whole("overlap", self.overlap, 0)
+        fill = real_numbers("fill", self.fill)
+        settle(
+            self,
+            share=check_share("share", self.share),
+            blocks=whole_number("blocks", self.blocks, 1, 4 * BLOCKS // 3),  # three draws each
+            overlap=whole_number("overlap", self.overlap, 0),
+            overlap_weight=real_number("overlap_weight", self.overlap_weight),
+            fill=fill[0] if is_real(self.fill) else fill,
+        )
         if not 0 <= self.overlap_weight < math.inf:
             raise ValueError(f"overlap_weight must be finite and not negative, got {self.overlap_weight!r}")
 
-    def __call__(self, images: Tensor, ids: Ids = None, *, epoch: int = 0) -> Inpainted:
+    def __call__(self, images: Tensor, ids: Ids = None, *, epoch: int | None = None) -> Inpainted:
         """Holes in a batch.
 
         Args:
             images: [B, C, H, W], uint8, or floating point on the scale 0 … 1; fewer than 2^22 pixels.
                 With ``"region"``, the longer side at most some 2000 times the shorter.
             ids: [B], which sample each image is. Default: drawn from torch's CPU generator.
-            epoch: below 2³². Default 0.
+            epoch: the current epoch, below 2³². Without it every epoch repeats the same choices: default 0, with a
+                warning where ids are given.
 
         Returns:
             ``Inpainted(images, mask, target, weight)``; the target is the very tensor that was passed.
@@ -178,6 +187,7 @@ class Inpainting:
             TypeError, ValueError: naming the argument.
         """
         check_images(images)
+        warn_of_bytes(images)
         height, width = images.shape[2:]
         pixels = height * width
         if pixels >= 2**22:
@@ -195,10 +205,11 @@ class Inpainting:
             weight = weight + self.overlap_weight * (around - weight)
         return Inpainted(torch.where(mask, fill, images), mask, images, weight)
 
-    def _mask(self, images: Tensor, ids: Ids, epoch: int) -> Tensor:
+    def _mask(self, images: Tensor, ids: Ids, epoch: int | None) -> Tensor:
         count, _, height, width = images.shape
         if self.hole == "centre":
             return _centre(count, height, width, self.share, images.device)
+        epoch = epoch_of(epoch, ids)
         ids = sample_ids(ids, count, images.device)
         if self.hole == "region":
             return _region(ids, self.seed, epoch, height, width, self.share)
@@ -207,7 +218,7 @@ class Inpainting:
 
     def _fill(self, images: Tensor) -> Tensor:
         channels = images.shape[1]
-        values = (self.fill,) * channels if isinstance(self.fill, (int, float)) else tuple(self.fill)
+        values = (self.fill,) * channels if isinstance(self.fill, float) else tuple(self.fill)
         if len(values) != channels:
             raise ValueError(f"fill must be one number or one a channel, {channels}, got {self.fill!r}")
         if images.dtype == torch.uint8:
@@ -216,7 +227,9 @@ class Inpainting:
         return torch.stack([images.new_full((), value) for value in values])[:, None, None]
 
 
-def inpainting(images: Tensor, ids: Ids = None, *, seed: int = 0, epoch: int = 0, **options: Any) -> Inpainted:
+def inpainting(
+    images: Tensor, ids: Ids = None, *, seed: int = 0, epoch: int | None = None, **options: Any
+) -> Inpainted:
     """Holes in a batch [B, C, H, W]; ``options`` are the arguments of :class:`Inpainting`, which says the rest.
 
     Example:

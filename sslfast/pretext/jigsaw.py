@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._checks import check_share, warn_of_bytes, whole_number
 from .._library import kept_on_device, on_the_host
 from .._random.ids import Ids, sample_ids
+from .._random.key import epoch_of, seed_of
 from .._random.philox import below, uniforms
 from .._random.streams import stream_of
-from ._draws import GREY, check_images, check_share, check_whole, cut, unit_scale
+from ._draws import GREY, check_images, cut, settle, unit_scale
 
 LEAST_DEVIATION = 1e-3  # a quarter of a grey level: a tile below it is one colour, and stays 0 rather than noise
 
@@ -84,8 +86,9 @@ def permutation_set(count: int, tiles: int = 9, seed: int = 0) -> Tensor:
         >>> sslfast.pretext.permutation_set(100).shape
         torch.Size([100, 9])
     """
-    check_whole("tiles", tiles, 2, 9)
-    check_whole("count", count, 1, math.factorial(tiles))
+    tiles = whole_number("tiles", tiles, 2, 9)
+    count = whole_number("count", count, 1, math.factorial(tiles))
+    seed = seed_of(seed)
     with torch.inference_mode(False):
         return torch.from_numpy(_permutations(count, tiles, seed).astype(np.int64))
 
@@ -139,12 +142,15 @@ class Jigsaw:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_whole("grid", self.grid, 2, 3)
-        check_whole("permutations", self.permutations, 1, math.factorial(self.grid**2))
-        check_whole("cell", self.cell, 1)
-        check_whole("tile", self.tile, 1, self.cell)
-        check_whole("colour_shift", self.colour_shift, 0)
-        check_share("grey_p", self.grey_p)
+        settle(self, grid=whole_number("grid", self.grid, 2, 3), cell=whole_number("cell", self.cell, 1))
+        settle(
+            self,
+            permutations=whole_number("permutations", self.permutations, 1, math.factorial(self.grid**2)),
+            tile=whole_number("tile", self.tile, 1, self.cell),
+            grey_p=check_share("grey_p", self.grey_p),
+            colour_shift=whole_number("colour_shift", self.colour_shift, 0),
+            permutation_seed=seed_of(self.permutation_seed),
+        )
 
     def permutation_table(self, device: torch.device | str = "cpu") -> Tensor:
         """[permutations, grid²] int64: row ``label`` says which cell each tile comes from."""
@@ -154,13 +160,14 @@ class Jigsaw:
         """The cached tensor itself, to be read only."""
         return _table(self.permutations, self.grid**2, self.permutation_seed, device)
 
-    def __call__(self, images: Tensor, ids: Ids = None, *, epoch: int = 0) -> Puzzle:
+    def __call__(self, images: Tensor, ids: Ids = None, *, epoch: int | None = None) -> Puzzle:
         """Puzzles of a batch.
 
         Args:
             images: [B, 1 or 3, H, W] with H, W ≥ grid · cell; uint8, or floating point on the scale 0 … 1.
             ids: [B], which sample each image is. Default: drawn from torch's CPU generator.
-            epoch: below 2³². Default 0.
+            epoch: the current epoch, below 2³². Without it every epoch repeats the same choices: default 0, with a
+                warning where ids are given.
 
         Returns:
             ``Puzzle(tiles, label)``.
@@ -169,12 +176,14 @@ class Jigsaw:
             TypeError, ValueError: naming the argument.
         """
         check_images(images, (1, 3))
+        warn_of_bytes(images)
         count, channels, height, width = images.shape
         side, cells = self.grid * self.cell, self.grid**2
         if min(height, width) < side:
             raise ValueError(
                 f"images must be at least grid · cell = {side} pixels a side, got {height} × {width}: make cell smaller"
             )
+        epoch = epoch_of(epoch, ids)
         ids = sample_ids(ids, count, images.device)
         draws = uniforms(ids, 4 + 2 * cells * (1 + channels), seed=self.seed, epoch=epoch, stream=stream_of("jigsaw"))
         label = below(draws[:, 0], self.permutations)
@@ -205,7 +214,7 @@ class Jigsaw:
         return (pixels * 255).round().to(torch.uint8) if tiles.dtype == torch.uint8 else pixels.to(tiles.dtype)
 
 
-def jigsaw(images: Tensor, ids: Ids = None, *, seed: int = 0, epoch: int = 0, **options: Any) -> Puzzle:
+def jigsaw(images: Tensor, ids: Ids = None, *, seed: int = 0, epoch: int | None = None, **options: Any) -> Puzzle:
     """Puzzles of a batch [B, 1 or 3, H, W]; ``options`` are the arguments of :class:`Jigsaw`, which says the rest.
 
     Example:

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._checks import check_share, real_number, warn_of_bytes, whole_number
 from .._random.ids import Ids, sample_ids
+from .._random.key import epoch_of
 from .._random.philox import below, uniforms
 from .._random.streams import stream_of
-from ._draws import check_images, check_share, check_whole, cut, unit_scale
+from ._draws import check_images, cut, settle, unit_scale
 
 COLOURS = ("drop", "projection", "keep")
 DRAWS = 13  # label; centre down, across; 2 × jitter down, across; 2 × coin, side, channel
@@ -101,25 +103,29 @@ class RelativeLocation:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_whole("patch", self.patch, 2, 256)
-        check_whole("gap", self.gap, 0)
-        check_whole("jitter", self.jitter, 0, self.gap // 2)
-        check_share("downsample_p", self.downsample_p)
+        settle(self, patch=whole_number("patch", self.patch, 2, 256), gap=whole_number("gap", self.gap, 0))
+        settle(
+            self,
+            jitter=whole_number("jitter", self.jitter, 0, self.gap // 2),
+            downsample_p=check_share("downsample_p", self.downsample_p),
+            rms=real_number("rms", self.rms),
+        )
         if self.downsample_p > 0:
-            check_whole("least_pixels", self.least_pixels, 1, (self.patch - 1) ** 2)
+            settle(self, least_pixels=whole_number("least_pixels", self.least_pixels, 1, (self.patch - 1) ** 2))
         if self.colour not in COLOURS:
             raise ValueError(f"colour must be one of {', '.join(COLOURS)}, got {self.colour!r}")
         if not 0 < self.rms < float("inf"):
             raise ValueError(f"rms must be positive and finite, got {self.rms!r}")
 
-    def __call__(self, images: Tensor, ids: Ids = None, *, epoch: int = 0) -> PatchPair:
+    def __call__(self, images: Tensor, ids: Ids = None, *, epoch: int | None = None) -> PatchPair:
         """One pair from each image.
 
         Args:
             images: [B, C, H, W] with H, W ≥ 2·patch + gap + 2·jitter; C is 3, with ``colour="keep"`` any; uint8, or
                 floating point on the scale 0 … 1.
             ids: [B], which sample each image is. Default: drawn from torch's CPU generator.
-            epoch: below 2³². Default 0.
+            epoch: the current epoch, below 2³². Without it every epoch repeats the same choices: default 0, with a
+                warning where ids are given.
 
         Returns:
             ``PatchPair(first, second, label)``.
@@ -128,6 +134,7 @@ class RelativeLocation:
             TypeError, ValueError: naming the argument.
         """
         check_images(images, None if self.colour == "keep" else (3,))
+        warn_of_bytes(images)
         least = 2 * (self.patch + self.jitter) + self.gap
         if min(images.shape[2:]) < least:
             height, width = images.shape[2:]
@@ -135,6 +142,7 @@ class RelativeLocation:
                 f"images must be at least 2·patch + gap + 2·jitter = {least} pixels a side, got {height} × {width}: "
                 "make patch and gap smaller"
             )
+        epoch = epoch_of(epoch, ids)
         ids = sample_ids(ids, len(images), images.device)
         draws = uniforms(ids, DRAWS, seed=self.seed, epoch=epoch, stream=stream_of("relative_location"))
         label = below(draws[:, 0], 8)
@@ -172,8 +180,8 @@ class RelativeLocation:
         """The colours taken out, and each channel's mean (by "drop", the kept channel's)."""
         if self.colour == "projection":
             red, green, blue = patches.unbind(2)
-            along = (2 * green - red - blue) / 6  # less x·a aᵀ/(a aᵀ), with a = (−1, 2, −1)
-            patches = torch.stack([red + along, green - 2 * along, blue + along], dim=2)
+            projection = (2 * green - red - blue) / 6  # less x·a aᵀ/(a aᵀ), with a = (−1, 2, −1)
+            patches = torch.stack([red + projection, green - 2 * projection, blue + projection], dim=2)
         centred = patches - patches.mean(dim=(3, 4), keepdim=True)
         if self.colour != "drop":
             return centred
@@ -185,7 +193,9 @@ class RelativeLocation:
         return torch.where((channel == kept)[..., None, None], centred, noise.gather(2, which))
 
 
-def relative_location(images: Tensor, ids: Ids = None, *, seed: int = 0, epoch: int = 0, **options: Any) -> PatchPair:
+def relative_location(
+    images: Tensor, ids: Ids = None, *, seed: int = 0, epoch: int | None = None, **options: Any
+) -> PatchPair:
     """Pairs of patches of a batch; ``options`` are the arguments of :class:`RelativeLocation`, which says the rest.
 
     Example:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._random.ids import Ids, sample_ids
+from .._random.key import epoch_of
 from .._random.philox import below, uniforms
 from .._random.streams import stream_of
 from ._draws import check_images
@@ -62,7 +63,7 @@ class Rotation:
     all_four: bool = True
     seed: int = 0
 
-    def __call__(self, images: Tensor, ids: Ids = None, *, epoch: int = 0) -> Rotated:
+    def __call__(self, images: Tensor, ids: Ids = None, *, epoch: int | None = None) -> Rotated:
         """See :func:`rotation`."""
         check_images(images)
         count, _, height, width = images.shape
@@ -72,12 +73,15 @@ class Rotation:
             )
         if self.all_four:
             return Rotated(_all_four(images), torch.arange(4, device=images.device).repeat_interleave(count))
+        epoch = epoch_of(epoch, ids)
         ids = sample_ids(ids, count, images.device)
         labels = below(uniforms(ids, 1, seed=self.seed, epoch=epoch, stream=stream_of("rotation"))[:, 0], 4)
         return Rotated(_turned(images, labels), labels)
 
 
-def rotation(images: Tensor, ids: Ids = None, *, all_four: bool = True, seed: int = 0, epoch: int = 0) -> Rotated:
+def rotation(
+    images: Tensor, ids: Ids = None, *, all_four: bool = True, seed: int = 0, epoch: int | None = None
+) -> Rotated:
     """Images turned by quarters, and how often: by transposition and mirroring, so no interpolation tells the turn.
 
     Args:
@@ -86,7 +90,8 @@ def rotation(images: Tensor, ids: Ids = None, *, all_four: bool = True, seed: in
             generator.
         all_four: all four turns of each image, as the paper trains (default), or one drawn for each.
         seed: 64 bits. Default 0.
-        epoch: below 2³². Default 0.
+        epoch: the current epoch, below 2³². Without it every epoch repeats the same turns: default 0, with a warning
+            where ids are given.
 
     Returns:
         ``Rotated(images, labels)``. With ``all_four``, 4·B images, the whole batch by 0, then by 1, 2, 3 quarter turns;

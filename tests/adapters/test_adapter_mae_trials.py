@@ -91,11 +91,11 @@ def mean_per_image(self, imgs, pred, mask):
 def test_a_changed_method_is_left_alone(monkeypatch, method, body, reason):
     model = variant(monkeypatch, **{method: body})
     with sslfast.patch("mae") as patched:
-        assert all(reason in why for why in patched.left.values())
+        assert all(reason in why for why in patched.unchanged.values())
         left = [name for name in METHODS if not hasattr(vars(model)[name], "__sslfast__")]
         # The fast encoder draws its masks without the class's masking.
         assert left == (["forward_encoder", method] if method == "random_masking" else [method])
-        assert list(patched.left) == [f"another_models_mae.MaskedAutoencoderViT.{name}" for name in left]
+        assert list(patched.unchanged) == [f"another_models_mae.MaskedAutoencoderViT.{name}" for name in left]
 
 
 def test_a_constructor_with_more_arguments_is_left_alone(monkeypatch):
@@ -104,8 +104,8 @@ def test_a_constructor_with_more_arguments_is_left_alone(monkeypatch):
 
     variant(monkeypatch, __init__=init)
     with sslfast.patch("mae") as patched:
-        assert patched.replaced == () and len(patched.left) == 4
-        assert all("takes mask_mode" in reason for reason in patched.left.values())
+        assert patched.replaced == () and len(patched.unchanged) == 4
+        assert all("takes mask_mode" in reason for reason in patched.unchanged.values())
 
 
 def test_no_such_class(monkeypatch):
@@ -153,7 +153,7 @@ def test_patching_leaves_the_seeds_of_gpus_alone(monkeypatch):
 def test_the_trials_run_on_the_cpu():
     """With a default device the small models would be built there, from its random numbers."""
     with torch.device("meta"), sslfast.patch("mae") as patched:
-        assert patched.left == {}
+        assert patched.unchanged == {}
 
 
 def test_vit_mae_that_rounds_is_left_alone(monkeypatch):
@@ -169,4 +169,4 @@ def test_vit_mae_that_rounds_is_left_alone(monkeypatch):
 
     monkeypatch.setattr(vit_mae.ViTMAEEmbeddings, "random_masking", random_masking)
     with sslfast.patch("mae") as patched:
-        assert {"ViTMAEEmbeddings.random_masking", "ViTMAEEmbeddings.forward"} < set(patched.left)
+        assert {"ViTMAEEmbeddings.random_masking", "ViTMAEEmbeddings.forward"} < set(patched.unchanged)

@@ -142,5 +142,5 @@ def test_a_script_is_a_command() -> None:
     command = [sys.executable, "-m", "examples.dropin.lightly_simclr", *flags("lightly_simclr"), "--sslfast"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "sslfast serves lightly" in done.stderr
+    assert "sslfast.patch: lightly" in done.stderr
     assert len(json.loads(done.stdout.splitlines()[-1])["losses"]) == STEPS

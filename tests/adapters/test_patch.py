@@ -62,7 +62,7 @@ class Loss(losses.Loss):
 total = served(losses.total, _total)
 
 def contents():
-    return Package((Base, Loss), (total,), {"Other": "it gains nothing"})
+    return Package((Base, Loss), (total,), through={"Wrapped": "Loss"}, unchanged={"Other": "nothing to gain"})
 """
 
 
@@ -82,6 +82,7 @@ def losses(tmp_path, monkeypatch):
     monkeypatch.setattr(sslfast.adapters, "__path__", [*sslfast.adapters.__path__, str(tmp_path / "adapters")])
     monkeypatch.setitem(_patch.PACKAGES, "fakessl", _patch._Known("fakessl", ("1.0",)))
     monkeypatch.setattr(_serve, "_told", set())
+    monkeypatch.setattr(_patch, "_printed", set())
     yield importlib.import_module("fakessl.losses")
     if "fakessl" in _patch._active:
         sslfast.unpatch("fakessl")
@@ -101,9 +102,11 @@ def test_everything_is_served_and_then_the_package_s_own_again(losses, capsys):
     done = sslfast.patch("fakessl")
     late = importlib.import_module("fakessl_late")
     assert capsys.readouterr().err == (
-        "sslfast serves fakessl 1.0: Base, Loss, total\n  left alone: Other (it gains nothing)\n"
+        "sslfast.patch: fakessl 1.0\n  fast: Base, Loss, total\n  fast through Loss: Wrapped\n"
+        "  unchanged (nothing to gain): Other\n"
     )
-    assert done.replaced == ("Base", "Loss", "total") and dict(done.left) == {"Other": "it gains nothing"}
+    assert done.replaced == ("Base", "Loss", "total") and done.through == {"Wrapped": "Loss"}
+    assert done.unchanged == {"Other": "nothing to gain"}
     assert (losses.Base, losses.Loss) == classes  # the classes are the same objects: isinstance, pickles, subclasses
     assert early(X) == losses.Loss()(X) == user.Loss()(X) == late.Loss()(X) == 7 and losses.Base()(X) == 7
     assert losses.total(X) == user.total(X) == user.also_total(X) == late.total(X) == 4
@@ -254,6 +257,42 @@ def test_one_rank_speaks(losses, monkeypatch, capsys):
     with sslfast.patch("fakessl"):
         pass
     assert capsys.readouterr().err == ""
+
+
+def test_the_list_is_printed_once_and_not_at_all_if_not_wanted(losses, capsys):
+    with sslfast.patch("fakessl", verbose=False) as patched:
+        assert capsys.readouterr().err == ""
+    for _ in range(3):
+        with sslfast.patch("fakessl"):
+            pass
+    assert capsys.readouterr().err == f"{patched}\n"
+
+
+def test_a_warning_names_the_line_of_the_user(losses):
+    """Through ``Module.__call__``, hooks and the package's own frames."""
+    code = "def use(loss, x):\n    return loss(x)\n"
+    user = {"__name__": "training"}
+    exec(compile(code, "training.py", "exec"), user)
+    with sslfast.patch("fakessl"), pytest.warns(UserWarning, match="does not serve") as caught:
+        user["use"](losses.Base(), torch.ones(3))
+        user["use"](losses.total, torch.ones(0))
+    assert [(w.filename, w.lineno) for w in caught] == [("training.py", 2)] * 2
+
+
+def test_one_reason_is_said_once_however_deep_the_package_calls_itself(losses):
+    class Outer(losses.Loss):
+        def forward(self, x):
+            return losses.Base.forward(self, x)
+
+    outer = _serve.served(Outer.forward, lambda self, x: _serve.Unserved("a miner"), "fakessl.Outer")
+    with sslfast.patch("fakessl"):
+        with pytest.warns(UserWarning) as caught:
+            assert outer(Outer(), torch.ones(3)) == 6
+        assert len(caught) == 1 and "fakessl.Outer: a miner" in str(caught[0].message)
+        with pytest.raises(IndexError):
+            outer(Outer(), torch.ones(2, 2))
+        with pytest.warns(UserWarning, match="fakessl.Base: three entries"):  # by itself it is said
+            losses.Base()(torch.ones(3))
 
 
 def test_an_unknown_name():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,12 @@ import torch
 
 import sslfast
 from augment_common import BACKENDS, device_of, noise, row, table
-from sslfast import augment
+from sslfast import _checks, augment
 from sslfast.augment import MultiViewTransform, ViewParams, ViewSpec, recipe
 from sslfast.ops.augment_views import augment_views
 
 SPEC = ViewSpec(24, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, blur_p=0.5, blur_kernel=9, grey_p=0.2)
+WHOLE = ViewSpec((32, 32), scale=None, flip_p=0)
 
 
 def test_parameters_of_views() -> None:
@@ -62,10 +65,145 @@ def test_pil_images_of_other_modes_are_refused() -> None:
     pil = pytest.importorskip("PIL.Image", reason="PIL is missing")
     image = pil.fromarray(noise(30, 30, 3).numpy())
     transform = MultiViewTransform(SPEC)
-    for mode in ("P", "CMYK", "RGBA", "HSV", "1", "F", "I"):
-        with pytest.raises(ValueError, match=f"images must be PIL images of mode RGB or L, got '{mode}'"):
+    for mode in ("P", "CMYK", "RGBA", "HSV", "1"):
+        remedy = f"images must be PIL images of mode RGB or L, got '{mode}': image.convert\\('RGB'\\)"
+        with pytest.raises(ValueError, match=remedy):
             transform(image.convert("RGB").convert(mode) if mode != "HSV" else image.convert("HSV"), 0)
+    for mode in ("F", "I", "I;16"):  # conversion would clip them
+        remedy = rf"got '{mode}': np.asarray\(image, dtype=np.float32\) / white"
+        with pytest.raises(ValueError, match=remedy):
+            transform(image.convert("L").convert(mode), 0)
     assert transform(image.convert("L"), 0)[0].shape == (1, 24, 24)
+
+
+def test_sixteen_bits_as_the_error_says() -> None:
+    pil = pytest.importorskip("PIL.Image", reason="PIL is missing")
+    levels = (np.arange(32 * 32, dtype=np.uint16) * 64).reshape(32, 32)
+    image = pil.fromarray(levels)
+    assert image.mode.startswith("I;16")
+    (view,) = MultiViewTransform(WHOLE)(np.asarray(image, dtype=np.float32) / 65535, 0, epoch=0)
+    assert torch.equal(view, torch.from_numpy(levels.astype(np.float32) / 65535)[None])
+    with pytest.raises(TypeError, match=r"images must be uint8, .* got torch.uint16: divide by the value of white"):
+        MultiViewTransform(WHOLE)(levels, 0)
+
+
+@pytest.mark.parametrize("mode", ["r", "r+", "c"])
+def test_memory_mapped_arrays(tmp_path: Path, mode: str) -> None:
+    """Which have a mode of their own, as images of PIL have."""
+    pictures = noise(3, 30, 40, 3).numpy()
+    np.save(tmp_path / "pictures.npy", pictures)
+    mapped = np.load(tmp_path / "pictures.npy", mmap_mode=mode)  # type: ignore[call-overload]
+    transform = MultiViewTransform(SPEC)
+    assert isinstance(mapped[1], np.memmap) and mapped[1].mode == mode
+    assert torch.equal(transform(mapped[1], 1, epoch=0)[0], transform(pictures[1], 1, epoch=0)[0])
+    assert torch.equal(transform(mapped, range(3), epoch=0)[0], transform(pictures, range(3), epoch=0)[0])
+
+
+def test_arrays_of_a_class_with_a_mode() -> None:
+    class Frame(np.ndarray):
+        mode = "BGR"
+
+    pictures = noise(30, 40, 3).numpy()
+    transform = MultiViewTransform(SPEC)
+    assert torch.equal(transform(pictures.view(Frame), 1, epoch=0)[0], transform(pictures, 1, epoch=0)[0])
+
+
+def test_channels_in_the_wrong_place_are_told_in_the_callers_shape() -> None:
+    transform = MultiViewTransform(SPEC)
+    first = np.zeros((3, 32, 40), dtype=np.uint8)
+    message = r"got 40 in shape \(3, 32, 40\) read as NHWC: arrays are read channels last .* torch.from_numpy"
+    with pytest.raises(ValueError, match=message):
+        transform(first, 0)
+    with pytest.raises(ValueError, match=r"got 40 in shape \(2, 3, 32, 40\) read as NHWC: arrays"):
+        transform(np.stack([first, first]), [0, 1])
+    with pytest.raises(ValueError, match=r"got 32 in shape \(32, 40, 3\) read as NCHW: layout='NHWC' reads"):
+        transform(noise(32, 40, 3), 0)
+    with pytest.raises(ValueError, match=r"got 40 in shape \(3, 32, 40\) read as NHWC: layout='NCHW' reads"):
+        MultiViewTransform(SPEC, layout="NHWC")(noise(3, 32, 40), 0)
+    assert transform(torch.from_numpy(first), 0)[0].shape == (3, 24, 24)  # as it says
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_floats_on_the_scale_of_bytes_are_warned_of_once(dtype: torch.dtype) -> None:
+    transform, images = MultiViewTransform(SPEC), noise(4, 3, 50, 60)
+    _checks._warned.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        transform(images, range(4), epoch=0)
+        transform(images.to(dtype) / 255, range(4), epoch=0)
+        transform((images.float() / 255 - 0.45) / 0.22, range(4), epoch=0)  # normalised: another mistake
+    assert caught == []
+    with pytest.warns(UserWarning, match="images seem to be on the scale 0 … 255") as told:
+        transform(images.to(dtype), range(4), epoch=0)
+        transform(list(images.to(dtype)), range(4), epoch=0)
+    assert [warning.filename for warning in told] == [__file__]
+    _checks._warned.clear()
+    with pytest.warns(UserWarning, match="0 … 255"):
+        augment.sample_params(images[0].float().permute(1, 2, 0).numpy(), SPEC, 0, epoch=0)
+
+
+def test_ids_without_an_epoch_are_warned_of_once() -> None:
+    transform, images = MultiViewTransform(SPEC), noise(2, 3, 30, 30)
+    _checks._warned.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        transform(images)
+        transform(images, [0, 1], epoch=0)
+    assert caught == []
+    with pytest.warns(UserWarning, match="ids were given and no epoch: every epoch then repeats") as told:
+        same = transform(images, [0, 1])
+        augment.sample_params(images, SPEC, [0, 1])
+    assert len(told) == 1 and told[0].filename == __file__
+    assert torch.equal(same[0], transform(images, [0, 1], epoch=0)[0])
+
+
+NUMPY = {
+    "size": (dict(size=np.int64(24)), dict(size=24)),
+    "sides": (dict(size=np.array([24, 20])), dict(size=(24, 20))),
+    "scale": (dict(scale=np.array([0.25, 1.0])), dict(scale=(0.25, 1.0))),
+    "ratio": (dict(ratio=[np.float32(0.75), np.float32(1.5)]), dict(ratio=(0.75, 1.5))),
+    "strengths": (dict(brightness=np.float32(0.5), hue=np.float64(0.25)), dict(brightness=0.5, hue=0.25)),
+    "factors": (dict(contrast=np.array([0.5, 1.5])), dict(contrast=(0.5, 1.5))),
+    "probabilities": (dict(flip_p=np.float32(0.5), blur_p=np.int64(1)), dict(flip_p=0.5, blur_p=1.0)),
+    "blur": (dict(blur_kernel=np.int32(9), sigma=np.array([0.5, 1.5])), dict(blur_kernel=9, sigma=(0.5, 1.5))),
+    "threshold": (dict(solarize_threshold=np.float32(0.25)), dict(solarize_threshold=0.25)),
+    "mean": (dict(mean=np.float32(0.5), std=np.float64(0.25)), dict(mean=0.5, std=0.25)),
+    "means": (dict(mean=np.array([0.5, 0.25, 0.125])), dict(mean=(0.5, 0.25, 0.125))),
+    "tensor": (dict(std=torch.tensor([0.5, 0.25, 0.125])), dict(std=(0.5, 0.25, 0.125))),
+}
+
+
+@pytest.mark.parametrize("name", NUMPY)
+def test_numbers_of_numpy(name: str) -> None:
+    given, expected = (ViewSpec(**{"size": 24, "blur_kernel": 9, **options}) for options in NUMPY[name])
+    assert given == expected and hash(given) == hash(expected) and repr(given) == repr(expected)
+    images = noise(2, 3, 30, 30)
+    views = [
+        MultiViewTransform(spec, seed=seed)(images, [0, 1], epoch=epoch)[0]
+        for spec, seed, epoch in ((given, np.uint64(2**64 - 1), np.int64(2)), (expected, 2**64 - 1, 2))
+    ]
+    assert torch.equal(*views)
+    assert recipe("simclr", np.int64(32)) == recipe("simclr", 32)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(size=24.0), "size must be"),
+        (dict(size=True), "size must be"),
+        (dict(size="24"), "size must be"),
+        (dict(size=(24, 20, 3)), "size must be"),
+        (dict(flip_p="0.5"), "flip_p must be a number, got '0.5'"),
+        (dict(flip_p=True), "flip_p must be a number, got True"),
+        (dict(mean="0.5"), "mean must be a number"),
+        (dict(mean=(0.5, None, 0.5)), "mean must be a number, got None"),
+        (dict(blur_kernel=9.0), "blur_kernel must be an odd whole number"),
+        (dict(hue=np.float32(0.75)), "hue must be between"),
+    ],
+)
+def test_what_is_no_number(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        ViewSpec(**options)
 
 
 def test_arrays_with_steps_backwards() -> None:

@@ -20,7 +20,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from sslfast.augment import MultiViewTransform, __main__ as viewer, _grid, recipe
+from sslfast.augment import MultiViewTransform, ViewSpec, __main__ as viewer, _grid, recipe
 
 
 @pytest.fixture
@@ -107,14 +107,37 @@ def test_one_file_at_several_settings(photos: Path, figures: list[Figure], tmp_p
     assert len(figures[-1].axes) == 2
 
 
-def test_rotated_and_grey_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_rotated_and_grey_files(tmp_path: Path, suffix: str) -> None:
+    """The orientation that EXIF asks for is applied neither here nor by a transform: both take what is stored."""
     pixels = np.arange(6 * 4, dtype=np.uint8).reshape(6, 4) * 10
     turned = Image.Exif()
     turned[0x0112] = 6  # the camera was turned: show a quarter turn clockwise
-    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=turned)
+    Image.fromarray(pixels).save(tmp_path / f"turned.{suffix}", exif=turned)
     (image,), names, unreadable = _grid.read_images(tmp_path, 4)
-    assert names == ["turned.png"] and not unreadable
-    assert np.array_equal(image, np.broadcast_to(np.rot90(pixels, -1), (3, 4, 6)))
+    assert names == [f"turned.{suffix}"] and not unreadable and image.shape == (3, 6, 4)
+    assert suffix == "jpg" or np.array_equal(image, np.broadcast_to(pixels, (3, 6, 4)))
+    whole = MultiViewTransform(ViewSpec((6, 4), scale=None, flip_p=0))
+    with Image.open(tmp_path / f"turned.{suffix}") as opened:
+        assert opened.getexif()[0x0112] == 6
+        (seen,) = whole(opened, 0, epoch=0)
+    assert torch.equal((seen * 255).round().to(torch.uint8), image[:1])
+
+
+def test_sixteen_bits_do_not_turn_white(tmp_path: Path) -> None:
+    ramp = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    Image.fromarray(ramp.astype(np.int32)).save(tmp_path / "whole.tif")
+    images, names, unreadable = _grid.read_images(tmp_path, 4)
+    assert names == ["ramp.png", "whole.tif"] and not unreadable
+    for image in images:
+        assert np.array_equal(image, np.broadcast_to(np.round(ramp / 257), (3, 64, 64)))
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "floats.tif")
+    Image.fromarray(ramp.astype(np.int32) * 999).save(tmp_path / "large.tif")
+    _, names, unreadable = _grid.read_images(tmp_path, 9)
+    assert names == ["ramp.png", "whole.tif"]
+    assert [file.partition(" ")[0] for file in unreadable] == ["floats.tif", "large.tif"]
+    assert all("which value is white is not known of mode" in file for file in unreadable)
 
 
 def test_bad_input_is_told(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -261,7 +261,7 @@ def test_nothing_is_written_after_an_error(
 @pytest.mark.parametrize(
     ("status", "output", "errors", "told"),
     [
-        (0, 'noise\n{"losses": [1.0]}\n', "sslfast serves lightly 1.6.0", None),
+        (0, 'noise\n{"losses": [1.0]}\n', "sslfast.patch: lightly 1.6.0", None),
         (3, "", "Traceback\nValueError: broken", "status 3: ValueError: broken"),
         (
             0,

@@ -45,6 +45,7 @@ WITHOUT = {
     "Patch": "what a call of patch did",
     "patch": "classes and functions",
     "unpatch": "a name",
+    "grad_cache_step": "encoders and a loss, which make all tensors",
     "use_backend": "a name",
     "use_gradient_form": "a name",
     "augment.ViewSpec": "numbers",

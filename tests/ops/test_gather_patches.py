@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 import sslfast
 from helpers import LEVELS, run_at_level, within_budget
 from sslfast import reference
-from sslfast.masking import gather_patches, patchify, scatter_patches, unpatchify
+from sslfast.masking import compat, gather_patches, patchify, scatter_patches, unpatchify
 
 pytestmark = pytest.mark.sanitize
 
@@ -193,11 +194,27 @@ def test_compile_without_graph_breaks() -> None:
 def test_patchify_is_lightlys() -> None:
     images = torch.randn(2, 3, 32, 32)
     rows = images.reshape(2, 3, 2, 16, 2, 16).permute(0, 2, 4, 3, 5, 1).reshape(2, 4, -1)
-    assert torch.equal(patchify(images, 16), rows) and torch.equal(unpatchify(rows, 16), images)
+    assert torch.equal(patchify(images, 16), rows) and torch.equal(unpatchify(rows, 16, grid=2), images)
+    assert torch.equal(compat.unpatchify(rows, 16), images)
     wide = torch.randn(2, 1, 8, 24)
     assert torch.equal(unpatchify(patchify(wide, 4), 4, 1, grid=(2, 6)), wide)
     with pytest.raises(ValueError, match="as many as the grid has places, 3 × 3, got 12"):
-        unpatchify(patchify(wide, 4), 4, 1)
+        unpatchify(patchify(wide, 4), 4, 1, grid=3)
+    with pytest.raises(ValueError, match=r"must be those of a square, got 12: sslfast.masking.unpatchify takes"):
+        compat.unpatchify(patchify(wide, 4), 4, 1)
+
+
+def test_a_grid_is_not_guessed() -> None:
+    """16 patches are 4 × 4 as well as 2 × 8: the count does not tell."""
+    images = torch.randn(2, 3, 8, 32)
+    with pytest.raises(TypeError, match="grid"):
+        unpatchify(patchify(images, 4), 4)  # type: ignore[call-arg]
+    assert torch.equal(unpatchify(patchify(images, 4), 4, grid=(2, 8)), images)
+    assert torch.equal(unpatchify(patchify(images, (2, 8)), (2, 8), grid=np.array([4, 4])), images)
+
+
+def test_bytes_are_not_patchified() -> None:
+    images = torch.randn(2, 3, 32, 32)
     with pytest.raises(TypeError, match="images must be floating point, got torch.uint8"):
         patchify(images.to(torch.uint8), 16)
 
@@ -211,7 +228,7 @@ def test_empty_and_wrong_input() -> None:
         (ValueError, r"images must be \[B, C, H, W\] or .* got shape \(3, 8, 8\)", {"images": images[0]}),
         (TypeError, "images must be uint8, .* got torch.int64", {"images": images.long()}),
         (ValueError, r"patch_size must divide the images' sides \(8, 8\), got 3", {"patch_size": 3}),
-        (ValueError, r"patch_size must be p, \(ph, pw\) for these images, got \(1, 4, 4\)", {"patch_size": (1, 4, 4)}),
+        (ValueError, r"patch_size must be p or \(ph, pw\) .* got \(1, 4, 4\)", {"patch_size": (1, 4, 4)}),
         (ValueError, r"patch_size must be \(pt, ph, pw\) .* got 4", {"images": images[:, :, None]}),
         (TypeError, "ids must be int64, got torch.int32", {"ids": ids.int()}),
         (ValueError, r"ids must be \[2, K\], a row for each image, got shape \(1, 2\)", {"ids": ids[:1]}),

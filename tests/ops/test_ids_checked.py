@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sslfast._checks import ids_checked
 from sslfast.masking import embed_patches, gather_patches, gather_tokens, scatter_tokens
-from sslfast.ops.gather_patches import check_values
+from sslfast.ops._patches import check_values
 from sslfast.ops.gather_tokens import check_ids
 from sslfast.ops.masked_feature_loss import _checked
 from sslfast.ops.masked_patch_loss import _checked_index

@@ -252,7 +252,7 @@ IDS = torch.zeros(2, 3, dtype=torch.int64)
         (IDS, {"samples": [1]}, ValueError, "samples must be as many as the rows, 2, got 1"),
         (IDS.numpy(), {"samples": np.arange(3)}, ValueError, "samples must be as many as the rows, 2, got 3"),
         (IDS, {"special": IDS[:1]}, ValueError, r"special must be \[2, 3\] of torch.bool on cpu, got \[1, 3\]"),
-        (IDS, {"special": [[0]]}, TypeError, "special must be a tensor, as input_ids, got list"),
+        (IDS, {"special": [[0]]}, ValueError, r"special must be \[2, 3\], got \[1, 1\]"),
         (IDS.numpy(), {"special": np.zeros((3, 2))}, ValueError, r"special must be \[2, 3\], got \[3, 2\]"),
         (IDS, {"word_ids": IDS + 2**16}, ValueError, "word_ids must be below 65536, got 65536"),
         (IDS.numpy(), {"word_ids": IDS.numpy() + 2**16}, ValueError, "word_ids must be below 65536, got 65536"),

@@ -154,8 +154,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"ids": torch.zeros(3, 4).long()}, ValueError, r"ids must be \[2, K\] or \[S, 2, K\], got shape \(3, 4\)"),
     ({"ids": torch.full((3, 2, 4), 6)}, ValueError, "ids must be positions of the teacher, 0 to 5, got 6 to 6"),
     ({"ids": torch.full((3, 2, 4), -1)}, ValueError, "ids must be .* 0 to 5, got -1 to -1"),
-    ({"beta": -1.0}, ValueError, "beta must not be negative, got -1.0"),
-    ({"eps": float("nan")}, ValueError, "eps must not be negative, got nan"),
+    ({"beta": -1.0}, ValueError, "beta must be finite and not negative, got -1.0"),
+    ({"eps": float("nan")}, ValueError, "eps must be finite and not negative, got nan"),
 ]
 
 

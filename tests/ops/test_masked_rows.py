@@ -41,7 +41,7 @@ def test_too_short_a_list_is_an_error(backend: str) -> None:
     mask = torch.ones(3, 4, dtype=torch.bool)
     with pytest.raises(RuntimeError, match="size must be at least the number of masked tokens, 12, got 11"):
         listed(backend, mask, 11)
-    with pytest.raises(ValueError, match="size must not be negative, got -1"):
+    with pytest.raises(ValueError, match="size must be a whole number of at least 0, got -1"):
         listed(backend, mask, -1)
     with pytest.raises(TypeError, match=r"mask must be \[images, patches\] of bool, got \(3, 4\) of torch.float32"):
         listed(backend, mask.float(), 12)

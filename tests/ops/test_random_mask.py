@@ -178,7 +178,7 @@ def test_masks_from_a_mask() -> None:
             Masks.from_mask(mask)
     with pytest.raises(ValueError, match="kept must be given for a mask of no images"):
         Masks.from_mask(masks.mask[:0])
-    with pytest.raises(ValueError, match="kept must be between 0 and the 35 patches, got 36"):
+    with pytest.raises(ValueError, match="kept must be a whole number from 0 to the 35 patches, got 36"):
         Masks.from_mask(masks.mask, 36)
     for wrong in (masks.mask.float(), masks.mask[0], masks.mask.numpy().astype(float)):
         with pytest.raises(TypeError, match=r"mask must be \[images, patches\] of bool"):
@@ -225,9 +225,13 @@ def test_operators_check_what_they_are_given() -> None:
         (lambda m: m.random_masks(2, 4, noise=np.ones((2, 4))), TypeError, "noise must be a torch.Tensor"),
         (lambda m: m.random_masks(np.arange(2), 4, noise=np.ones((2, 4))), TypeError, "of float32.*float64"),
         (lambda m: m.random_masks(2, 4, seed=2**64), ValueError, "seed must be a 64-bit whole number"),
-        (lambda m: m.random_masks(2, 4, epoch=2**32), ValueError, "epoch must be between 0 and"),
-        (lambda m: m.random_masks(2, 4, view=1024), ValueError, "view must be between 0 and 1023, got 1024"),
-        (lambda m: m.random_masks(np.arange(2), 4, view=1024), ValueError, "view must be between 0 and 1023"),
+        (lambda m: m.random_masks(2, 4, epoch=2**32), ValueError, "epoch must be a whole number from 0 to"),
+        (lambda m: m.random_masks(2, 4, view=1024), ValueError, "view must be a whole number from 0 to 1023, got 1024"),
+        (
+            lambda m: m.random_masks(np.arange(2), 4, view=1024),
+            ValueError,
+            "view must be a whole number from 0 to 1023",
+        ),
         (lambda m: m.tube_masks(2, (4, 4)), ValueError, r"grid must be \(time, height, width\), got \(4, 4\)"),
         (lambda m: m.grid_masks(2, (4, 6), unit=4), ValueError, r"unit must divide the grid \(1, 4, 6\)"),
         (lambda m: m.grid_masks(2, (4, 6), unit=(1, 2, 3)), ValueError, "unit must be a side or"),

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import conftest
 import sslfast
 from conftest import PAIRS, TESTS
 from sslfast import _backends, _native, ops
@@ -77,6 +78,10 @@ def test_missing_backend_falls_back_once_and_says_so(monkeypatch: pytest.MonkeyP
         warnings.simplefilter("error")
         second = sslfast.l2_normalize(x)
     torch.testing.assert_close(first, torch.nn.functional.normalize(x))
+    monkeypatch.setattr(_backends, "select", conftest._choose)  # the recorder's frame is none of the user's
+    with pytest.warns(UserWarning, match="nt_xent: backend 'cpu'") as caught:
+        sslfast.NTXentLoss()(x, -x)
+    assert {w.filename for w in caught} == {__file__}
     assert torch.equal(first, second)
 
 

@@ -13,11 +13,11 @@ PACKAGE = ROOT / "sslfast"
 
 # Lowest first. What stands on one floor may import its own floor and those below.
 FLOORS = (
-    ("_version", "_library", "_checks", "_backends", "_native", "_random"),
+    ("_version", "_library", "_checks", "_backends", "_native", "_random", "_warn"),
     ("reference",),
     ("ops",),
     ("distributed",),
-    ("losses", "augment", "pretext", "masking"),
+    ("losses", "augment", "pretext", "masking", "grad_cache"),
     ("adapters",),
     ("__init__", "__main__"),
 )

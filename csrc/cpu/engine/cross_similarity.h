@@ -32,17 +32,19 @@ template <typename T>
 struct CrossSimilarity {
   const CrossInput& input;
   const Blocks<T> of_q, of_k;
+  const SplitFactor<T> factor;  // units·scale
   T *q_panels, *k_panels, *k_transposed, *dq_panels, *dk_panels, *scratch_rows;
-  T* bias;  // in x's units, readable up to a whole number of vectors; null for none
+  T* scratch_tiles;  // [workers][height·kTile]: on the heap, because a thread's stack may be smaller than a tile
+  T* bias;           // in x's units, readable up to a whole number of vectors; null for none
   IdRange *row_ranges, *col_ranges;
   double* per_block;  // [blocks of q, then of k]
   int64_t* done;
-  T high, low;   // units·scale in two parts
   double limit;  // no |x| is larger (Cauchy–Schwarz); NaN if a row holds one
 
   // `recompute`: tiles are computed, so k is wanted in the transposed layout too.
-  CrossSimilarity(const CrossInput& in, double units, bool recompute, bool need_q, bool need_k, Arena& arena)
-      : input(in), of_q(in.m, in.d), of_k(in.n, in.d) {
+  CrossSimilarity(const CrossInput& in, double units, bool recompute, bool need_q, bool need_k, int64_t threads,
+                  Arena& arena)
+      : input(in), of_q(in.m, in.d), of_k(in.n, in.d), factor(units * in.scale) {
     const int64_t size_q = of_q.count * of_q.size, size_k = of_k.count * of_k.size;
     q_panels = arena.take<T>(size_q);
     k_panels = arena.take<T>(size_k);
@@ -50,13 +52,12 @@ struct CrossSimilarity {
     dq_panels = need_q ? arena.take<T>(size_q) : nullptr;
     dk_panels = need_k ? arena.take<T>(size_k) : nullptr;
     scratch_rows = arena.take<T>((of_q.count + of_k.count) * of_q.padded);
+    scratch_tiles = arena.take<T>(workers(threads) * of_q.height * kTile);
     bias = in.bias == nullptr ? nullptr : arena.take<T>(in.n + kTile);
     row_ranges = arena.take<IdRange>(of_q.count);
     col_ranges = arena.take<IdRange>(of_k.count);
     per_block = arena.take<double>(of_q.count + of_k.count);
     done = arena.take<int64_t>(of_q.count + of_k.count + 1);
-    high = static_cast<T>(units * in.scale);
-    low = static_cast<T>(units * in.scale - static_cast<double>(high));
   }
 
   void pack(const Parallel& parallel, double units) {
@@ -92,22 +93,28 @@ struct CrossSimilarity {
     for (int64_t k = 0; k < count; ++k) x[k] = 0;
   }
 
+  // No more tiles than blocks on the shorter side are worked on at a time.
+  int64_t workers(int64_t threads) const {
+    const int64_t shorter = of_q.count < of_k.count ? of_q.count : of_k.count;
+    return threads < shorter ? threads : shorter;
+  }
+
   // Calls tile(i, j, scratch) for every tile, alone on its rows and columns.
   template <typename F>
   void each_tile(const Parallel& parallel, F&& tile) {
     for (int64_t b = 0; b <= of_q.count + of_k.count; ++b) done[b] = 0;
     const GridSchedule schedule = GridSchedule::make(of_q.count, of_k.count, parallel.threads, done);
-    auto body = [&](int64_t) {
-      alignas(64) T scratch[kTile * kTile];
+    auto body = [&](int64_t worker) {
+      T* scratch = scratch_tiles + worker * of_q.height * kTile;
       schedule.work([&](int64_t i, int64_t j) { tile(i, j, scratch); });
     };
-    parallel_each(parallel, parallel.threads, body);
+    parallel_each(parallel, workers(parallel.threads), body);
   }
 
   // x of a tile, with bias, without exclusions.
   void similarity(int64_t i, int64_t j, T* x) const {
     tile_similarity(q_panels + i * of_q.size, k_transposed + j * of_k.size, of_q.height, of_q.length(i), of_k.length(j),
-                    input.d, high, low, x);
+                    input.d, factor, x);
     if (bias != nullptr) add_bias(x, of_q.length(i), of_k.length(j), bias + of_k.first(j));
   }
 

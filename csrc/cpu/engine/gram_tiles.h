@@ -97,20 +97,6 @@ struct GramPlan {
   }
 };
 
-// Calls f(worker, task) for every task once, each worker alone with its number below min(threads, tasks).
-template <typename F>
-static void each_task(const Parallel& parallel, int64_t tasks, int64_t* next, F&& f) {
-  *next = 0;
-  auto body = [&](int64_t worker) {
-    for (;;) {
-      const int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
-      if (task >= tasks) return;
-      f(worker, task);
-    }
-  };
-  parallel_each(parallel, tasks < parallel.threads ? tasks : parallel.threads, body);
-}
-
 }  // namespace
 }  // namespace SSLFAST_CPU_LEVEL
 }  // namespace sslfast

@@ -48,6 +48,9 @@ inline Tensor tile_cache_of(const Tensor& like, int64_t size, ScalarType kind) {
   return tiles;
 }
 
+// The data of a tensor that the forward saved, for a structure of pointers that the backward only reads; null if empty.
+inline void* read_only(const Tensor& x) { return x.numel() == 0 ? nullptr : const_cast<void*>(x.const_data_ptr()); }
+
 using MaybeTensor = std::optional<Tensor>;
 
 // A contiguous copy-free view where there is one, and its data (null where there is no tensor).

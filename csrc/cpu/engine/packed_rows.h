@@ -9,6 +9,12 @@ namespace sslfast {
 
 enum class ElementType { f32, f64, bf16, f16 };
 
+// f(T{}) with the type T of sums over elements of `type`: double for double, else float.
+template <typename F>
+static inline auto with_accumulator(ElementType type, F&& f) {
+  return type == ElementType::f64 ? f(double{}) : f(float{});
+}
+
 // A row-major [rows, d] matrix of any supported element type.
 struct Rows {
   const void* data;

@@ -45,20 +45,22 @@ template <typename T>
 struct SelfSimilarity {
   const SelfInput& input;
   const Blocks<T> blocks;
-  const int64_t slots;  // tiles that the cache holds: the first ones in the order of slot()
+  const int64_t slots;          // tiles that the cache holds: the first ones in the order of slot()
+  const SplitFactor<T> factor;  // log2(e)·scale
   T *inv_norm, *row_max, *row_sum, *tiles;
   T *panels, *transposed, *grad_panels;  // [blocks][block]
   T *max, *a, *scratch_rows;
+  T* scratch_tiles;   // [workers][height·kTile]: on the heap, because a thread's stack may be smaller than a tile
   IdRange* ranges;    // [blocks]
   double* per_block;  // [blocks]
   int64_t* done;      // [blocks + 1]
-  T high, low;        // log2(e)·scale in two parts
   bool bounded;
 
-  SelfSimilarity(const SelfInput& in, const SelfSaved& saved, bool backward, Arena& arena)
+  SelfSimilarity(const SelfInput& in, const SelfSaved& saved, bool backward, int64_t threads, Arena& arena)
       : input(in),
         blocks(in.m, in.d),
         slots(saved.tiles_size / (blocks.height * kTile)),
+        factor(kLog2e * in.scale),
         inv_norm(static_cast<T*>(saved.inv_norm)),
         row_max(static_cast<T*>(saved.row_max)),
         row_sum(static_cast<T*>(saved.row_sum)),
@@ -70,12 +72,10 @@ struct SelfSimilarity {
     max = arena.take<T>(in.m + kTile);
     a = arena.take<T>(in.m + kTile);
     scratch_rows = arena.take<T>(blocks.count * blocks.padded);
+    scratch_tiles = arena.take<T>(workers(threads) * blocks.height * kTile);
     ranges = arena.take<IdRange>(blocks.count);
     per_block = arena.take<double>(blocks.count);
     done = arena.take<int64_t>(blocks.count + 1);
-    const double wanted = kLog2e * in.scale;
-    high = static_cast<T>(wanted);
-    low = static_cast<T>(wanted - static_cast<double>(high));
   }
 
   // A number for the pair i ≤ j that does not depend on the schedule, so that forward and backward agree on it.
@@ -88,7 +88,7 @@ struct SelfSimilarity {
   // `also(i)` is done for each block in the same parallel region.
   template <typename F>
   void pack(const Parallel& parallel, bool backward, F&& also) {
-    auto factor = [&](int64_t index, T square) {
+    auto row_factor = [&](int64_t index, T square) {
       if (!input.normalize) return T(1);
       if (!backward) inv_norm[index] = inverse_norm(square, static_cast<T>(kNormEps));
       return inv_norm[index];
@@ -96,7 +96,7 @@ struct SelfSimilarity {
     auto body = [&](int64_t i) {
       T* t = transposed == nullptr ? nullptr : transposed + i * blocks.size;
       per_block[i] =
-          pack_block(input.rows, blocks, i, panels + i * blocks.size, t, scratch_rows + i * blocks.padded, factor);
+          pack_block(input.rows, blocks, i, panels + i * blocks.size, t, scratch_rows + i * blocks.padded, row_factor);
       if (input.ids != nullptr) ranges[i] = range_of(input.ids + blocks.first(i), blocks.length(i));
       also(i);
     };
@@ -107,15 +107,18 @@ struct SelfSimilarity {
     bounded = limit <= kBoundedLimit;  // false for NaN
   }
 
+  // No more tiles than blocks are worked on at a time.
+  int64_t workers(int64_t threads) const { return threads < blocks.count ? threads : blocks.count; }
+
   template <typename F>
   void each_tile(const Parallel& parallel, F&& tile) {
     for (int64_t b = 0; b <= blocks.count; ++b) done[b] = 0;
     const PairSchedule schedule{blocks.count, PairSchedule::group_size(blocks.count, parallel.threads), done};
-    auto body = [&](int64_t) {
-      alignas(64) T scratch[kTile * kTile];
+    auto body = [&](int64_t worker) {
+      T* scratch = scratch_tiles + worker * blocks.height * kTile;
       schedule.work([&](int64_t i, int64_t j) { tile(i, j, scratch); });
     };
-    parallel_each(parallel, blocks.count, body);
+    parallel_each(parallel, workers(parallel.threads), body);
   }
 
   // Calls f(row, place in tile x_IJ) for every row of I or J whose positive meets it there.
@@ -135,7 +138,7 @@ struct SelfSimilarity {
 
   void similarity(int64_t i, int64_t j, T* x) const {
     tile_similarity(panels + i * blocks.size, transposed + j * blocks.size, blocks.height, blocks.length(i),
-                    blocks.length(j), blocks.d, high, low, x);
+                    blocks.length(j), blocks.d, factor, x);
   }
 
   void mask(int64_t i, int64_t j, T* x) const {
@@ -229,33 +232,33 @@ struct SelfSimilarity {
     });
     auto finish = [&](int64_t i) { per_block[i] = finish_block(i, dz); };
     parallel_each(parallel, blocks.count, finish);
-    double along = 0;
-    for (int64_t i = 0; i < blocks.count; ++i) along += per_block[i];
-    return along / 2;
+    double total = 0;
+    for (int64_t i = 0; i < blocks.count; ++i) total += per_block[i];
+    return total / 2;
   }
 
   // Writes dz of block i; returns Σ z·(W z).
   double finish_block(int64_t i, const RowTarget& dz) const {
     T* row = scratch_rows + i * blocks.padded;
-    double along = 0;
+    double total = 0;
     for (int64_t r = 0; r < blocks.length(i); ++r) {
       const int64_t index = blocks.first(i) + r;
       const T *z = panels + i * blocks.size, *g = grad_panels + i * blocks.size;
       const T radial = dot_in_panels(z, g, r, blocks);
-      along += radial;
-      T factor = static_cast<T>(input.scale);
+      total += radial;
+      T row_scale = static_cast<T>(input.scale);
       from_panels(g, r, blocks, T(1), row);
       if (input.normalize) {
         const T removed = projection_weight(radial, inv_norm[index], static_cast<T>(kNormEps));
-        factor *= inv_norm[index];
+        row_scale *= inv_norm[index];
         const T* at = z + r * kColumns<T>;
         for (int64_t k = 0; k < blocks.padded; k += kColumns<T>, at += blocks.height * kColumns<T>)
           for (int c = 0; c < kColumns<T>; ++c) row[k + c] -= removed * at[c];
       }
-      for (int64_t k = 0; k < blocks.padded; ++k) row[k] *= factor;
+      for (int64_t k = 0; k < blocks.padded; ++k) row[k] *= row_scale;
       write_target(row, dz, index, blocks.d);
     }
-    return along;
+    return total;
   }
 };
 

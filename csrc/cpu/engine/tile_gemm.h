@@ -86,16 +86,31 @@ static inline void micro_rows(int64_t rows, const T* a, const T* b, int64_t chun
     micro_rows<T, V, kRowStride, kStep, kLdc, kStore, R - 1>(rows, a, b, chunks, run, last, jump, c, high, low);
 }
 
-// S[rows × columns] = (Z_I Z_Jᵀ)·(high + low), row-major with leading dimension kTile, columns rounded up to kColumns.
+// A factor in two parts, with twice the precision of T. Both have its sign and, unless it is zero, neither is zero: an
+// infinite sum times both is then infinite, where ∞·0 and ∞ − ∞ would be NaN.
+template <typename T>
+struct SplitFactor {
+  static constexpr T kUlp = static_cast<T>(sizeof(T) == 4 ? 0x1p-24 : 0x1p-53);
+  T high, low;
+
+  explicit SplitFactor(double factor) : high(static_cast<T>(factor)) {
+    if (__builtin_fabs(static_cast<double>(high)) > __builtin_fabs(factor)) high *= 1 - kUlp;  // the number before it
+    low = static_cast<T>(factor - static_cast<double>(high));
+    // Too small to count beside `high`, too large to make subnormal products.
+    if (low == 0) low = high * static_cast<T>(sizeof(T) == 4 ? 0x1p-60 : 0x1p-200);
+  }
+};
+
+// S[rows × columns] = (Z_I Z_Jᵀ)·factor, row-major with leading dimension kTile, columns rounded up to kColumns.
 template <typename T>
 static void tile_similarity(const T* panels_i, const T* transposed_j, int64_t height, int64_t rows, int64_t columns,
-                            int64_t d, T high, T low, T* s) {
+                            int64_t d, const SplitFactor<T>& factor, T* s) {
   constexpr int C = kColumns<T>;
   const int64_t chunks = (d + C - 1) / C, last = d - (chunks - 1) * C;
   for (int64_t j = 0; j < columns; j += C)
     for (int64_t i = 0; i < rows; i += kRows)
       micro_rows<T, kVectors, C, 1, kTile, Store::scaled>(rows - i, panels_i + i * C, transposed_j + j * d, chunks, C,
-                                                          last, height * C, s + i * kTile + j, high, low);
+                                                          last, height * C, s + i * kTile + j, factor.high, factor.low);
 }
 
 // out[rows × d] += W·Z, with W read as stored (kTransposed = false: W [rows × depth]) or transposed (W [depth × rows]);

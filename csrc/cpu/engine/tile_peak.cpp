@@ -24,10 +24,11 @@ double tile_peak(int64_t m, int64_t n, int64_t k, int64_t repeats, float* memory
     for (int64_t i = 0; i < size; ++i) memory[thread * size + i] = static_cast<float>(i % 7) - 3;
   };
   parallel_each(parallel, parallel.threads, prepare);
+  const SplitFactor<float> factor(1);
   auto body = [&](int64_t thread) {
     const float *panels = memory + thread * size, *transposed = panels + block_size<float>(kTile, k);
     float* product = memory + thread * size + 2 * block_size<float>(kTile, k);
-    for (int64_t r = 0; r < repeats; ++r) tile_similarity(panels, transposed, kTile, m, n, k, 1.0f, 0.0f, product);
+    for (int64_t r = 0; r < repeats; ++r) tile_similarity(panels, transposed, kTile, m, n, k, factor, product);
   };
   timespec begin, end;
   clock_gettime(CLOCK_MONOTONIC, &begin);

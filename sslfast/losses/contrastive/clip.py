@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..._checks import scalar_tensor
+from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...distributed.scope import Scope
 from ...ops.types import Pairs, Want
@@ -59,6 +60,7 @@ def clip(
     return diagnosed_clip(image_features, text_features, logit_scale, logit_bias, scope)[0]
 
 
+@over_ranks("logit_scale")
 def diagnosed_clip(
     image_features: Tensor,
     text_features: Tensor,

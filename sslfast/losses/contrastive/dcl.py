@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...distributed.scope import Scope, Shard
 from ...ops.types import Pairs, Want
@@ -61,6 +62,7 @@ def dcl(
     return _dcl(z0, z1, temperature, weight_fn, normalize, scope_of(gather_distributed, strategy))[0]
 
 
+@over_ranks("temperature")
 def _dcl(
     z0: Tensor,
     z1: Tensor,
@@ -71,15 +73,14 @@ def _dcl(
     diagnostics: bool = False,
 ) -> Diagnosed:
     z0, z1 = two_views("z0", z0, "z1", z1, normalize)
-    shard = scope.shard(z0)
-    weights = None
+    scale, weights = inverse(temperature, z0), None
     if weight_fn is not None:
         parts = weight_fn(z0, z1), weight_fn(z1, z0)
         for part in parts:
-            if part.shape != (shard.local,):
-                raise ValueError(f"weight_fn must return shape ({shard.local},), got {tuple(part.shape)}")
+            if part.shape != z0.shape[:1]:
+                raise ValueError(f"weight_fn must return shape ({len(z0)},), got {tuple(part.shape)}")
         weights = torch.cat(parts)
-    return _decoupled(z0, z1, temperature, weights, scope, shard, diagnostics)
+    return _decoupled(z0, z1, scale, weights, scope, scope.shard(z0), diagnostics)
 
 
 def dclw(
@@ -109,6 +110,7 @@ def dclw(
     return _dclw(z0, z1, temperature, sigma, normalize, scope_of(gather_distributed, strategy))[0]
 
 
+@over_ranks("temperature")
 def _dclw(
     z0: Tensor,
     z1: Tensor,
@@ -120,12 +122,13 @@ def _dclw(
 ) -> Diagnosed:
     _check_sigma(sigma)
     z0, z1 = two_views("z0", z0, "z1", z1, normalize)
+    scale = inverse(temperature, z0)
     shard = scope.shard(z0)
     with torch.no_grad():
         similarity = row_dots(z0, z1.unsqueeze(1)).squeeze(1) / sigma  # [N]
         softmax = (similarity - scope.gather(similarity).logsumexp(0)).exp()
         weights = (2 - shard.total * softmax).repeat(2)
-    return _decoupled(z0, z1, temperature, weights, scope, shard, diagnostics)
+    return _decoupled(z0, z1, scale, weights, scope, shard, diagnostics)
 
 
 def _check_sigma(sigma: float) -> None:
@@ -136,13 +139,12 @@ def _check_sigma(sigma: float) -> None:
 def _decoupled(
     z0: Tensor,
     z1: Tensor,
-    temperature: float | Tensor,
+    scale: Tensor,
     weights: Tensor | None,  # [2n]
     scope: Scope,
     shard: Shard,  # of the samples
     diagnostics: bool,
 ) -> Diagnosed:
-    scale = inverse(temperature, z0)
     n, device = shard.local, z0.device
     z = torch.cat([z0, z1])  # [2n, D]
     ids = shard.ids(device).repeat(2)  # sample numbers: a row leaves out itself and its positive

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...ops.l2_normalize import l2_normalize
 from ...ops.types import Pairs, SimilarityTerms, Want
@@ -96,6 +97,7 @@ def _log(pairs: int | Tensor, kind: torch.dtype) -> Tensor | float:
     return pairs.clamp(min=1).to(kind).log() if isinstance(pairs, Tensor) else math.log(max(pairs, 1))
 
 
+@over_ranks()
 def contrastive_diagnostics(
     q: Tensor,
     k: Tensor | None = None,
@@ -138,7 +140,6 @@ def contrastive_diagnostics(
         if normalize:
             q, k = l2_normalize(q), None if k is None else l2_normalize(k)
         pairs = Pairs(q, k, inverse(temperature, q), None, row_ids, col_ids, positives).checked()
-        keys = scope.shard(pairs.columns)
         if positives is None:
             if k is None:
                 raise ValueError("positives must say which row belongs to which where k is None")
@@ -146,6 +147,8 @@ def contrastive_diagnostics(
                 raise ValueError(
                     f"q has {len(q)} rows and k {len(k)}: say with positives which row of k belongs to which"
                 )
+        keys = scope.shard(pairs.columns)
+        if positives is None:
             pairs = pairs._replace(positives=keys.ids(q.device))
         terms = scope.terms(pairs, Want(hardest=True))
         assert pairs.positives is not None

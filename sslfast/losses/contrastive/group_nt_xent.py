@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import accumulator, check_integers, check_matrix, without_autocast
+from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...distributed.scope import Scope
 from ...ops.l2_normalize import l2_normalize
@@ -13,6 +14,7 @@ from ...ops.types import Pairs
 from ._inputs import inverse
 
 
+@over_ranks("temperature")
 def group_nt_xent(
     z: Tensor,
     groups: Tensor,

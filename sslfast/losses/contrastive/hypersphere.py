@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import accumulator, check_matrix, readable, scalar_tensor
+from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...distributed.scope import Scope
 from ...ops.l2_normalize import l2_normalize
@@ -20,6 +21,7 @@ def _check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a positive finite number, got {value!r}")
 
 
+@over_ranks()
 def alignment(
     x: Tensor,
     y: Tensor,
@@ -61,6 +63,7 @@ def _alignment(scope: Scope, x: Tensor, y: Tensor, alpha: float) -> Tensor:
     return scope.shard(x).weight * distance.pow(alpha).sum()
 
 
+@over_ranks()
 def uniformity(
     x: Tensor,
     t: float = 2.0,
@@ -129,6 +132,7 @@ def _uniformity(scope: Scope, x: Tensor, t: float, *, normalized: bool) -> Tenso
     return largest + total.log() - math.log(shard.total * (shard.total - 1))
 
 
+@over_ranks()
 def hypersphere(
     z_a: Tensor,
     z_b: Tensor,

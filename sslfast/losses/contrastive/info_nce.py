@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import accumulator
+from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...distributed.scope import Scope, Shard
 from ...ops.types import Pairs, SimilarityTerms, Want
@@ -16,6 +17,7 @@ from ._inputs import ContrastiveLoss, inverse, row_dots, softplus
 from .diagnostics import Diagnosed, Diagnostics, diagnostics_of, excluded_pairs, with_diagnostics
 
 
+@over_ranks()
 def info_nce(
     q: Tensor,
     k: Tensor,
@@ -71,6 +73,7 @@ def info_nce(
     return diagnosed_info_nce(inputs, temperature, Formula(), scope_of(gather_distributed, strategy))[0]
 
 
+@over_ranks()
 def smoothed_info_nce(
     q: Tensor,
     k: Tensor,
@@ -99,6 +102,7 @@ def smoothed_info_nce(
     return diagnosed_info_nce(inputs, temperature, Formula(label_smoothing=label_smoothing), scope)[0]
 
 
+@over_ranks()
 def debiased_info_nce(
     q: Tensor,
     k: Tensor,
@@ -133,6 +137,7 @@ def debiased_info_nce(
     return diagnosed_info_nce(inputs, temperature, Formula(tau_plus=tau_plus), scope)[0]
 
 
+@over_ranks()
 def symmetric_info_nce(
     q: Tensor,
     k: Tensor,
@@ -165,6 +170,7 @@ def symmetric_info_nce(
     return diagnosed_info_nce(inputs, temperature, formula, scope_of(gather_distributed, strategy))[0]
 
 
+@over_ranks("temperature")
 def diagnosed_info_nce(
     x: Inputs, temperature: float | Tensor, formula: Formula, scope: Scope, diagnostics: bool = False
 ) -> Diagnosed:
@@ -312,6 +318,7 @@ class InfoNCELoss(ContrastiveLoss):
         self.symmetric = symmetric
         self.normalize = normalize
 
+    @over_ranks()
     def forward(
         self,
         q: Tensor,

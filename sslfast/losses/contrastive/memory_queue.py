@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import check_matrix
+from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from .._inputs import check_gather
 
@@ -56,6 +57,7 @@ class MemoryQueue(nn.Module):
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
         self.gather_distributed = gather_distributed
 
+    @over_ranks()
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
         """Overwrite the oldest keys with ``keys`` [N, D], in order; of more than K keys the last K stay.

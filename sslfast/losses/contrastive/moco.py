@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import check_matrix, scalar_tensor
+from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...distributed.scope import Scope
 from ...ops.l2_normalize import l2_normalize
@@ -19,6 +20,7 @@ from .info_nce import diagnosed_info_nce
 from .memory_queue import MemoryQueue
 
 
+@over_ranks()
 def moco(
     q: Tensor,
     k: Tensor,
@@ -76,6 +78,7 @@ def _prepared(
     return (l2_normalize(q), l2_normalize(k), queue) if normalize else (q, k, queue)
 
 
+@over_ranks("temperature")
 def _moco(
     q: Tensor,
     k: Tensor,
@@ -124,6 +127,7 @@ def moco_v3(
     return _moco_v3(q, k, temperature, normalize, scope_of(gather_distributed, strategy))[0]
 
 
+@over_ranks("temperature")
 def _moco_v3(
     q: Tensor,
     k: Tensor,
@@ -178,6 +182,7 @@ class MoCoLoss(ContrastiveLoss):
         super().__init__(temperature, gather_distributed, strategy, diagnostics)
         self.memory_queue = MemoryQueue(size, dim, gather_distributed=gather_distributed)
 
+    @over_ranks()
     def forward(self, q: Tensor, k: Tensor) -> Tensor | tuple[Tensor, Diagnostics]:
         """The loss of queries against their keys and the queue, before the keys enter it."""
         return contrast_and_enqueue(self, self.memory_queue, ("q", q), ("k", k))

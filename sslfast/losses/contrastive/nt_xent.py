@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...distributed.scope import Scope
 from ...ops.nt_xent import nt_xent as local_nt_xent
@@ -63,6 +64,7 @@ def nt_xent(
     return diagnosed_nt_xent(z0, z1, temperature, normalize, scope_of(gather_distributed, strategy))[0]
 
 
+@over_ranks("temperature")
 def diagnosed_nt_xent(
     z0: Tensor,
     z1: Tensor,
@@ -133,6 +135,7 @@ class NTXentLoss(ContrastiveLoss):
         self.memory_bank_size = memory_bank_size
         self.memory_bank = MemoryQueue(*size, gather_distributed=gather_distributed) if size else None
 
+    @over_ranks()
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor | tuple[Tensor, Diagnostics]:
         """The loss of two views, each [N, D]."""
         if self.memory_bank is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import check_matrix, scalar_tensor
+from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...distributed.scope import Scope, Shard
 from ...ops.l2_normalize import l2_normalize
@@ -20,6 +21,7 @@ DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 PARTITION_MODES = ("joint", "per_direction")
 
 
+@over_ranks()
 def multiple_negatives_ranking(
     anchors: Tensor,
     positives: Tensor,
@@ -87,6 +89,7 @@ class _Texts(NamedTuple):
     hard: int  # H
 
 
+@over_ranks("scale")
 def _ranking(
     texts: _Texts,
     scale: float | Tensor,
@@ -219,6 +222,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         self.strategy = strategy
         self.diagnostics = diagnostics
 
+    @over_ranks()
     def forward(
         self, anchors: Tensor, positives: Tensor, negatives: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Diagnostics]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..._checks import scalar_tensor
+from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from .._inputs import check_gather, two_views
 
 
+@over_ranks("logit_scale", "logit_bias")
 def sig_lip(
     image_features: Tensor,
     text_features: Tensor,

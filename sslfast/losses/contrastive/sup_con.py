@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import FLOATS, accumulator, check_integers, without_autocast
+from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...distributed.scope import Scope, Shard
 from ...ops.l2_normalize import l2_normalize
@@ -158,6 +159,7 @@ class Options(NamedTuple):
             raise ValueError(f"reduction must be 'mean' or 'mean_nonzero', got {self.reduction!r}")
 
 
+@over_ranks("options.temperature")
 def _sup_con(
     features: Tensor,
     labels: Tensor | None,
@@ -180,6 +182,7 @@ def _sup_con(
     z = features.reshape(batch * views, -1)  # [B·V, D], the views of a sample together
     if options.normalize:
         z = l2_normalize(z)
+    scale = inverse(options.temperature, z)
     shard = scope.shard(features.flatten(1))
     if mask is not None:
         _check_mask(mask, shard, device)
@@ -187,7 +190,7 @@ def _sup_con(
     # Row i·V + v holds view v of sample i.
     every = 1 if options.contrast_mode == "all" else views
     ids = torch.arange(shard.offset * views, (shard.offset + batch) * views, device=device)
-    pairs = Pairs(z, None, inverse(options.temperature, z), row_ids=ids)
+    pairs = Pairs(z, None, scale, row_ids=ids)
     if every > 1:
         pairs = pairs._replace(q=z[::every], k=z, row_ids=ids[::every], col_ids=ids)
     terms = scope.terms(pairs, Want(hardest=diagnostics))

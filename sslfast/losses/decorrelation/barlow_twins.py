@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...distributed.scope import STATISTICS, Scope
 from ...ops.moment_losses import Loss
@@ -32,6 +33,7 @@ class CrossCorrelation(NamedTuple):
     off_diagonal: Tensor
 
 
+@over_ranks()
 def cross_correlation_loss(
     z_a: Tensor,
     z_b: Tensor,
@@ -94,6 +96,7 @@ def _checked(
     return z_a, z_b, scope, rows
 
 
+@over_ranks()
 def barlow_twins(
     z_a: Tensor,
     z_b: Tensor,

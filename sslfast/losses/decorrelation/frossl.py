@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._checks import accumulator, check_matrix, check_same
+from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...distributed.scope import Scope
 from .._inputs import check_gather, in_one_dtype
@@ -16,6 +17,7 @@ from .._inputs import check_gather, in_one_dtype
 EPS = 1e-12  # lower bound of a column's norm, as F.normalize
 
 
+@over_ranks()
 def frossl(z_views: Sequence[Tensor], invariance_weight: float = 1.0, *, gather_distributed: bool = False) -> Tensor:
     """FroSSL: log-norm of each view's second moments, plus the views' distance from their mean.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import FLOATS, accumulator, check_same, without_autocast
+from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from .._inputs import check_gather, in_one_dtype
 
@@ -79,6 +80,7 @@ def _root_trace(gram: Tensor) -> Tensor:
     return trace
 
 
+@over_ranks()
 def mmcr(online: Tensor, momentum: Tensor, lmda: float = 5e-3, *, gather_distributed: bool = False) -> Tensor:
     """Spread of the samples' centroids, against the spread of each sample's views.
 

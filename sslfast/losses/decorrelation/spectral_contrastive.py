@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import accumulator
+from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...ops.moment_losses import Loss
 from ...ops.second_moment import second_moment
@@ -15,6 +16,7 @@ from .._inputs import check_gather, two_views
 from ._moment_loss import fused
 
 
+@over_ranks()
 def spectral_contrastive(
     z_a: Tensor, z_b: Tensor, mu: float | None = 1.0, *, gather_distributed: bool = False
 ) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import accumulator, check_matrix, without_autocast
+from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...ops.l2_normalize import l2_normalize
 from .._inputs import check_gather, two_views
@@ -31,6 +32,7 @@ class _QuadraticForms(torch.autograd.Function):
         return 2 * grad * product, None
 
 
+@over_ranks()
 def tico(
     z_a: Tensor,
     z_b: Tensor,
@@ -72,6 +74,8 @@ def tico(
         0.38
     """
     z_a, z_b = two_views("z_a", z_a, "z_b", z_b, normalize=False)
+    if covariance is not None:
+        _check_covariance(covariance, z_a)
     scope = scope_of(gather_distributed)
     shard = scope.shard(z_a)
     if shard.total < 2:
@@ -84,7 +88,6 @@ def tico(
         if covariance is None:
             c = (1 - beta) / shard.total * moment
         else:
-            _check_covariance(covariance, z_a)
             c = torch.add(beta * covariance.detach().to(kind), moment, alpha=(1 - beta) / shard.total)
         contrast: Tensor = _QuadraticForms.apply(a, c)  # type: ignore[no-untyped-call]
         dots = torch.vdot(a.flatten(), b.flatten())

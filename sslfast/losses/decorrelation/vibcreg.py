@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._checks import accumulator
+from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...ops.moment_losses import Loss
 from ...ops.second_moment import FORMS
@@ -18,6 +19,7 @@ from .vicreg import check_choice, check_eps, check_two_rows, variance_term
 NORM_EPS = 1e-12
 
 
+@over_ranks()
 def vibcreg(
     z_a: Tensor,
     z_b: Tensor,

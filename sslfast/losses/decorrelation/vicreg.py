@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._checks import accumulator, check_matrix, check_same
+from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...distributed.scope import STATISTICS, Scope
 from ...ops.moment_losses import Loss
@@ -143,6 +144,7 @@ def covariance_loss(x: Tensor, *, form: str = "auto") -> Tensor:
     return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
 
+@over_ranks()
 def vicreg(
     z_a: Tensor,
     z_b: Tensor,

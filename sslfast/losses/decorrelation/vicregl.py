@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._checks import FLOATS, accumulator, check_matrix, check_same
+from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...distributed.scope import STATISTICS
 from .._inputs import check_gather, in_one_dtype
@@ -18,6 +19,7 @@ from .vicreg import check_choice, check_eps, invariance_loss, vicreg
 Features = Sequence[tuple[Tensor, Tensor]]
 
 
+@over_ranks()
 def vicregl(
     global_view_features: Features,
     global_view_grids: Sequence[Tensor],
