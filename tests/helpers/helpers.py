@@ -28,13 +28,13 @@ SHAPES = [(64, 64), (100, 48), (127, 61), (3, 5), (1, 8), (33, 1), (200, 130), (
 LEVELS = ["baseline", "avx2", "avx512"]
 
 
-def run_at_level(level: str, file: str, chosen: str) -> None:
-    """Those tests of ``file`` again, in a process that is held to one instruction-set level."""
+def run_at_level(level: str, file: str, chosen: str, marked: str = "not gpu") -> None:
+    """Those tests of a file or a folder again, in a process that is held to one instruction-set level."""
     if LEVELS.index(level) > LEVELS.index(torch.ops.sslfast.cpu_level_widest()):
         pytest.skip(f"this processor has no {level}")
     if os.environ.get("SSLFAST_CPU_CAPABILITY"):
         pytest.skip("already inside a run of one level")
-    run_with({"SSLFAST_CPU_CAPABILITY": level}, [file], chosen, "not gpu")
+    run_with({"SSLFAST_CPU_CAPABILITY": level}, [file], chosen, marked)
 
 
 def run_with(environment: dict[str, str], files: Sequence[str | Path], chosen: str, marked: str) -> None:

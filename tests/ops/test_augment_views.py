@@ -29,7 +29,7 @@ from augment_common import (
     table,
     truth,
 )
-from helpers import LEVELS, roundings, run_at_level, within_budget
+from helpers import roundings, within_budget
 from sslfast import reference
 from sslfast.augment import IMAGENET_MEAN, IMAGENET_STD
 from sslfast.ops.augment_views import augment_views
@@ -55,6 +55,7 @@ def check(name: str, backend: str, images: Sequence[Tensor], params: Tensor, **o
 # ---------------------------------------------------------------------------------------- kernels against float64 truth
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("channels", [3, 1])
@@ -73,6 +74,7 @@ def test_operations(name: str, channels: int, dtype: torch.dtype, backend: str) 
         assert got[0].is_contiguous(memory_format=format)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.uint8, *DTYPES], ids=name_of)
 def test_what_an_image_may_be(dtype: torch.dtype, backend: str) -> None:
@@ -101,6 +103,7 @@ def test_what_an_image_may_be(dtype: torch.dtype, backend: str) -> None:
     check("strided parameters", backend, [base], params, **options)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("cubic", [False, True], ids=["bilinear", "bicubic"])
 def test_shapes(cubic: bool, backend: str) -> None:
@@ -153,6 +156,7 @@ def test_blurs(backend: str) -> None:
         check(f"{kernel} {sigma}", backend, [image], table([row(box, sigma=sigma)]), **options)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("backend", KERNELS)
 def test_every_order_of_the_jitter(backend: str) -> None:
     """All 24, and each with its last one, two or three left out; one batch, so neighbours do not mix."""
@@ -198,6 +202,7 @@ def test_bicubic_overshoot_then_hue_is_finite(backend: str) -> None:
     assert got.isfinite().all() and got.min() >= 0
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("cubic", [False, True], ids=["bilinear", "bicubic"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -247,6 +252,7 @@ def test_what_is_off_has_no_influence(backend: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ contracts
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("pil", [False, True], ids=["torchvision", "pil"])
 def test_same_bits(pil: bool, backend: str) -> None:
@@ -268,6 +274,7 @@ def test_same_bits(pil: bool, backend: str) -> None:
     assert torch.equal(augment(backend, list(images), params, **options), views)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
 def test_narrow_views_are_the_wide_ones_rounded(dtype: torch.dtype, backend: str) -> None:
@@ -348,9 +355,3 @@ for pil in (False, True):
 """
     done = subprocess.run([sys.executable, "-c", code, ":".join(sys.path)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr}"
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_cpu_level(level: str) -> None:
-    chosen = "operations or test_shapes or order or same_bits or nonfinite or narrow or (what_an_image and uint8)"
-    run_at_level(level, __file__, chosen)

@@ -8,7 +8,7 @@ from test_gather_patches import DTYPES, some_ids, three
 from torch import Tensor
 
 import sslfast
-from helpers import LEVELS, roundings, run_at_level, within_budget
+from helpers import roundings, within_budget
 from sslfast import reference
 from sslfast.masking import embed_patches
 
@@ -43,6 +43,7 @@ def gradients(out: Tensor, leaves: list[Tensor], grad: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(out, leaves, grad.to(out.dtype)))
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_tokens_and_gradients(shape: tuple, dtype: torch.dtype) -> None:
@@ -70,11 +71,7 @@ def test_tokens_and_gradients(shape: tuple, dtype: torch.dtype) -> None:
         assert kernel.shape == truth.shape
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_cpu_level(level: str) -> None:
-    run_at_level(level, __file__, "tokens_and_gradients or many_rows")
-
-
+@pytest.mark.levels
 def test_many_rows_and_threads() -> None:
     """More rows than are packed at a time, many tiles; the same bits whatever the number of threads."""
     images, ids, parameters = make((70, 3, (112, 112), (16, 16), 19, 260, 1), torch.float32)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import sslfast
-from helpers import LEVELS, run_at_level, within_budget
+from helpers import within_budget
 from sslfast import reference
 from sslfast.masking import compat, gather_patches, patchify, scatter_patches, unpatchify
 
@@ -50,6 +50,7 @@ def three(patch: tuple[int, ...]) -> tuple[int, ...]:
     return (1,) * (3 - len(patch)) + patch
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", [torch.uint8, *DTYPES], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -79,11 +80,6 @@ def test_rows_and_gradient(shape: tuple, dtype: torch.dtype, order: str) -> None
         )
         assert found.dtype == dtype
         within_budget("dimages", found, single.to(dtype), truth, dtype)
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_cpu_level(level: str) -> None:
-    run_at_level(level, __file__, "rows_and_gradient")
 
 
 def test_what_the_numbers_are() -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import sslfast
-from helpers import LEVELS, run_at_level
 from sslfast import ops, reference
 from sslfast.masking import gather_tokens
 from token_common import (
@@ -59,6 +58,7 @@ def plain(ids: Tensor, packed: bool = False):
     return lambda x, p, f, t: reference.gather_tokens(x, ids, p, f, t, packed)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -69,6 +69,7 @@ def test_value_and_gradients(case: tuple[int, ...], dtype: torch.dtype, device: 
             check(gather(ids.to(device)), plain(ids.to(device)), as_type(inputs, device), dtype)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_packed_rows_value_and_gradients(dtype: torch.dtype, device: str) -> None:
@@ -78,11 +79,6 @@ def test_packed_rows_value_and_gradients(dtype: torch.dtype, device: str) -> Non
         inputs = as_type([x[:, :7], position, prefix, None], device)
         with sslfast.use_backend(device):
             check(gather(ids.to(device), True), plain(ids.to(device), True), inputs, dtype)
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_cpu_level(level: str) -> None:
-    run_at_level(level, __file__, "(value_and_gradients or strides) and (float32 or bfloat16)")
 
 
 def test_it_is_mae_encoder_input_and_ijepa_context() -> None:
@@ -107,6 +103,7 @@ def test_it_is_mae_encoder_input_and_ijepa_context() -> None:
     assert torch.equal(predictor, token + position[0, 1:][masks])
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_strides(dtype: torch.dtype, device: str) -> None:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import sslfast
-from helpers import LEVELS, run_at_level
 from sslfast import masking
 from sslfast.masking import text
 from sslfast.ops.mask_tokens import limits_of, mask_tokens
@@ -54,6 +53,7 @@ def same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
 @pytest.mark.parametrize("exact", [False, True])
@@ -74,11 +74,6 @@ def test_kernel_draws_the_references_bits(exact: bool, dtype: torch.dtype, backe
                 isinstance(h, np.ndarray) and h.dtype == e.numpy().dtype for h, e in zip(host, expected, strict=True)
             )
             assert same((torch.from_numpy(host[0]), torch.from_numpy(host[1])), expected), (length, options)
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_cpu_level(level: str) -> None:
-    run_at_level(level, __file__, "references_bits")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

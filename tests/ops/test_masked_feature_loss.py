@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sslfast
-from helpers import DTYPES, GRAD_LOSS, LEVELS, roundings, run_at_level, value_and_gradients, within_budget
+from helpers import DTYPES, GRAD_LOSS, roundings, value_and_gradients, within_budget
 from sslfast.ops.masked_feature_loss import masked_feature_loss as public
 
 pytestmark = pytest.mark.sanitize
@@ -50,6 +50,7 @@ def check(pred: Tensor, teacher: Tensor, ids: Tensor, **options: Any) -> None:
     within_budget("dpred", kernel[1], single[1].to(pred.dtype), truth[1], pred.dtype, GRAD_LOSS / pred.numel())
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -57,16 +58,12 @@ def test_value_and_gradient(shape: tuple[int, ...], options: dict[str, Any], dev
     check(*(t.to(device) for t in inputs(shape, torch.float32, torch.float32)), **options)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("teacher_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes(dtype: torch.dtype, teacher_dtype: torch.dtype, device: str) -> None:
     check(*(t.to(device) for t in inputs(SHAPES[3], dtype, teacher_dtype)))
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_cpu_level(level: str) -> None:
-    run_at_level(level, __file__, "value_and_gradient or dtypes")
 
 
 def apply_masks(x: Tensor, masks: list[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import sslfast
-from helpers import DTYPES, GRAD_LOSS, LEVELS, roundings, run_at_level, value_and_gradients, within_budget
+from helpers import DTYPES, GRAD_LOSS, roundings, value_and_gradients, within_budget
 from sslfast.masking.compat import forward_loss
 from sslfast.ops.masked_patch_loss import by_reference, masked_patch_loss as public
 
@@ -70,6 +70,7 @@ def check(images: Tensor, pred: Tensor, masks: Any, **options: Any) -> None:
     within_budget("dpred", kernel[1], single[1].to(pred.dtype), truth[1], pred.dtype, GRAD_LOSS / pred.numel())
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("order", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("target", ["pixels", "mae", "videomae"])
@@ -82,6 +83,7 @@ def test_value_and_gradient(case: str, target: str, order: str, device: str) -> 
         check(images, pred, mask, patch_size=patch, loss=loss, target=target, order=order, **given)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("image_dtype", [torch.uint8, *DTYPES], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -89,11 +91,6 @@ def test_dtypes(dtype: torch.dtype, image_dtype: torch.dtype, device: str) -> No
     images, pred, mask = (t.to(device) for t in inputs("mae", dtype, image_dtype))
     check(images, pred, mask, patch_size=16, target="mae", **numbers(3))
     check(images, pred, mask, patch_size=16, loss="l1")
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_cpu_level(level: str) -> None:
-    run_at_level(level, __file__, "value_and_gradient or dtypes or strides")
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -165,6 +162,7 @@ def test_is_the_loss_of_simmim() -> None:
     torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=0)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("device", DEVICES)
 def test_strides(device: str) -> None:
     images, pred, mask = (t.to(device) for t in inputs("mae", torch.float32, torch.float32))
@@ -225,8 +223,10 @@ def test_without_a_masked_patch(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_gradcheck_and_double_backward(device: str) -> None:
-    images, pred, mask = (t.to(device) for t in inputs("ragged", torch.float64, torch.uint8))
-    pred.requires_grad_()
+    images, pred, _ = (t.to(device) for t in inputs("ragged", torch.float64, torch.uint8))
+    # One channel, 2 × 2 patches: a numerical derivative takes two losses for each number of the prediction.
+    images, pred = images[:, :1, :14], pred[:, :4, :35].clone().requires_grad_()
+    mask = torch.tensor([[True, False, True, True], [False, False, True, False]], device=device)
     with sslfast.use_backend(device):
         assert torch.autograd.gradcheck(lambda p: public(images, p, mask, patch_size=(7, 5), target="mae"), pred)
         assert torch.autograd.gradgradcheck(lambda p: public(images, p, mask, patch_size=(7, 5), target="mae"), pred)

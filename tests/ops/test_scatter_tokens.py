@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 import sslfast
-from helpers import LEVELS, run_at_level
 from sslfast import reference
 from sslfast.masking import replace_tokens, scatter_tokens
 from token_common import (
@@ -61,6 +60,7 @@ def plain(index: Tensor, passed: int):
     return lambda x, t, p, f: reference.scatter_tokens(x, index, t, p, f, passed)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("masked", [False, True], ids=["ids", "mask"])
@@ -71,11 +71,6 @@ def test_value_and_gradients(case: tuple[int, ...], masked: bool, dtype: torch.d
         index = index.to(device)
         with sslfast.use_backend(device):
             check(scatter(index, passed), plain(index, passed), as_type(inputs, device), dtype)
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_cpu_level(level: str) -> None:
-    run_at_level(level, __file__, "(value_and_gradients or strides) and (float32 or bfloat16)")
 
 
 def test_it_is_the_decoder_input_of_mae_and_the_tokens_of_dinov2() -> None:
@@ -100,6 +95,7 @@ def test_it_is_the_decoder_input_of_mae_and_the_tokens_of_dinov2() -> None:
     assert torch.equal(replace_tokens(x, mask, token, position=position[:, 1:], prefix=prefix), dinov2)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_strides(dtype: torch.dtype, device: str) -> None:

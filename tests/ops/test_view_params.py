@@ -13,7 +13,6 @@ from torch import Tensor
 
 import sslfast
 from augment_common import BACKENDS, KERNELS, device_of, torchvision
-from helpers import LEVELS, run_at_level
 from sslfast.augment import ViewSpec
 from sslfast.ops.view_params import COLUMNS, view_params
 from sslfast.reference.philox import exponential, philox4x32
@@ -90,6 +89,7 @@ def test_kernel_draws_the_references_bits(name: str, backend: str) -> None:
         assert same_bits(draw(backend, ids, size, [SPECS[name]], **options), expected), (size, seed, epoch)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("backend", KERNELS)
 def test_kernel_draws_the_references_bits_for_any_key(backend: str) -> None:
     ids, specs = some_ids(500), list(SPECS.values())
@@ -98,11 +98,6 @@ def test_kernel_draws_the_references_bits_for_any_key(backend: str) -> None:
         options = {"seed": seed, "epoch": epoch, "view": view}
         expected = draw("reference", ids, sizes, specs, **options)
         assert same_bits(draw(backend, ids, sizes, specs, **options), expected), options
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_cpu_level(level: str) -> None:
-    run_at_level(level, __file__, "any_key")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
