@@ -212,9 +212,9 @@ def test_compiled_without_a_warning() -> None:
 # ------------------------------------------------------------------------------------------------- rows of tokenizers
 
 
-def mask(ids: Any, special: Any, words: Any) -> Any:
+def mask(ids: Any, special: Any, words: Any, probability: float = 0.5) -> Any:
     return masking.mask_tokens(
-        ids, [0, 1] if isinstance(ids, Tensor) else np.arange(2), mask_id=3, vocab_size=50, probability=0.5, epoch=0,
+        ids, [0, 1] if isinstance(ids, Tensor) else np.arange(2), mask_id=3, vocab_size=50, probability=probability, epoch=0,
         special=special, word_ids=words,
     )  # fmt: skip
 
@@ -230,7 +230,8 @@ def test_rows_as_tokenizers_give_them(kind: str, monkeypatch: pytest.MonkeyPatch
     as_given = torch.tensor if kind == "tensor" else np.array
     ids = as_given([[4, 5, 6, 7, 8], [9, 10, 11, 12, 13]])
     expected = mask(ids, as_given(special), as_given(numbers))
-    assert not (np.asarray(expected[1]) != -100)[:, 0].any()
+    _, labels = mask(ids, None, rows, probability=1.0)
+    assert ((np.asarray(labels) == -100) == np.array([[word is None for word in row] for row in rows])).all()
     for words in (rows, tuple(map(tuple, rows)), numbers, as_given(numbers)):
         assert same(mask(ids, special, words), expected)
     if kind != "tensor":
