@@ -214,9 +214,15 @@ def test_compiled_without_a_warning() -> None:
 
 def mask(ids: Any, special: Any, words: Any, probability: float = 0.5) -> Any:
     return masking.mask_tokens(
-        ids, [0, 1] if isinstance(ids, Tensor) else np.arange(2), mask_id=3, vocab_size=50, probability=probability, epoch=0,
-        special=special, word_ids=words,
-    )  # fmt: skip
+        ids,
+        [0, 1] if isinstance(ids, Tensor) else np.arange(2),
+        mask_id=3,
+        vocab_size=50,
+        probability=probability,
+        special=special,
+        word_ids=words,
+        epoch=0,
+    )
 
 
 @pytest.mark.parametrize("kind", ["tensor", "host", "reference"])
