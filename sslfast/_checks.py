@@ -19,7 +19,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-PACKAGES = tuple(str(Path(file).parent) for file in (__file__, torch.__file__))  # whose lines are not the caller's
+# Folders of files whose lines are not the caller's.
+PACKAGES = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
 _warned: set[str] = set()
 
 
