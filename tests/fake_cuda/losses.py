@@ -64,7 +64,7 @@ CONTRASTIVE: dict[str, Case] = {
     "smoothed_info_nce": _function(sslfast.smoothed_info_nce),
     "debiased_info_nce": _function(sslfast.debiased_info_nce),
     "symmetric_info_nce": _function(sslfast.symmetric_info_nce, label_smoothing=0.1, tau_plus=0.1),
-    "info_nce/smoothed and debiased": _function(sslfast.info_nce, label_smoothing=0.1, tau_plus=0.1),
+    "InfoNCELoss/smoothed and debiased": _module(sslfast.InfoNCELoss, label_smoothing=0.1, tau_plus=0.1),
     "info_nce/negatives": lambda x: sslfast.info_nce(x.z(), x.z(), x.number(0.1), negatives=(x.z(9, D), x.z(N, 3, D))),
     "info_nce/several positives": lambda x: sslfast.info_nce(x.z(), x.z(), positives=x.ids(N, 2)),
     "info_nce/ids": lambda x: sslfast.info_nce(x.z(), x.z(), positives=x.ids(N), ids=(x.labels(), x.labels() + 1)),
