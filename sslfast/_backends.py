@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ._warn import warn_user
 
+from . import _library
+
 NAMES = ("cpu", "cuda", "triton", "reference")
 GRADIENT_FORMS = ("streamed", "banded")
 
@@ -116,6 +118,8 @@ def select(op: str, preferred: str, why_not: Callable[[str], str | None]) -> str
         if reason is not None:
             raise RuntimeError(f"sslfast.{op}: backend {_forced!r} was forced but cannot serve this call: {reason}")
         return _forced
+    if op in _library.differentiable and _library.in_forward_mode():
+        return "reference"  # the kernels have derivatives of reverse mode alone
     reason = why_not(preferred)
     if reason is None:
         return preferred

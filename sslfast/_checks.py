@@ -30,8 +30,13 @@ def accumulator(x: Tensor) -> torch.dtype:
 
 
 def readable(x: Tensor) -> bool:
-    """Looking at values waits for no device, does not end a graph, and finds some: a fake tensor has none."""
-    return x.is_cpu and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
+    """Looking at values waits for no device, does not end a graph, and finds some.
+
+    A fake tensor has none, and PyTorch does not let one look into those of ``torch.func``.
+    """
+    if not x.is_cpu or torch.compiler.is_compiling() or isinstance(x, FakeTensor):
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def ids_checked(ids: Tensor) -> bool:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.autograd import forward_ad
 
 LIB = torch.library.Library("sslfast", "DEF")
+differentiable: set[str] = set()  # operators with an autograd formula
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -72,8 +74,60 @@ def implement(name: str, function: Callable[..., Any], *dispatch_keys: str) -> N
 
 
 def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Register the autograd formula of ``sslfast::<name>``."""
-    torch.library.register_autograd(f"sslfast::{name}", backward, setup_context=setup_context, lib=LIB)
+    """Register the autograd formula of ``sslfast::<name>``: one of reverse mode, so that a tangent is an error."""
+
+    differentiable.add(name)
+
+    def guarded(ctx: Any, *grads: Any) -> Any:
+        refuse_tangents(name, grads)
+        return with_memory_error(backward, ctx, *grads)
+
+    lib: Any = _WithoutTangents()
+    torch.library.register_autograd(f"sslfast::{name}", guarded, setup_context=setup_context, lib=lib)
+
+
+class _WithoutTangents:
+    """``LIB`` as ``register_autograd`` uses it: PyTorch's kernel drops tangents, this one refuses them."""
+
+    def impl(self, name: str, kernel: Callable[..., Any], dispatch_key: str, *, with_keyset: bool) -> None:
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            refuse_tangents(name, (*args, *kwargs.values()))
+            return with_memory_error(kernel, *args, **kwargs)
+
+        LIB.impl(name, guarded, dispatch_key, with_keyset=with_keyset)
+
+
+def with_memory_error(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``function(...)``, with PyTorch's class of the error that the CUDA library has words for alone: out of memory."""
+    if torch.compiler.is_compiling():
+        return function(*args, **kwargs)
+    try:
+        return function(*args, **kwargs)
+    except RuntimeError as error:
+        if "CUDA out of memory." in str(error) and not isinstance(error, torch.OutOfMemoryError):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise
+
+
+def call(name: str, *args: Any) -> Any:
+    """``sslfast::<name>`` of these arguments, for operators that have no gradient."""
+    return with_memory_error(getattr(torch.ops.sslfast, name).default, *args)
+
+
+def in_forward_mode() -> bool:
+    """Whether the code runs inside ``torch.func.jvp``, ``jacfwd``, ``linearize`` or ``forward_ad.dual_level``."""
+    return forward_ad._current_level >= 0
+
+
+def refuse_tangents(name: str, values: Iterable[Any]) -> None:
+    """An error if one of the values is a tensor with a tangent, which ``sslfast::<name>`` would lose."""
+    if not in_forward_mode():
+        return
+    if any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in values):
+        raise NotImplementedError(
+            f"sslfast.{name} has no forward-mode derivative: call it inside sslfast.use_backend('reference'), "
+            "or take reverse-mode derivatives"
+        )
 
 
 def second_order(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .. import _library
 from .collectives import Ranks
 from .scope import Scope, check_strategy
 
@@ -26,6 +27,7 @@ def scope_of(gather_distributed: bool, strategy: str = "gather", group: ProcessG
     Raises:
         ValueError: ``strategy`` is neither of the two.
         RuntimeError: ``gather_distributed=True`` without an initialised process group, or from a process outside it.
+        NotImplementedError: several ranks, inside forward-mode differentiation.
 
     Example:
         >>> scope = sslfast.distributed.scope_of(gather_distributed=False)
@@ -43,4 +45,6 @@ def scope_of(gather_distributed: bool, strategy: str = "gather", group: ProcessG
     ranks = Ranks(group)
     if ranks.size == 1:
         return Scope()
+    if _library.in_forward_mode():
+        raise NotImplementedError("sslfast: gather_distributed=True over several ranks has no forward-mode derivative")
     return RingScope(ranks) if strategy == "ring" else GatherScope(ranks)

@@ -88,7 +88,8 @@ def pair_nt_xent(
         total = torch.where(matches.positives > 0, each, 0.0).sum()
     else:
         scaled = x.rows.to(accumulator(x.rows)) * scale
-        total = _Pairs.apply(scaled, x.columns, terms.row_lse, blocks)  # type: ignore[no-untyped-call]
+        pairs = _with_every_block if _library.in_forward_mode() else _Pairs.apply
+        total = pairs(scaled, x.columns, terms.row_lse, blocks)
     return total / count.clamp(min=1)
 
 

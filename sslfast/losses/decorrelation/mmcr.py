@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ... import _library
 from ..._checks import FLOATS, accumulator, check_same, without_autocast
 from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
@@ -38,8 +39,7 @@ class _InverseRoot(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gram: Tensor) -> Tensor:
         values, vectors = torch.linalg.eigh(gram)
-        floor = values.shape[-1] * torch.finfo(values.dtype).eps * values[..., -1:].clamp_min(0)
-        inverse = torch.where(values > floor, values, torch.inf).rsqrt()  # [..., n]: 1/σ, 0 on the null space
+        inverse = torch.where(values > _floor(values), values, torch.inf).rsqrt()  # [..., n]: 1/σ, 0 on the null space
         ctx.save_for_backward(gram, inverse, vectors)
         ctx.set_materialize_grads(False)
         return (vectors * inverse.unsqueeze(-2)) @ vectors.mT
@@ -73,8 +73,17 @@ class _RootTrace(torch.autograd.Function):
         return grad / 2 * inverse_root, None
 
 
+def _floor(values: Tensor) -> Tensor:
+    """What ascending eigenvalues [..., n] must exceed to differ from zero by more than rounding, [..., 1]."""
+    return values.shape[-1] * torch.finfo(values.dtype).eps * values[..., -1:].clamp_min(0)
+
+
 def _root_trace(gram: Tensor) -> Tensor:
     """Sum of the roots of the eigenvalues of ``gram`` [..., n, n]: of the singular values of X, if that is X Xᵀ."""
+    if _library.in_forward_mode():
+        values = torch.linalg.eigvalsh(gram)
+        support = values > _floor(values)
+        return torch.where(support, torch.where(support, values, 1.0).sqrt(), 0.0).sum()
     inverse_root = _InverseRoot.apply(gram)  # type: ignore[no-untyped-call]
     trace: Tensor = _RootTrace.apply(gram, inverse_root)  # type: ignore[no-untyped-call]
     return trace

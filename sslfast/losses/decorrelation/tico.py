@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ... import _library
 from ..._checks import accumulator, check_matrix, without_autocast
 from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
@@ -89,7 +90,10 @@ def tico(
             c = (1 - beta) / shard.total * moment
         else:
             c = torch.add(beta * covariance.detach().to(kind), moment, alpha=(1 - beta) / shard.total)
-        contrast: Tensor = _QuadraticForms.apply(a, c)  # type: ignore[no-untyped-call]
+        if _library.in_forward_mode():
+            contrast: Tensor = (a @ c * a).sum()
+        else:
+            contrast = _QuadraticForms.apply(a, c)  # type: ignore[no-untyped-call]
         dots = torch.vdot(a.flatten(), b.flatten())
         return 1.0 - shard.weight * torch.sub(dots, contrast, alpha=rho), c
 

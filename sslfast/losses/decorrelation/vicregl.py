@@ -182,7 +182,7 @@ def _matches(
     (_, z_a, grid_a), (_, z_b, grid_b) = view_a, view_b
     for x, y in ((z_a, z_b), (grid_a, grid_b)):
         with torch.no_grad():  # which features match has no gradient
-            x, y = x.to(accumulator(x)), y.to(accumulator(y))
+            x, y = x.detach().to(accumulator(x)), y.detach().to(accumulator(y))
             # Two products, not one and its transpose: places on a grid lie equally far apart, rounding decides which of
             # them match, and both directions are to match as lightly's do.
             there, back = torch.cdist(x, y), torch.cdist(y, x)  # [N, P_a, P_b] and [N, P_b, P_a]
