@@ -83,7 +83,7 @@ struct Backward {
   void add_bias(int64_t panel, int64_t count, bool begins) const {
     ColumnSums<T, 1> found;
     const T* from = grads + panel * stride;
-    sum_columns<T, 1>(count, found, [&](int64_t r, int v, vec<T>* part) { part[0] += at(from, r, v); });
+    sum_columns<T, 1>(count, found, [&](int64_t r, int v, vec<T>* part) { part[0] += panel_vector(from, r, v); });
     for (int c = 0; c < C; ++c) bias[panel * C + c] = (begins ? 0 : bias[panel * C + c]) + found[0][c];
   }
 
@@ -176,12 +176,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> embed_patches_backward_cpu(
   const int64_t d = grad_any.size(2), prefix_rows = grad_any.size(1) - kept;
   const ScalarType dtype = grad_any.scalar_type();
   check_tensor(grad_any, "grad", {from.batch, prefix_rows + kept, d}, dtype, images);
-  const Tensor grad = contiguous(grad_any), ids = contiguous(ids_any);
+  const Tensor grad = as_contiguous(grad_any), ids = as_contiguous(ids_any);
   const std::vector<int32_t> rows = rows_of_patches(const_data<int64_t>(ids), from.batch, kept, length);
 
   auto wanted = [&](int i, int64_t first, int64_t second) {
-    if (needs[static_cast<size_t>(i)] == 0) return torch::stable::new_empty(grad, {0});
-    return second < 0 ? torch::stable::new_empty(grad, {first}) : torch::stable::new_empty(grad, {first, second});
+    if (needs[static_cast<size_t>(i)] == 0) return allocate(grad, {0});
+    return second < 0 ? allocate(grad, {first}) : allocate(grad, {first, second});
   };
   Tensor weight = wanted(0, d, patch_features(layout)), bias = wanted(1, d, -1);
   Tensor position = wanted(2, length, d), prefix = wanted(3, prefix_rows, d);

@@ -41,7 +41,7 @@ static inline void sum_columns(int64_t rows, ColumnSums<T, K>& sums, F&& f) {
 }
 
 template <typename T>
-static inline vec<T> at(const T* panel, int64_t row, int v) {
+static inline vec<T> panel_vector(const T* panel, int64_t row, int v) {
   return load(panel + row * kColumns<T> + v * kLanes<T>);
 }
 
@@ -132,7 +132,7 @@ static void center_panel(const MomentInput& input, const double* sums, T* panel,
   for (int c = 0; c < kColumns<T>; ++c)
     mean[c] = input.center ? static_cast<T>(sums[c] / static_cast<double>(input.n)) : T(0);
   sum_columns<T, 1>(input.n, squares, [&](int64_t r, int v, vec<T>* part) {
-    vec<T> x = at(panel, r, v);
+    vec<T> x = panel_vector(panel, r, v);
     if (input.center) put(panel, r, v, x -= load(mean + v * kLanes<T>));
     part[0] += x * x;
   });
@@ -159,17 +159,17 @@ template <typename T>
 static void normalize_panel(int64_t n, const T* mean, const T* factor, T* panel) {
   for (int64_t r = 0; r < n; ++r)
     for (int v = 0; v < kVectors; ++v)
-      put(panel, r, v, (at(panel, r, v) - load(mean + v * kLanes<T>)) * load(factor + v * kLanes<T>));
+      put(panel, r, v, (panel_vector(panel, r, v) - load(mean + v * kLanes<T>)) * load(factor + v * kLanes<T>));
 }
 
-// What turns s·g, g a product, into dx for the kColumns columns of a panel: with dx̂ = s·g + along·partner,
+// What turns s·g, g a product, into dx for the kColumns columns of a panel: with dx̂ = s·g + diagonal_weight·partner,
 //
 //   dx = factor·(y − mean(y)),   y = dx̂ − weight·x̂,   weight = Σ dx̂ x̂ / n for a variance, Σ dx̂ x̂ for a norm,
 //                                                              0 where the scale is constant.
 template <typename T>
 struct ColumnGradient {
   T product;                                   // s
-  T along[kColumns<T>];                        // weight of the partner's column: the diagonal's gradient
+  T diagonal_weight[kColumns<T>];              // weight of the partner's column: the diagonal's gradient
   T middle[kColumns<T>], weight[kColumns<T>];  // mean(y), and weight
   const T* factor;
 
@@ -177,24 +177,24 @@ struct ColumnGradient {
   // others, so it is counted.
   void project(const MomentInput& input, const ColumnSums<T, 3>& sums) {
     const double rows = static_cast<double>(input.n);
-    const T most = static_cast<T>(1.0 / input.eps);
+    const T largest = static_cast<T>(1.0 / input.eps);
     for (int c = 0; c < kColumns<T>; ++c) {
       double w = 0;
       if (input.scale == ColumnScale::variance) w = sums[1][c] / rows;
-      if (input.scale == ColumnScale::norm && factor[c] < most) w = sums[1][c];
+      if (input.scale == ColumnScale::norm && factor[c] < largest) w = sums[1][c];
       weight[c] = static_cast<T>(w);
       middle[c] = input.center ? static_cast<T>((sums[0][c] - w * sums[2][c]) / rows) : T(0);
     }
   }
 
   vec<T> prepared(const T* partner, const T* g, int64_t r, int v) const {
-    return at(g, r, v) * product + at(partner, r, v) * load(along + v * kLanes<T>);
+    return panel_vector(g, r, v) * product + panel_vector(partner, r, v) * load(diagonal_weight + v * kLanes<T>);
   }
 
   // The sums of a whole panel.
   void sum(const MomentInput& input, const T* own, const T* partner, const T* g, ColumnSums<T, 3>& sums) const {
     sum_columns<T, 3>(input.n, sums, [&](int64_t r, int v, vec<T>* part) {
-      const vec<T> x = at(own, r, v), dx = prepared(partner, g, r, v);
+      const vec<T> x = panel_vector(own, r, v), dx = prepared(partner, g, r, v);
       part[0] += dx;
       part[1] += dx * x;
       part[2] += x;
@@ -206,7 +206,7 @@ struct ColumnGradient {
     for (int64_t r = 0; r < rows; ++r)
       for (int v = 0; v < kVectors; ++v) {
         const int64_t c = v * kLanes<T>;
-        const vec<T> y = prepared(partner, g, r, v) - at(own, r, v) * load(weight + c) - load(middle + c);
+        const vec<T> y = prepared(partner, g, r, v) - panel_vector(own, r, v) * load(weight + c) - load(middle + c);
         put(g, r, v, load(factor + c) * y);
       }
   }

@@ -68,8 +68,8 @@ struct GramPlan {
     blocks.height = round_up((items + fewest - 1) / fewest, kColumns<T>);
     blocks.count = (items + blocks.height - 1) / blocks.height;
     pairs = symmetric ? blocks.count * (blocks.count + 1) / 2 : blocks.count * blocks.count;
-    const int64_t most = (k + 511) / 512, wanted = (kTasks + pairs - 1) / pairs;
-    slices = wanted < most ? wanted : most;
+    const int64_t limit = (k + 511) / 512, wanted = (kTasks + pairs - 1) / pairs;
+    slices = wanted < limit ? wanted : limit;
     slice = round_up((k + slices - 1) / slices, kColumns<T>);
     slices = (k + slice - 1) / slice;
   }
