@@ -8,6 +8,8 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
+#include <stdexcept>
 
 #include "common/half.h"
 #ifdef USE_CUDA
@@ -22,11 +24,44 @@
 namespace sslfast {
 
 using torch::headeronly::ScalarType;
-using torch::stable::contiguous;  // the tensor itself where its elements lie row by row without gaps, else a copy
 using torch::stable::Tensor;
 
 // An error for the caller unless `condition`; the rest are the parts of its message.
 #define SSLFAST_CHECK(condition, ...) STD_TORCH_CHECK(condition, "sslfast: ", __VA_ARGS__)
+
+// The stable ABI says that an allocation failed, but neither why nor how large it was. This says both in PyTorch's words,
+// by which tools that search for a batch size know them; sslfast/_library.py makes them a torch.OutOfMemoryError where
+// PyTorch does.
+[[noreturn]] inline void out_of_memory(torch::headeronly::IntHeaderOnlyArrayRef shape, size_t element_size) {
+  uint64_t bytes = element_size;
+  bool overflow = false;
+  for (const int64_t size : shape) overflow |= __builtin_mul_overflow(bytes, static_cast<uint64_t>(size), &bytes);
+  SSLFAST_CHECK(!overflow, "out of memory: you tried to allocate more than 2^64 bytes");
+#ifdef USE_CUDA
+  SSLFAST_CHECK(false, "CUDA out of memory. Tried to allocate ", bytes, " bytes.");
+#else
+  SSLFAST_CHECK(false, "DefaultCPUAllocator: can't allocate memory: you tried to allocate ", bytes, " bytes.");
+#endif
+}
+
+// An uninitialised tensor on the device of `like`, of its dtype unless another is given.
+inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
+                       std::optional<ScalarType> dtype = std::nullopt) {
+  try {
+    return torch::stable::new_empty(like, shape, dtype);
+  } catch (const std::runtime_error&) {
+    out_of_memory(shape, torch::stable::new_empty(like, {0}, dtype).element_size());
+  }
+}
+
+// The tensor itself where its elements lie row by row without gaps, else a copy.
+inline Tensor as_contiguous(const Tensor& x) {
+  try {
+    return torch::stable::contiguous(x);
+  } catch (const std::runtime_error&) {
+    out_of_memory(x.sizes(), x.element_size());
+  }
+}
 
 // `t` has this shape and dtype and lies on the device of `like`: for tensors that Python code made, such as gradients.
 inline void check_tensor(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, ScalarType dtype,

@@ -111,21 +111,18 @@ void augment_views(const Parallel& parallel, const AugmentCall& call) {
 #include <algorithm>
 #include <vector>
 
+#include "checks/augment_views.h"
 #include "cpu/engine/operator.h"
 
 namespace sslfast {
 namespace {
 
-// On a side, since boxes are float32 numbers.
-constexpr int64_t kMostPixels = int64_t{1} << 24;
-
-PixelType pixel_type(ScalarType type, const char* name) {
+PixelType pixel_type(ScalarType type) {
   switch (type) {
     case ScalarType::Byte: return PixelType::u8;
-    case ScalarType::Float: return PixelType::f32;
     case ScalarType::BFloat16: return PixelType::b16;
     case ScalarType::Half: return PixelType::f16;
-    default: SSLFAST_CHECK(false, name, " has a dtype that is not supported: ", torch::headeronly::toString(type));
+    default: return PixelType::f32;
   }
 }
 
@@ -145,48 +142,29 @@ std::vector<Image> images_of(const std::vector<Tensor>& tensors) {
 Tensor augment_views_cpu(std::vector<Tensor> tensors, const Tensor& params_any, std::vector<int64_t> size, bool cubic,
                          int64_t blur_kernel, double threshold, std::vector<double> mean, std::vector<double> std,
                          bool pil, ScalarType dtype, bool channels_last) {
-  SSLFAST_CHECK(!tensors.empty(), "images must hold at least one image");
-  const Tensor& first = tensors[0];
-  for (const Tensor& t : tensors) {
-    SSLFAST_CHECK(t.dim() == 3 || (t.dim() == 4 && tensors.size() == 1), "images must have three or four dimensions");
-    SSLFAST_CHECK(t.size(t.dim() - 3) == first.size(first.dim() - 3), "images must have the same number of channels");
-    SSLFAST_CHECK(t.scalar_type() == first.scalar_type(), "images must have the same dtype");
-    SSLFAST_CHECK(t.device() == params_any.device(), "images must be on the device of params");
-    for (int64_t d = t.dim() - 2; d < t.dim(); ++d)
-      SSLFAST_CHECK(t.size(d) > 0 && t.size(d) < kMostPixels, "images must be from 1 to 2^24 − 1 pixels on a side");
-  }
-  const int64_t channels = first.size(first.dim() - 3);
-  SSLFAST_CHECK(channels == 1 || channels == 3, "images must have 1 or 3 channels, got ", channels);
-  SSLFAST_CHECK(size.size() == 2 && size[0] > 0 && size[1] > 0 && size[0] < kMostPixels && size[1] < kMostPixels,
-                "size must be two numbers from 1 to 2^24 − 1");
-  SSLFAST_CHECK(mean.size() == static_cast<size_t>(channels) && std.size() == mean.size(),
-                "mean and std must have one number a channel");
-  SSLFAST_CHECK(blur_kernel >= 1 && blur_kernel / 2 <= kMaxBlurRadius, "blur_kernel must be from 1 to ",
-                2 * kMaxBlurRadius + 1, ", got ", blur_kernel);
+  ViewArguments arguments(tensors, params_any, size, blur_kernel, mean, std, pil, dtype, channels_last);
   const std::vector<Image> images = images_of(tensors);
-  const auto count = static_cast<int64_t>(images.size()), views = params_any.dim() == 3 ? params_any.size(0) : 0;
-  check_tensor(params_any, "params", {views, count, kColumns}, ScalarType::Float, params_any);
-  const Tensor params = contiguous(params_any);
+  const int64_t views = arguments.views, count = arguments.count;
+  if (views == 0) return arguments.result;
 
   AugmentCall call{};
   call.images = images.data();
-  call.params = const_data<float>(params);
+  call.params = const_data<float>(arguments.params);
   call.views = views;
   call.count = count;
-  call.channels = static_cast<int>(channels);
-  call.in = pixel_type(first.scalar_type(), "images");
-  call.out = pixel_type(dtype, "dtype");
-  SSLFAST_CHECK(call.out != PixelType::u8, "dtype must be a floating-point type");
-  call.height = static_cast<int>(size[0]);
-  call.width = static_cast<int>(size[1]);
+  call.channels = static_cast<int>(arguments.channels);
+  call.in = pixel_type(tensors[0].scalar_type());
+  call.out = pixel_type(dtype);
+  call.height = static_cast<int>(arguments.height);
+  call.width = static_cast<int>(arguments.width);
   call.cubic = cubic;
   call.pil = pil;
   call.channels_last = channels_last;
-  call.blur_limit = static_cast<int>(blur_kernel / 2);
+  call.blur_limit = arguments.blur_limit;
   call.threshold = static_cast<float>(threshold);
-  for (int64_t c = 0; c < channels; ++c) {
-    call.scale[c] = static_cast<float>(1 / (std[c] * (pil ? 255 : 1)));
-    call.shift[c] = static_cast<float>(-mean[c] / std[c]);
+  for (int64_t c = 0; c < arguments.channels; ++c) {
+    call.scale[c] = arguments.scale[c];
+    call.shift[c] = arguments.shift[c];
   }
   int64_t pixels = views * count * size[0] * size[1];
   for (int64_t i = 0; i < views * count; ++i) {
@@ -195,18 +173,15 @@ Tensor augment_views_cpu(std::vector<Tensor> tensors, const Tensor& params_any, 
     call.crop_width = std::max(call.crop_width, box.width);
     pixels += box.height * box.width;
   }
-  Tensor result = channels_last ? torch::stable::new_empty(first, {views, count, size[0], size[1], channels}, dtype)
-                                : torch::stable::new_empty(first, {views, count, channels, size[0], size[1]}, dtype);
-  if (views == 0) return result;
-  call.result = result.mutable_data_ptr();
+  call.result = arguments.result.mutable_data_ptr();
   const Parallel parallel = torch_parallel();
   // Below some thousand pixels, read and made, a second thread costs more than it brings.
   call.workers = pixels < 16384 ? 1 : std::min(parallel.threads, views * count);
   const int64_t bytes = SSLFAST_CALL(augment_scratch_bytes, call);
-  Tensor memory = scratch(params, call.workers * bytes);
+  Tensor memory = scratch(arguments.params, call.workers * bytes);
   call.scratch = static_cast<char*>(aligned(memory));
   SSLFAST_CALL(augment_views, parallel, call);
-  return result;
+  return arguments.result;
 }
 
 }  // namespace

@@ -5,8 +5,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "common/masks_host.h"
-#include "torch_api.h"
+#include "checks/block_mask.h"
 
 namespace sslfast {
 namespace {
@@ -14,28 +13,22 @@ namespace {
 Tensor block_mask_cpu(const Tensor& samples_any, const Tensor& counts_any, std::vector<int64_t> grid,
                       std::vector<double> area, std::vector<double> log_aspect, int64_t tries, bool complete,
                       int64_t seed, int64_t epoch, int64_t view) {
-  BlockRule rule{};
-  const std::string wrong = make_block_rule(grid, area, log_aspect, tries, complete, &rule);
-  SSLFAST_CHECK(wrong.empty(), wrong);
-  const int64_t count = samples_any.numel(), patches = grid[0] * grid[1];
-  check_tensor(samples_any, "samples", {count}, ScalarType::Long, samples_any);
-  check_tensor(counts_any, "counts", {count}, ScalarType::Double, samples_any);
-  const Tensor samples = contiguous(samples_any), counts = contiguous(counts_any);
-  Tensor mask = torch::stable::new_empty(samples, {count, patches}, ScalarType::Bool);
-  const auto* sample = const_data<int64_t>(samples);
-  const auto* wanted = const_data<double>(counts);
-  auto* row = static_cast<uint8_t*>(mask.mutable_data_ptr());
+  BlockMaskArguments arguments(samples_any, counts_any, grid, area, log_aspect, tries, complete);
+  const int64_t count = arguments.count, patches = arguments.patches;
+  const auto* sample = const_data<int64_t>(arguments.samples);
+  const auto* wanted = const_data<double>(arguments.counts);
+  auto* row = static_cast<uint8_t*>(arguments.mask.mutable_data_ptr());
   const int64_t images_per_task = std::max<int64_t>(1, (1 << 12) / patches);
   auto task = [&](int64_t t) {
     MaskScratch scratch;
     for (int64_t b = t * images_per_task; b < std::min(count, (t + 1) * images_per_task); ++b) {
       const Stream stream{static_cast<uint64_t>(seed), static_cast<uint64_t>(sample[b]), static_cast<uint32_t>(epoch),
                           kBlockMaskStream + static_cast<uint32_t>(view)};
-      block_mask_image(stream, rule, wanted[b], scratch, row + b * patches);
+      block_mask_image(stream, arguments.rule, wanted[b], scratch, row + b * patches);
     }
   };
   parallel_each(torch_parallel(), (count + images_per_task - 1) / images_per_task, task);
-  return mask;
+  return arguments.mask;
 }
 
 }  // namespace

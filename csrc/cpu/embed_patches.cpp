@@ -177,11 +177,11 @@ Tensor embed_patches_cpu(const Tensor& images, const Tensor& ids_any, const Tens
   const int64_t prefix_rows = prefix_any.has_value() ? prefix_any->size(0) : 0;
   if (prefix_any.has_value()) check_tensor(*prefix_any, "prefix", {prefix_rows, d}, dtype, images);
 
-  const Tensor ids = contiguous(ids_any), weight = contiguous(weight_any);
+  const Tensor ids = as_contiguous(ids_any), weight = as_contiguous(weight_any);
   const MaybeTensor bias = contiguous_or_none(bias_any), position = contiguous_or_none(position_any);
   const MaybeTensor prefix = contiguous_or_none(prefix_any);
   rows_of_patches(const_data<int64_t>(ids), from.batch, kept, length);
-  Tensor out = torch::stable::new_empty(weight, {from.batch, prefix_rows + kept, d});
+  Tensor out = allocate(weight, {from.batch, prefix_rows + kept, d});
   if (out.numel() == 0) return out;
   advise_huge_pages(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
   const EmbedPatches of{patch_source(images, from),

@@ -108,11 +108,11 @@ Tensor gather_patches_cpu(const Tensor& images, const MaybeTensor& ids_any, cons
   GatherPatches of{patch_source(images, from), from.batch, kept, nullptr};
   Tensor ids;
   if (ids_any.has_value()) {
-    ids = contiguous(*ids_any);
+    ids = as_contiguous(*ids_any);
     of.ids = const_data<int64_t>(ids);
     rows_of_patches(of.ids, from.batch, kept, patch_count(from.layout));
   }
-  Tensor rows = torch::stable::new_empty(images, {from.batch, kept, features}, dtype);
+  Tensor rows = allocate(images, {from.batch, kept, features}, dtype);
   if (rows.numel() == 0) return rows;
   advise_huge_pages(rows.mutable_data_ptr(), rows.numel() * static_cast<int64_t>(rows.element_size()));
   const Parallel parallel = torch_parallel();
@@ -134,15 +134,15 @@ Tensor scatter_patches_cpu(const Tensor& patches_any, const MaybeTensor& ids_any
   const PatchLayout layout = patch_layout(sides, patch, channels_inner);
   const int64_t batch = patches_any.size(0), kept = kept_patches(ids_any, batch, layout, patches_any);
   check_tensor(patches_any, "patches", {batch, kept, patch_features(layout)}, patches_any.scalar_type(), patches_any);
-  const Tensor patches = contiguous(patches_any);
+  const Tensor patches = as_contiguous(patches_any);
   ScatterPatches of{layout, batch, kept, nullptr};
   std::vector<int32_t> rows;
   if (ids_any.has_value()) {
-    const Tensor ids = contiguous(*ids_any);
+    const Tensor ids = as_contiguous(*ids_any);
     rows = rows_of_patches(const_data<int64_t>(ids), batch, kept, patch_count(layout));
     of.rows = rows.data();
   }
-  Tensor images = torch::stable::new_empty(patches, {batch, size[0], size[1], size[2], size[3]});
+  Tensor images = allocate(patches, {batch, size[0], size[1], size[2], size[3]});
   if (images.numel() == 0) return images;
   advise_huge_pages(images.mutable_data_ptr(), images.numel() * static_cast<int64_t>(images.element_size()));
   const Parallel parallel = torch_parallel();

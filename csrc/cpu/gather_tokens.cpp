@@ -190,7 +190,7 @@ Tensor gather_tokens_cpu(const MaybeTensor& x, const Tensor& ids_any, const Mayb
   const Tensor& like = x.has_value() ? *x : *token_any;
   const int64_t width = like.size(like.dim() - 1), positions = position_any.has_value() ? position_any->size(0) : 0;
   const bool whole = x.has_value() && !packed;  // x has all tokens
-  const Tensor ids = contiguous(ids_any);
+  const Tensor ids = as_contiguous(ids_any);
   SSLFAST_CHECK(!x.has_value() || x->dim() == 3, "x must have three dimensions, got ", like.dim());
   GatherTokens call =
       gather_call(ids, whole ? x->size(1) : positions, whole || position_any.has_value(), width, packed);
@@ -221,11 +221,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_tokens_backward_cpu(const Tens
   const int64_t dims = grad_any.dim();
   SSLFAST_CHECK(dims == ids_any.dim() + 1 && needs.size() == 4 && length >= 0,
                 "grad must have one dimension more than ids, needs four numbers, and length be at least 0");
-  const Tensor ids = contiguous(ids_any);
+  const Tensor ids = as_contiguous(ids_any);
   // Image b of mask s is number s·B + b.
   const bool steady = dims == 3 || grad_any.size(0) == 1 || grad_any.size(1) == 1 ||
                       grad_any.stride(0) == grad_any.size(1) * grad_any.stride(1);
-  const Tensor grad = steady ? dense_features(grad_any) : contiguous(grad_any);
+  const Tensor grad = steady ? dense_features(grad_any) : as_contiguous(grad_any);
   const bool tables = needs[1] != 0 || needs[3] != 0, tokens = needs[0] != 0 && !packed;
   GatherTokens call = gather_call(ids, length, tables || tokens, grad.size(dims - 1), packed);
   call.prefix = grad.size(dims - 2) - call.kept;
@@ -236,10 +236,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_tokens_backward_cpu(const Tens
   Tensor dposition = needs[1] != 0 ? new_rows(grad, {length, width}) : new_rows(grad, {0});
   Tensor dprefix = needs[2] != 0 ? new_rows(grad, {call.prefix, width}) : new_rows(grad, {0});
   Tensor dtoken = needs[3] != 0 ? new_rows(grad, {width}) : new_rows(grad, {0});
-  Tensor partial = torch::stable::new_empty(grad, {needs[3] != 0 ? pieces * width : 0}, accumulator_type(grad));
+  Tensor partial = allocate(grad, {needs[3] != 0 ? pieces * width : 0}, accumulator_type(grad));
   const int64_t reads = call.masks * call.kept;
-  Tensor readers =
-      torch::stable::new_empty(grad, {tables || tokens ? call.batch * (length + reads) : 0}, ScalarType::Int);
+  Tensor readers = allocate(grad, {tables || tokens ? call.batch * (length + reads) : 0}, ScalarType::Int);
   Readers found{nullptr, nullptr};
   if (readers.numel() > 0) {
     found.first = mutable_data<int32_t>(readers);

@@ -143,9 +143,9 @@ NormalizeRows rows_of(const Tensor& x, double eps) {
 
 std::tuple<Tensor, Tensor> l2_normalize_cpu(const Tensor& x_any, double eps) {
   const NormalizeRows size = rows_of(x_any, eps);
-  const Tensor x = contiguous(x_any);
-  Tensor y = torch::stable::new_empty(x, {size.rows, size.features});
-  Tensor inv_norm = torch::stable::new_empty(x, {size.rows}, accumulator_type(x));
+  const Tensor x = as_contiguous(x_any);
+  Tensor y = allocate(x, {size.rows, size.features});
+  Tensor inv_norm = allocate(x, {size.rows}, accumulator_type(x));
   dispatch_float(x, "x", [&](auto element) {
     using T = decltype(element);
     SSLFAST_CALL(l2_normalize_forward, torch_parallel(), size, const_data<T>(x), mutable_data<T>(y),
@@ -158,8 +158,8 @@ Tensor l2_normalize_backward_cpu(const Tensor& dy_any, const Tensor& x_any, cons
   const NormalizeRows size = rows_of(x_any, eps);
   check_tensor(dy_any, "grad_y", {size.rows, size.features}, x_any.scalar_type(), x_any);
   check_tensor(inv_norm_any, "inv_norm", {size.rows}, accumulator_type(x_any), x_any);
-  const Tensor dy = contiguous(dy_any), x = contiguous(x_any), inv_norm = contiguous(inv_norm_any);
-  Tensor dx = torch::stable::new_empty(x, {size.rows, size.features});
+  const Tensor dy = as_contiguous(dy_any), x = as_contiguous(x_any), inv_norm = as_contiguous(inv_norm_any);
+  Tensor dx = allocate(x, {size.rows, size.features});
   dispatch_float(x, "x", [&](auto element) {
     using T = decltype(element);
     SSLFAST_CALL(l2_normalize_backward, torch_parallel(), size, const_data<T>(dy), const_data<T>(x),

@@ -14,7 +14,7 @@ struct TokenBatch {
   const int64_t* word_ids;
   uint64_t* ranked;       // [B, 2, S], or null: no exact number
   uint32_t* list;         // [B, S], the same
-  TokenScratch* scratch;  // [threads]
+  TokenScratch* scratch;  // [workers]
 };
 
 }  // namespace sslfast
@@ -73,6 +73,7 @@ void mask_tokens(const Parallel& parallel, const TokenBatch& batch, const TokenR
 #include <tuple>
 #include <vector>
 
+#include "checks/mask_tokens.h"
 #include "cpu/engine/operator.h"
 
 namespace sslfast {
@@ -83,60 +84,35 @@ std::tuple<Tensor, Tensor> mask_tokens_cpu(const Tensor& ids_any, const Tensor& 
                                            std::vector<int64_t> limits, int64_t mask_id, int64_t vocab_size,
                                            int64_t ignore_index, bool exact, int64_t seed, int64_t epoch,
                                            int64_t view) {
-  SSLFAST_CHECK(ids_any.dim() == 2, "input_ids must be two-dimensional, got ", ids_any.dim(), " dimensions");
-  const int64_t rows = ids_any.size(0), length = ids_any.size(1);
-  SSLFAST_CHECK(length <= kLongestRow, "input_ids must have at most ", kLongestRow, " tokens a row, got ", length);
-  SSLFAST_CHECK(limits.size() == 3, "limits must be three numbers, got ", limits.size());
-  check_tensor(samples_any, "samples", {rows}, ScalarType::Long, ids_any);
-  const Tensor ids = contiguous(ids_any), samples = contiguous(samples_any);
-  std::optional<Tensor> special, words;
-  if (special_any.has_value()) {
-    check_tensor(*special_any, "special", {rows, length}, ScalarType::Bool, ids);
-    special = contiguous(*special_any);
-  }
-  if (words_any.has_value()) {
-    check_tensor(*words_any, "word_ids", {rows, length}, ScalarType::Long, ids);
-    words = contiguous(*words_any);
-  }
-  Tensor inputs = torch::stable::new_empty(ids, {rows, length}), labels = torch::stable::new_empty(ids, {rows, length});
+  MaskTokensArguments arguments(ids_any, samples_any, special_any, words_any);
+  const TokenRules rules = token_rules(limits, mask_id, vocab_size, ignore_index, seed, epoch, view);
+  const int64_t rows = arguments.rows, length = arguments.length;
+  const Tensor& ids = arguments.ids;
   std::optional<Tensor> ranked, list;
   if (exact) {
-    ranked = torch::stable::new_empty(ids, {rows, 2, length}, ScalarType::Long);
-    list = torch::stable::new_empty(ids, {rows, length}, ScalarType::Int);
+    ranked = allocate(ids, {rows, 2, length}, ScalarType::Long);
+    list = allocate(ids, {rows, length}, ScalarType::Int);
   }
-  const TokenRules rules{static_cast<uint64_t>(seed),
-                         static_cast<uint32_t>(epoch),
-                         static_cast<uint32_t>(view),
-                         static_cast<uint64_t>(limits[0]),
-                         static_cast<uint64_t>(limits[1]),
-                         static_cast<uint64_t>(limits[2]),
-                         mask_id,
-                         vocab_size,
-                         ignore_index};
   constexpr int64_t kTokensPerTask = 8192;
+  const int64_t rows_per_task = std::max<int64_t>(1, kTokensPerTask / std::max<int64_t>(1, length));
   const Parallel parallel = torch_parallel();
-  Tensor memory = scratch(ids, parallel.threads * static_cast<int64_t>(sizeof(TokenScratch)));
+  const int64_t workers = std::min(parallel.threads, (rows + rows_per_task - 1) / rows_per_task);
+  Tensor memory = scratch(ids, workers * static_cast<int64_t>(sizeof(TokenScratch)));
   const TokenBatch batch{rows,
                          length,
-                         std::max<int64_t>(1, kTokensPerTask / std::max<int64_t>(1, length)),
-                         const_data<int64_t>(samples),
-                         special ? const_data<uint8_t>(*special) : nullptr,
-                         words ? const_data<int64_t>(*words) : nullptr,
+                         rows_per_task,
+                         const_data<int64_t>(arguments.samples),
+                         arguments.special_data(),
+                         arguments.word_data(),
                          ranked ? mutable_data<uint64_t>(*ranked) : nullptr,
                          list ? mutable_data<uint32_t>(*list) : nullptr,
                          static_cast<TokenScratch*>(aligned(memory))};
-  auto run = [&](auto element) {
+  arguments.dispatch_ids([&](auto element) {
     using T = decltype(element);
-    SSLFAST_CALL(mask_tokens, parallel, batch, rules, const_data<T>(ids), mutable_data<T>(inputs),
-                 mutable_data<T>(labels));
-  };
-  if (ids.scalar_type() == ScalarType::Long)
-    run(int64_t{});
-  else if (ids.scalar_type() == ScalarType::Int)
-    run(int32_t{});
-  else
-    SSLFAST_CHECK(false, "input_ids must be int64 or int32, got ", torch::headeronly::toString(ids.scalar_type()));
-  return {inputs, labels};
+    SSLFAST_CALL(mask_tokens, parallel, batch, rules, const_data<T>(ids), mutable_data<T>(arguments.inputs),
+                 mutable_data<T>(arguments.labels));
+  });
+  return {arguments.inputs, arguments.labels};
 }
 
 }  // namespace

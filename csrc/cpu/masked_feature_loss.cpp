@@ -100,7 +100,7 @@ struct Arguments {
             bool layer_norm, double eps)
       : pred(with_rows(pred_any, "pred")),
         teacher(with_rows(teacher_any, "teacher")),
-        ids(contiguous(ids_any)),
+        ids(as_contiguous(ids_any)),
         scratch(pred) {
     const int64_t images = teacher.size(0);
     check_tensor(teacher, "teacher", {images, teacher.size(1), pred.size(2)}, teacher.scalar_type(), pred);
@@ -118,7 +118,7 @@ struct Arguments {
     x.layer_norm = layer_norm;
     x.eps = eps;
     x.pieces = pieces_of(x.pred.rows);
-    scratch = torch::stable::new_empty(pred, {x.pieces * x.pred.width}, accumulator_type(pred));
+    scratch = allocate(pred, {x.pieces * x.pred.width}, accumulator_type(pred));
     x.scratch = static_cast<char*>(scratch.mutable_data_ptr());
   }
 };
@@ -127,7 +127,7 @@ Tensor masked_feature_loss_cpu(Tensor pred, Tensor teacher, Tensor ids, int64_t 
                                double eps) {
   const Arguments given(pred, teacher, ids, kind, beta, layer_norm, eps);
   const FeatureLoss& x = given.x;
-  Tensor loss = torch::stable::new_empty(pred, {}, accumulator_type(pred));
+  Tensor loss = allocate(pred, {}, accumulator_type(pred));
   dispatch_float(pred, "pred", [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
@@ -142,7 +142,7 @@ Tensor masked_feature_loss_backward_cpu(Tensor grad_loss, Tensor pred, Tensor te
                                         double beta, bool layer_norm, double eps) {
   const Arguments given(pred, teacher, ids, kind, beta, layer_norm, eps);
   check_tensor(grad_loss, "grad_loss", {}, accumulator_type(pred), pred);
-  Tensor dpred = torch::stable::new_empty(pred, {pred.size(0), pred.size(1), pred.size(2)});
+  Tensor dpred = allocate(pred, {pred.size(0), pred.size(1), pred.size(2)});
   advise_huge_pages(dpred.mutable_data_ptr(), dpred.numel() * static_cast<int64_t>(dpred.element_size()));
   dispatch_float(pred, "pred", [&](auto element) {
     using T = decltype(element);

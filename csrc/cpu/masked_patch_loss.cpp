@@ -206,7 +206,7 @@ struct Arguments {
   Arguments(const Tensor& images, const Tensor& pred_any, const Tensor& index_any, const std::vector<int64_t>& patch,
             int64_t kind, int64_t target, const std::vector<double>& mean_any, const std::vector<double>& std,
             bool channels_inner)
-      : pred(with_rows(pred_any, "pred")), index(contiguous(index_any)), scratch(index) {
+      : pred(with_rows(pred_any, "pred")), index(as_contiguous(index_any)), scratch(index) {
     SSLFAST_CHECK(images.dim() == 5, "images must be [B, C, T, H, W], got ", images.dim(), " dimensions");
     SSLFAST_CHECK(pred.dim() == 3, "pred must be [B, rows, values], got ", pred.dim(), " dimensions");
     SSLFAST_CHECK(patch.size() == 3, "patch must have three numbers, got ", patch.size());
@@ -246,7 +246,7 @@ struct Arguments {
     x.eps = 1e-6;
     x.channels_inner = channels_inner;
     x.pieces = pieces_of(x.pred.rows);
-    scratch = torch::stable::new_empty(pred, {2 * x.pieces * width}, accumulator_type(pred));
+    scratch = allocate(pred, {2 * x.pieces * width}, accumulator_type(pred));
     x.scratch = static_cast<char*>(scratch.mutable_data_ptr());
   }
 };
@@ -258,7 +258,7 @@ std::tuple<Tensor, Tensor> masked_patch_loss_cpu(Tensor images, Tensor pred, Ten
   const PatchLoss& x = given.x;
   int64_t count = x.pred.rows;
   if (x.mask) count = std::count_if(x.mask, x.mask + x.pred.rows, [](uint8_t m) { return m != 0; });
-  Tensor loss = torch::stable::new_empty(pred, {}, accumulator_type(pred)), counted = torch::stable::empty_like(loss);
+  Tensor loss = allocate(pred, {}, accumulator_type(pred)), counted = torch::stable::empty_like(loss);
   dispatch_float(pred, "pred", [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
@@ -276,7 +276,7 @@ Tensor masked_patch_loss_backward_cpu(Tensor grad_loss, Tensor images, Tensor pr
   const Arguments given(images, pred, index, patch, kind, target, mean, std, channels_inner);
   check_tensor(grad_loss, "grad_loss", {}, accumulator_type(pred), pred);
   check_tensor(count, "count", {}, accumulator_type(pred), pred);
-  Tensor dpred = torch::stable::new_empty(pred, {pred.size(0), pred.size(1), pred.size(2)});
+  Tensor dpred = allocate(pred, {pred.size(0), pred.size(1), pred.size(2)});
   advise_huge_pages(dpred.mutable_data_ptr(), dpred.numel() * static_cast<int64_t>(dpred.element_size()));
   dispatch_float(pred, "pred", [&](auto element) {
     using T = decltype(element);

@@ -5,19 +5,15 @@
 #include <tuple>
 #include <vector>
 
-#include "torch_api.h"
+#include "checks/masked_rows.h"
 
 namespace sslfast {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> masked_rows_cpu(const Tensor& mask_any, int64_t size) {
-  SSLFAST_CHECK(mask_any.dim() == 2, "mask must be two-dimensional [images, tokens], got ", mask_any.dim(),
-                " dimensions");
-  const int64_t count = mask_any.size(0), tokens = mask_any.size(1);
-  check_tensor(mask_any, "mask", {count, tokens}, ScalarType::Bool, mask_any);
-  SSLFAST_CHECK(size >= 0, "size must not be negative, got ", size);
-  const Tensor mask = contiguous(mask_any);
-  const auto* masked = static_cast<const uint8_t*>(mask.const_data_ptr());
+  MaskedRowsArguments arguments(mask_any, size);
+  const int64_t count = arguments.images, tokens = arguments.tokens;
+  const auto* masked = static_cast<const uint8_t*>(arguments.mask.const_data_ptr());
   const int64_t rows_per_task = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, tokens));
   const int64_t tasks = (count + rows_per_task - 1) / rows_per_task;
   std::vector<int64_t> first(count + 1);  // where a row's tokens begin in the list
@@ -32,12 +28,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_rows_cpu(const Tensor& mask_any, int64
   for (int64_t b = 0; b < count; ++b) first[b + 1] += first[b];
   const int64_t total = first[count];
   SSLFAST_CHECK(total <= size, "size must be at least the number of masked tokens, ", total, ", got ", size);
-
-  Tensor rows = torch::stable::new_empty(mask, {size}, ScalarType::Long);
-  Tensor weights = torch::stable::new_empty(mask, {size}, ScalarType::Float);
-  Tensor counts = torch::stable::new_empty(mask, {1}, ScalarType::Long);
-  auto* row = mutable_data<int64_t>(rows);
-  auto* weight = mutable_data<float>(weights);
+  auto* row = mutable_data<int64_t>(arguments.rows);
+  auto* weight = mutable_data<float>(arguments.weights);
   auto write = [&](int64_t t) {
     for (int64_t b = t * rows_per_task; b < std::min(count, (t + 1) * rows_per_task); ++b) {
       int64_t at = first[b];
@@ -52,8 +44,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_rows_cpu(const Tensor& mask_any, int64
   parallel_each(torch_parallel(), tasks, write);
   std::fill(row + total, row + size, int64_t{-1});
   std::fill(weight + total, weight + size, 0.0f);
-  *mutable_data<int64_t>(counts) = total;
-  return {rows, weights, counts};
+  *mutable_data<int64_t>(arguments.count) = total;
+  return {arguments.rows, arguments.weights, arguments.count};
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 
 #include <tuple>
 
-#include "torch_api.h"
+#include "checks/multiblock_mask.h"
 
 namespace sslfast {
 namespace {
@@ -15,28 +15,21 @@ std::tuple<Tensor, Tensor, Tensor> multiblock_mask_cpu(const Tensor& samples_any
                                                        std::vector<int64_t> context_block, int64_t kept,
                                                        int64_t min_keep, bool allow_overlap, bool upstream,
                                                        int64_t seed, int64_t epoch, int64_t view) {
-  const int64_t count = samples_any.numel();
-  check_tensor(samples_any, "samples", {count}, ScalarType::Long, samples_any);
-  SSLFAST_CHECK(fits(grid, targets, target_block, context_block, kept, upstream), kMultiBlockLimits);
-  const Tensor samples = contiguous(samples_any);
-  const MultiBlockRules rules =
-      rules_of(grid, targets, target_block, context_block, kept, min_keep, allow_overlap, upstream, seed, epoch, view);
-  const int64_t of_target = target_block[0] * target_block[1];
-  Tensor context = torch::stable::new_empty(samples, {count, kept});
-  Tensor target = torch::stable::new_empty(samples, {targets, count, of_target});
-  Tensor counts = torch::stable::new_empty(samples, {count});
-  const auto* sample = const_data<int64_t>(samples);
-  auto *context_out = mutable_data<int64_t>(context), *target_out = mutable_data<int64_t>(target);
-  auto* counts_out = mutable_data<int64_t>(counts);
+  MultiBlockArguments arguments(samples_any, grid, targets, target_block, context_block, kept, min_keep, allow_overlap,
+                                upstream, seed, epoch, view);
+  const int64_t count = arguments.count, target_patches = arguments.target_patches;
+  const auto* sample = const_data<int64_t>(arguments.samples);
+  auto *context = mutable_data<int64_t>(arguments.context), *target = mutable_data<int64_t>(arguments.target);
+  auto* counts = mutable_data<int64_t>(arguments.counts);
   constexpr int64_t kSamplesPerTask = 8;
   auto task = [&](int64_t t) {
     MultiBlockScratch scratch;
     for (int64_t b = t * kSamplesPerTask; b < std::min((t + 1) * kSamplesPerTask, count); ++b)
-      counts_out[b] = multiblock_sample(rules, static_cast<uint64_t>(sample[b]), context_out + b * kept,
-                                        target_out + b * of_target, count * of_target, scratch);
+      counts[b] = multiblock_sample(arguments.rules, static_cast<uint64_t>(sample[b]), context + b * kept,
+                                    target + b * target_patches, count * target_patches, scratch);
   };
   parallel_each(torch_parallel(), (count + kSamplesPerTask - 1) / kSamplesPerTask, task);
-  return {context, target, counts};
+  return {arguments.context, arguments.target, arguments.counts};
 }
 
 }  // namespace

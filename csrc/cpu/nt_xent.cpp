@@ -129,13 +129,13 @@ NtXentInput input_of(const Tensor& z0, const Tensor& z1, const Tensor& temperatu
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nt_xent(const Tensor& z0_any, const Tensor& z1_any,
                                                            const Tensor& temperature, bool normalize,
                                                            int64_t tile_cache) {
-  const Tensor z0 = ::sslfast::contiguous(z0_any), z1 = ::sslfast::contiguous(z1_any);
+  const Tensor z0 = as_contiguous(z0_any), z1 = as_contiguous(z1_any);
   const NtXentInput input = input_of(z0, z1, temperature, normalize);
   const ScalarType kind = accumulator_type(z0);
-  Tensor loss = torch::stable::new_empty(z0, {}, kind);
-  Tensor inv_norm = torch::stable::new_empty(z0, {2 * input.n}, kind);
-  Tensor row_max = torch::stable::new_empty(z0, {2 * input.n}, kind);
-  Tensor row_sum = torch::stable::new_empty(z0, {2 * input.n}, kind);
+  Tensor loss = allocate(z0, {}, kind);
+  Tensor inv_norm = allocate(z0, {2 * input.n}, kind);
+  Tensor row_max = allocate(z0, {2 * input.n}, kind);
+  Tensor row_sum = allocate(z0, {2 * input.n}, kind);
   Tensor tiles = tile_cache_of(z0, tile_cache, kind);
   const NtXentSaved saved{inv_norm.mutable_data_ptr(), row_max.mutable_data_ptr(), row_sum.mutable_data_ptr(),
                           tiles.mutable_data_ptr(), tile_cache};
@@ -149,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, con
                                                     const Tensor& temperature, const Tensor& inv_norm,
                                                     const Tensor& row_max, const Tensor& row_sum, const Tensor& tiles,
                                                     bool normalize) {
-  const Tensor z0 = ::sslfast::contiguous(z0_any), z1 = ::sslfast::contiguous(z1_any);
+  const Tensor z0 = as_contiguous(z0_any), z1 = as_contiguous(z1_any);
   const NtXentInput input = input_of(z0, z1, temperature, normalize);
   const ScalarType kind = accumulator_type(z0);
   check_tensor(grad_loss, "grad_loss", {}, kind, z0);
@@ -159,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, con
   check_tensor(tiles, "tiles", {tiles.numel()}, kind, z0);
   SSLFAST_CHECK(inv_norm.is_contiguous() && row_max.is_contiguous() && row_sum.is_contiguous() && tiles.is_contiguous(),
                 "inv_norm, row_max, row_sum and tiles must be as nt_xent returned them");
-  Tensor dz0 = torch::stable::new_empty(z0, {input.n, input.d}), dz1 = torch::stable::new_empty(z0, {input.n, input.d});
+  Tensor dz0 = allocate(z0, {input.n, input.d}), dz1 = allocate(z0, {input.n, input.d});
   Tensor dtemperature = torch::stable::empty_like(temperature);
   const NtXentSaved saved{read_only(inv_norm), read_only(row_max), read_only(row_sum), read_only(tiles), tiles.numel()};
   NtXentGradient gradient{scalar(grad_loss), dz0.mutable_data_ptr(), dz1.mutable_data_ptr(), 0};

@@ -6,8 +6,7 @@
 #include <tuple>
 #include <vector>
 
-#include "common/masks_host.h"
-#include "torch_api.h"
+#include "checks/random_mask.h"
 
 namespace sslfast {
 namespace {
@@ -15,35 +14,24 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> random_mask_cpu(const Tensor& samples_any, std::optional<Tensor> noise_any,
                                                    std::vector<int64_t> grid, std::vector<int64_t> unit, int64_t kept,
                                                    bool ascending, int64_t seed, int64_t epoch, int64_t view) {
-  RandomMask mask{};
-  const std::string wrong = make_random_mask(grid, unit, kept, ascending, seed, epoch, view, &mask);
-  SSLFAST_CHECK(wrong.empty(), wrong);
+  RandomMaskArguments arguments(samples_any, noise_any, grid, unit, kept, ascending, seed, epoch, view);
+  const int64_t count = arguments.count, cells = arguments.cells, kept_cells = arguments.kept_cells;
+  RandomMask& mask = arguments.mask;
   make_tables(&mask);
-  const int64_t count = samples_any.numel(), cells = cells_of(mask.shape), keep_size = kept * (cells / mask.units);
-  check_tensor(samples_any, "samples", {count}, ScalarType::Long, samples_any);
-  const Tensor samples = contiguous(samples_any);
-  std::optional<Tensor> noise;
-  if (noise_any.has_value()) {
-    check_tensor(*noise_any, "noise", {count, mask.units}, ScalarType::Float, samples);
-    noise = contiguous(*noise_any);
-  }
-  Tensor keep = torch::stable::new_empty(samples, {count, keep_size});
-  Tensor masked = torch::stable::new_empty(samples, {count, cells - keep_size});
-  Tensor restore = torch::stable::new_empty(samples, {count, cells});
-  const auto* sample = const_data<int64_t>(samples);
-  const float* of_noise = noise.has_value() ? const_data<float>(*noise) : nullptr;
-  auto *keep_row = mutable_data<int64_t>(keep), *masked_row = mutable_data<int64_t>(masked);
-  auto* restore_row = mutable_data<int64_t>(restore);
+  const auto* sample = const_data<int64_t>(arguments.samples);
+  const float* noise = arguments.noise_data();
+  auto *keep = mutable_data<int64_t>(arguments.keep), *masked = mutable_data<int64_t>(arguments.masked);
+  auto* restore = mutable_data<int64_t>(arguments.restore);
   const int64_t images_per_task = std::max<int64_t>(1, (1 << 13) / cells);
   auto task = [&](int64_t t) {
     MaskScratch scratch;
     for (int64_t b = t * images_per_task; b < std::min(count, (t + 1) * images_per_task); ++b) {
-      random_mask_image(mask, sample[b], of_noise ? of_noise + b * mask.units : nullptr, scratch,
-                        keep_row + b * keep_size, masked_row + b * (cells - keep_size), restore_row + b * cells);
+      random_mask_image(mask, sample[b], noise ? noise + b * mask.units : nullptr, scratch, keep + b * kept_cells,
+                        masked + b * (cells - kept_cells), restore + b * cells);
     }
   };
   parallel_each(torch_parallel(), (count + images_per_task - 1) / images_per_task, task);
-  return {keep, masked, restore};
+  return {arguments.keep, arguments.masked, arguments.restore};
 }
 
 }  // namespace

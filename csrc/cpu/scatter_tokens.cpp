@@ -43,15 +43,9 @@ void forward(const Parallel& parallel, const ScatterTokens& call, const ScatterI
   each_piece<T>(parallel, call.batch, rows, width, strided, piece);
 }
 
-// Sums of `rows` rows and of the token's over n features: of the images so far, and of the group that is being added.
-template <typename A>
-struct Sums {
-  A row[kRowSums], row_group[kRowSums], token[kSumBlock], token_group[kSumBlock];
-};
-
 template <typename T>
 void rows_gradient(const ScatterTokens& call, const TokenRows& grad, const ScatterGradients<T>& out, int64_t begin,
-                   int64_t end, int64_t d, int64_t n, Sums<Accumulator<T>>& sums, Accumulator<T>* total) {
+                   int64_t end, int64_t d, int64_t n, ScatterSums<Accumulator<T>>& sums, Accumulator<T>* total) {
   const int64_t width = call.width, x_rows = call.passed + call.kept;
   const auto summed = [&](int64_t r) {
     return r < call.prefix ? out.prefix != nullptr || (out.position != nullptr && call.everywhere)
@@ -95,14 +89,13 @@ void backward(const Parallel& parallel, const ScatterTokens& call, const TokenRo
               const ScatterGradients<T>& out) {
   const int64_t width = call.width, rows = call.prefix + call.passed + call.tokens;
   const int64_t each = rows_per_piece(rows, width), pieces = ceil_div(rows, each);
-  auto piece = [&](int64_t p) {
-    Sums<Accumulator<T>> sums;
+  int64_t next = 0;
+  each_task(parallel, pieces, &next, [&](int64_t worker, int64_t p) {
     for (int64_t d = 0; d < width; d += kSumBlock) {
-      rows_gradient(call, grad, out, p * each, smaller((p + 1) * each, rows), d, smaller(kSumBlock, width - d), sums,
-                    out.token == nullptr ? nullptr : out.partial + p * width);
+      rows_gradient(call, grad, out, p * each, smaller((p + 1) * each, rows), d, smaller(kSumBlock, width - d),
+                    out.sums[worker], out.token == nullptr ? nullptr : out.partial + p * width);
     }
-  };
-  parallel_each(parallel, pieces, piece);
+  });
   if (out.token != nullptr) sum_pieces(out.partial, pieces, width, out.token);
 }
 
@@ -124,6 +117,7 @@ SSLFAST_SCATTER_TOKENS_DEFINE(fp16)
 }  // namespace sslfast::SSLFAST_CPU_LEVEL
 
 #ifdef SSLFAST_CPU_DISPATCH
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
@@ -158,7 +152,7 @@ void set_index(ScatterTokens& call, const Tensor& index) {
 Tensor scatter_tokens_cpu(const Tensor& x, const Tensor& index_any, const Tensor& token_any,
                           const MaybeTensor& position_any, const MaybeTensor& prefix_any, int64_t passed) {
   SSLFAST_CHECK(x.dim() == 3, "x must have three dimensions, got ", x.dim());
-  const Tensor index = contiguous(index_any), token = contiguous(token_any);
+  const Tensor index = as_contiguous(index_any), token = as_contiguous(token_any);
   ScatterTokens call{};
   call.batch = x.size(0);
   call.width = x.size(2);
@@ -187,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scatter_tokens_backward_cpu(const Ten
                                                                        int64_t kept, int64_t passed, int64_t positions,
                                                                        std::vector<int64_t> needs) {
   SSLFAST_CHECK(grad_any.dim() == 3 && needs.size() == 4, "grad must have three dimensions, and needs four numbers");
-  const Tensor grad = dense_features(grad_any), index = contiguous(index_any);
+  const Tensor grad = dense_features(grad_any), index = as_contiguous(index_any);
   const int64_t rows = grad.size(1);
   ScatterTokens call{};
   call.batch = grad.size(0);
@@ -205,13 +199,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scatter_tokens_backward_cpu(const Ten
   Tensor dposition = needs[2] != 0 ? new_rows(grad, {positions, call.width}) : new_rows(grad, {0});
   Tensor dprefix = needs[3] != 0 ? new_rows(grad, {call.prefix, call.width}) : new_rows(grad, {0});
   const int64_t each = rows_per_piece(rows, call.width), pieces = (rows + each - 1) / each;
-  Tensor partial = torch::stable::new_empty(grad, {needs[1] != 0 ? pieces * call.width : 0}, accumulator_type(grad));
+  Tensor partial = allocate(grad, {needs[1] != 0 ? pieces * call.width : 0}, accumulator_type(grad));
+  const Parallel parallel = torch_parallel();
   dispatch_float(grad, "grad", [&](auto element) {
     using T = decltype(element);
-    const ScatterGradients<T> out{static_cast<T*>(data_or_null(dx)), static_cast<T*>(data_or_null(dtoken)),
-                                  static_cast<T*>(data_or_null(dposition)), static_cast<T*>(data_or_null(dprefix)),
-                                  static_cast<Accumulator<T>*>(data_or_null(partial))};
-    SSLFAST_CALL(scatter_tokens_backward, torch_parallel(), call, token_rows(grad), out);
+    using Sums = ScatterSums<Accumulator<T>>;
+    Tensor memory = scratch(grad, std::min(parallel.threads, pieces) * static_cast<int64_t>(sizeof(Sums)));
+    const ScatterGradients<T> out{static_cast<T*>(data_or_null(dx)),
+                                  static_cast<T*>(data_or_null(dtoken)),
+                                  static_cast<T*>(data_or_null(dposition)),
+                                  static_cast<T*>(data_or_null(dprefix)),
+                                  static_cast<Accumulator<T>*>(data_or_null(partial)),
+                                  static_cast<Sums*>(aligned(memory))};
+    SSLFAST_CALL(scatter_tokens_backward, parallel, call, token_rows(grad), out);
   });
   return {dx, dtoken, dposition, dprefix};
 }

@@ -20,6 +20,16 @@ struct ScatterInputs {
   const void* prefix;    // [P, D], or null
 };
 
+// A task takes so many sums over rows of the output, and its sums fit the first two levels of cache.
+inline constexpr int64_t kRowSums = 4096;
+
+// Sums of rows and of the token over a block of features: of the images so far, and of the group that is being added.
+// On the heap, because a thread's stack may be smaller.
+template <typename A>
+struct ScatterSums {
+  A row[kRowSums], row_group[kRowSums], token[kSumBlock], token_group[kSumBlock];
+};
+
 // Null where it is not needed.
 template <typename T>
 struct ScatterGradients {
@@ -27,12 +37,12 @@ struct ScatterGradients {
   T* token;
   T* position;
   T* prefix;
-  Accumulator<T>* partial;  // [pieces of the output's rows, D], with `token`
+  Accumulator<T>* partial;            // [pieces of the output's rows, D], with `token`
+  ScatterSums<Accumulator<T>>* sums;  // [workers]
 };
 
 // Rows of the output that one task of the backward takes in every image: a function of the sizes alone, so that a sum
-// never depends on the threads. A task's sums fit the first two levels of cache.
-inline constexpr int64_t kRowSums = 4096;
+// never depends on the threads.
 static inline int64_t rows_per_piece(int64_t rows, int64_t width) {
   const int64_t fit = kRowSums / (width < kSumBlock ? width : kSumBlock), share = (rows + 15) / 16;
   const int64_t each = fit < share ? fit : share;

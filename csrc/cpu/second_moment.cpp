@@ -46,7 +46,7 @@ struct MomentArguments {
 
   MomentArguments(const Tensor& a_any, const MaybeTensor& b_any, bool cross, bool center, int64_t scale, double eps,
                   bool dual)
-      : a(::sslfast::contiguous(a_any)), b(contiguous_or_none(b_any)), kind(accumulator_type(a)) {
+      : a(as_contiguous(a_any)), b(contiguous_or_none(b_any)), kind(accumulator_type(a)) {
     SSLFAST_CHECK(a.dim() == 2 && a.size(0) > 0 && a.size(1) > 0, "a must be two-dimensional and not empty");
     if (b.has_value()) check_tensor(*b, "b", {a.size(0), a.size(1)}, a.scalar_type(), a);
     SSLFAST_CHECK(b.has_value() || !cross, "cross needs b");
@@ -63,7 +63,7 @@ struct MomentArguments {
   }
   MomentArguments(const MomentArguments&) = delete;
 
-  Tensor empty(std::initializer_list<int64_t> shape) const { return torch::stable::new_empty(a, shape, kind); }
+  Tensor empty(std::initializer_list<int64_t> shape) const { return allocate(a, shape, kind); }
   // `x`, which may be large, on huge pages.
   static Tensor large(Tensor x) {
     advise_huge_pages(x.mutable_data_ptr(), x.numel() * static_cast<int64_t>(x.element_size()));
@@ -104,9 +104,9 @@ std::tuple<Tensor, Tensor> second_moment_backward(const Tensor& grad_off, const 
   const MomentArguments given(a, b, cross, center, scale, eps, dual);
   const MomentInput& input = given.input;
   const int64_t views = input.view_count(), matrices = input.matrix_count(), items = dual ? input.n : input.d;
-  Tensor off = ::sslfast::contiguous(grad_off), on = ::sslfast::contiguous(grad_diagonal);
-  Tensor sums = ::sslfast::contiguous(diagonal), means = ::sslfast::contiguous(mean);
-  Tensor factors = ::sslfast::contiguous(factor), kept = ::sslfast::contiguous(moments);
+  Tensor off = as_contiguous(grad_off), on = as_contiguous(grad_diagonal);
+  Tensor sums = as_contiguous(diagonal), means = as_contiguous(mean);
+  Tensor factors = as_contiguous(factor), kept = as_contiguous(moments);
   check_tensor(off, "grad_off", {matrices}, given.kind, given.a);
   check_tensor(on, "grad_diagonal", {matrices, input.d}, given.kind, given.a);
   check_tensor(grad_distance, "grad_distance", {}, given.kind, given.a);
@@ -116,8 +116,7 @@ std::tuple<Tensor, Tensor> second_moment_backward(const Tensor& grad_off, const 
   if (kept.numel() != 0) check_tensor(kept, "moments", {dual ? views : matrices, items, items}, given.kind, given.a);
   auto output = [&](bool wanted) {
     const ScalarType kind = given.a.scalar_type();
-    return wanted ? given.large(torch::stable::new_empty(given.a, {input.n, input.d}, kind))
-                  : torch::stable::new_empty(given.a, {0}, kind);
+    return wanted ? given.large(allocate(given.a, {input.n, input.d}, kind)) : allocate(given.a, {0}, kind);
   };
   Tensor da = output(need_a), db = output(need_b && views == 2);
   MomentGradient gradient{{0, 0}, scalar(grad_distance), on.const_data_ptr(), {data_or_null(da), data_or_null(db)}};

@@ -110,11 +110,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> similarity_lse_self(c
                                                                                const MaybeTensor& ids_any,
                                                                                const MaybeTensor& positives_any,
                                                                                bool hardest, int64_t tile_cache) {
-  const Tensor z = ::sslfast::contiguous(z_any);
+  const Tensor z = as_contiguous(z_any);
   const MaybeTensor ids = contiguous_or_none(ids_any), positives = contiguous_or_none(positives_any);
   const SelfInput input = input_of(z, scale, ids, positives);
   const ScalarType kind = accumulator_type(z);
-  auto vector = [&](int64_t length) { return torch::stable::new_empty(z, {length}, kind); };
+  auto vector = [&](int64_t length) { return allocate(z, {length}, kind); };
   Tensor row_lse = vector(input.m), positive = vector(positives.has_value() ? input.m : 0);
   Tensor negative = vector(hardest ? input.m : 0), row_max = vector(input.m), row_sum = vector(input.m);
   Tensor tiles = tile_cache_of(z, tile_cache, kind);
@@ -131,7 +131,7 @@ std::tuple<Tensor, Tensor> similarity_lse_self_backward(const MaybeTensor& grad_
                                                         const Tensor& scale, const MaybeTensor& ids_any,
                                                         const MaybeTensor& positives_any, const Tensor& row_max,
                                                         const Tensor& row_sum, const Tensor& tiles) {
-  const Tensor z = ::sslfast::contiguous(z_any);
+  const Tensor z = as_contiguous(z_any);
   const MaybeTensor ids = contiguous_or_none(ids_any), positives = contiguous_or_none(positives_any);
   const MaybeTensor grad_row = contiguous_or_none(grad_row_any);
   const MaybeTensor grad_positive = contiguous_or_none(grad_positive_any);
@@ -144,8 +144,8 @@ std::tuple<Tensor, Tensor> similarity_lse_self_backward(const MaybeTensor& grad_
   check_tensor(tiles, "tiles", {tiles.numel()}, kind, z);
   SSLFAST_CHECK(row_max.is_contiguous() && row_sum.is_contiguous() && tiles.is_contiguous(),
                 "row_max, row_sum and tiles must be as similarity_lse_self returned them");
-  Tensor dz = torch::stable::new_empty(z, {input.m, input.d}, kind);
-  Tensor dscale = torch::stable::new_empty(z, {}, kind);
+  Tensor dz = allocate(z, {input.m, input.d}, kind);
+  Tensor dscale = allocate(z, {}, kind);
   const SelfSaved saved{nullptr, read_only(row_max), read_only(row_sum), read_only(tiles), tiles.numel()};
   const SelfGiven given{data_or_null(grad_row), data_or_null(grad_positive)};
   const Parallel parallel = torch_parallel();

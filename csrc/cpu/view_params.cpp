@@ -2,35 +2,22 @@
 // Sampling of augmentation parameters on the CPU: the arithmetic is in common/view_params.h. One level serves all, and
 // the build switches the joining of products and sums off for this file, so that the bits are the same everywhere.
 #ifdef SSLFAST_CPU_DISPATCH
-#include "common/view_params.h"
+#include "checks/view_params.h"
 
 #include <algorithm>
 #include <optional>
 #include <vector>
-
-#include "torch_api.h"
 
 namespace sslfast {
 namespace {
 
 Tensor view_params_cpu(const Tensor& ids_any, std::optional<Tensor> sizes_any, std::vector<int64_t> size, int64_t seed,
                        int64_t epoch, int64_t view, std::vector<double> numbers) {
-  SSLFAST_CHECK(numbers.size() % kViewNumbers == 0, "numbers must be a multiple of ", kViewNumbers, ", got ",
-                numbers.size());
-  const auto views = static_cast<int64_t>(numbers.size()) / kViewNumbers, count = ids_any.numel();
-  check_tensor(ids_any, "ids", {count}, ScalarType::Long, ids_any);
-  const Tensor ids = contiguous(ids_any);
-  std::optional<Tensor> sizes;
-  if (sizes_any.has_value()) {
-    check_tensor(*sizes_any, "size", {count, 2}, ScalarType::Long, ids);
-    sizes = contiguous(*sizes_any);
-  } else {
-    SSLFAST_CHECK(size.size() == 2, "size must have two numbers, got ", size.size());
-  }
-  Tensor params = torch::stable::new_empty(ids, {views, count, kColumns}, ScalarType::Float);
-  const auto* id = const_data<int64_t>(ids);
-  const int64_t* each = sizes.has_value() ? const_data<int64_t>(*sizes) : nullptr;
-  auto* out = mutable_data<float>(params);
+  ViewParamsArguments arguments(ids_any, sizes_any, size, numbers);
+  const int64_t views = arguments.views, count = arguments.count;
+  const auto* id = const_data<int64_t>(arguments.ids);
+  const int64_t* each = arguments.each_size();
+  auto* out = mutable_data<float>(arguments.params);
   constexpr int64_t kRowsPerTask = 256;
   auto task = [&](int64_t t) {
     const int64_t end = std::min((t + 1) * kRowsPerTask, views * count);
@@ -44,7 +31,7 @@ Tensor view_params_cpu(const Tensor& ids_any, std::optional<Tensor> sizes_any, s
     }
   };
   parallel_each(torch_parallel(), (views * count + kRowsPerTask - 1) / kRowsPerTask, task);
-  return params;
+  return arguments.params;
 }
 
 }  // namespace

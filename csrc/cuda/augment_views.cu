@@ -104,8 +104,6 @@ Layout layout_of(const std::vector<Image>& images, int64_t channels) {
 
 Image image_of(const Tensor& t) {
   const int64_t d = t.dim(), height = t.size(d - 2), width = t.size(d - 1);
-  SSLFAST_CHECK(height > 0 && width > 0, "images must have at least one pixel");
-  SSLFAST_CHECK(height < (1 << 24) && width < (1 << 24), "images must be below 2^24 pixels on a side");
   Image image{};
   image.data = t.const_data_ptr();
   image.channel = t.stride(d - 3);
@@ -144,22 +142,11 @@ void set_size(Views& v, int64_t height, int64_t width) {
   v.tiles = static_cast<int>(across * down);
 }
 
-void check_images(const std::vector<Tensor>& tensors, const Tensor& params) {
-  SSLFAST_CHECK(!tensors.empty(), "images must hold at least one image");
-  const Tensor& first = tensors[0];
-  for (const Tensor& t : tensors) {
-    SSLFAST_CHECK(t.dim() == 3 || (t.dim() == 4 && tensors.size() == 1), "images must have three or four dimensions");
-    SSLFAST_CHECK(t.size(t.dim() - 3) == first.size(first.dim() - 3), "images must have the same number of channels");
-    SSLFAST_CHECK(t.scalar_type() == first.scalar_type(), "images must have the same dtype");
-    SSLFAST_CHECK(t.device() == params.device(), "images must be on the device of params");
-  }
-}
-
 // The images' table in device memory, written by kernels whose arguments hold it: no host memory has to outlive the
 // call.
 Tensor listed(const std::vector<Image>& images, const Tensor& like, cudaStream_t stream) {
   const auto count = static_cast<int64_t>(images.size());
-  Tensor list = torch::stable::new_empty(like, {count * static_cast<int64_t>(sizeof(Image))}, ScalarType::Byte);
+  Tensor list = allocate(like, {count * static_cast<int64_t>(sizeof(Image))}, ScalarType::Byte);
   for (int64_t b = 0; b < count; b += kListed) {
     ListedImages some{};
     const auto size = static_cast<int>(std::min<int64_t>(kListed, count - b));
@@ -172,27 +159,12 @@ Tensor listed(const std::vector<Image>& images, const Tensor& like, cudaStream_t
 Tensor augment_views_cuda(std::vector<Tensor> tensors, const Tensor& params_any, std::vector<int64_t> size, bool cubic,
                           int64_t blur_kernel, double threshold, std::vector<double> mean, std::vector<double> std,
                           bool pil, ScalarType dtype, bool channels_last) {
-  check_images(tensors, params_any);
-  const Tensor& first = tensors[0];
-  const int64_t channels = first.size(first.dim() - 3);
-  SSLFAST_CHECK(channels == 1 || channels == 3, "images must have 1 or 3 channels, got ", channels);
-  SSLFAST_CHECK(size.size() == 2 && std::min(size[0], size[1]) > 0 && std::max(size[0], size[1]) < (1 << 24),
-                "size must be two positive numbers below 2^24");
-  SSLFAST_CHECK(mean.size() == static_cast<size_t>(channels) && std.size() == mean.size(),
-                "mean and std must have one number a channel");
-  SSLFAST_CHECK(blur_kernel >= 1 && blur_kernel / 2 <= kMaxBlurRadius, "blur_kernel must be from 1 to ",
-                2 * kMaxBlurRadius + 1, ", got ", blur_kernel);
-  SSLFAST_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                "dtype must be float32, bfloat16 or float16, got ", torch::headeronly::toString(dtype));
-  const int64_t count = first.dim() == 4 ? first.size(0) : static_cast<int64_t>(tensors.size());
-  const int64_t views = params_any.dim() == 3 ? params_any.size(0) : 0;
-  check_tensor(params_any, "params", {views, count, kColumns}, ScalarType::Float, params_any);
   const torch::stable::accelerator::DeviceGuard guard(params_any.get_device_index());
-  const Tensor params = contiguous(params_any);
-  const int64_t height = size[0], width = size[1];
-  Tensor result = channels_last ? torch::stable::new_empty(first, {views, count, height, width, channels}, dtype)
-                                : torch::stable::new_empty(first, {views, count, channels, height, width}, dtype);
-  if (views * count == 0) return result;
+  ViewArguments arguments(tensors, params_any, size, blur_kernel, mean, std, pil, dtype, channels_last);
+  const Tensor &first = tensors[0], &params = arguments.params;
+  const int64_t channels = arguments.channels, count = arguments.count, views = arguments.views;
+  const int64_t height = arguments.height, width = arguments.width;
+  if (views * count == 0) return arguments.result;
 
   Work w{};
   w.stream = current_stream(params);
@@ -201,16 +173,14 @@ Tensor augment_views_cuda(std::vector<Tensor> tensors, const Tensor& params_any,
   v.count = count;
   set_size(v, height, width);
   v.channels = static_cast<int>(channels);
-  v.blur_limit = static_cast<int>(blur_kernel / 2);
+  v.blur_limit = arguments.blur_limit;
   v.cubic = cubic;
   v.channels_last = channels_last;
   v.dtype = dtype;
   v.threshold = static_cast<float>(threshold);
-  for (int64_t c = 0; c < channels; ++c) {
-    v.scale[c] = static_cast<float>(1 / (std[c] * (pil ? 255 : 1)));
-    v.shift[c] = static_cast<float>(-mean[c] / std[c]);
-  }
-  v.result = result.mutable_data_ptr();
+  std::copy_n(arguments.scale, channels, v.scale);
+  std::copy_n(arguments.shift, channels, v.shift);
+  v.result = arguments.result.mutable_data_ptr();
 
   int64_t weights = 0;
   const std::vector<Image> images = images_of(tensors, v, &weights);
@@ -228,14 +198,14 @@ Tensor augment_views_cuda(std::vector<Tensor> tensors, const Tensor& params_any,
   const int64_t floats = channels * v.tiles * kTilePixels;  // of one sample's planes
   w.group = std::clamp<int64_t>(kPlanesBytes / (floats * static_cast<int64_t>(sizeof(float))), 1,
                                 std::min(v.samples, kMostBlocks));
-  const auto bytes = [&](int64_t size) { return torch::stable::new_empty(params, {size}, ScalarType::Byte); };
+  const auto bytes = [&](int64_t size) { return allocate(params, {size}, ScalarType::Byte); };
   Tensor samples = bytes(v.samples * static_cast<int64_t>(sizeof(Sample)));
   Tensor progress = bytes(v.samples * static_cast<int64_t>(sizeof(Progress)));
   Tensor places = bytes(v.samples * (height + width) * static_cast<int64_t>(sizeof(Place)));
-  Tensor filters = torch::stable::new_empty(params, {views * w.images.weights});
-  Tensor half_filters = torch::stable::new_empty(params, {v.samples, kHalfFilter});
-  Tensor planes = torch::stable::new_empty(params, {w.group, floats});
-  Tensor partial = torch::stable::new_empty(params, {w.group, v.tiles});
+  Tensor filters = allocate(params, {views * w.images.weights});
+  Tensor half_filters = allocate(params, {v.samples, kHalfFilter});
+  Tensor planes = allocate(params, {w.group, floats});
+  Tensor partial = allocate(params, {w.group, v.tiles});
   w.params = const_data<float>(params);
   w.prepared = {static_cast<int>(first.element_size()),
                 !pil && first.scalar_type() == ScalarType::Byte ? 1.0 / 255.0 : 1.0,
@@ -254,7 +224,7 @@ Tensor augment_views_cuda(std::vector<Tensor> tensors, const Tensor& params_any,
     channels == 3 ? launch<false, 3>(w, in, layout) : launch<false, 1>(w, in, layout);
   }
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return result;
+  return arguments.result;
 }
 
 }  // namespace

@@ -2,9 +2,8 @@
 // every bit of the result, is that of common/masks.h.
 #include <vector>
 
-#include "common/masks_host.h"
+#include "checks/block_mask.h"
 #include "partition.h"
-#include "torch_api.h"
 
 namespace sslfast {
 namespace {
@@ -117,29 +116,25 @@ __global__ void block_kernel(const __grid_constant__ BlockTask task) {
 Tensor block_mask_cuda(const Tensor& samples_any, const Tensor& counts_any, std::vector<int64_t> grid,
                        std::vector<double> area, std::vector<double> log_aspect, int64_t tries, bool complete,
                        int64_t seed, int64_t epoch, int64_t view) {
-  BlockTask task{};
-  const std::string wrong = make_block_rule(grid, area, log_aspect, tries, complete, &task.rule);
-  SSLFAST_CHECK(wrong.empty(), wrong);
-  const int64_t count = samples_any.numel(), patches = grid[0] * grid[1];
-  check_tensor(samples_any, "samples", {count}, ScalarType::Long, samples_any);
-  check_tensor(counts_any, "counts", {count}, ScalarType::Double, samples_any);
-  SSLFAST_CHECK(count < (int64_t{1} << 31), "samples must be fewer than 2^31, got ", count);
   const torch::stable::accelerator::DeviceGuard guard(samples_any.get_device_index());
-  const Tensor samples = contiguous(samples_any), counts = contiguous(counts_any);
-  Tensor mask = torch::stable::new_empty(samples, {count, patches}, ScalarType::Bool);
-  if (count == 0) return mask;
+  BlockMaskArguments arguments(samples_any, counts_any, grid, area, log_aspect, tries, complete);
+  const int64_t count = arguments.count;
+  SSLFAST_CHECK(count < (int64_t{1} << 31), "samples must be fewer than 2^31, got ", count);
+  if (count == 0) return arguments.mask;
+  BlockTask task{};
+  task.rule = arguments.rule;
   task.stream = {static_cast<uint64_t>(seed), 0, static_cast<uint32_t>(epoch),
                  kBlockMaskStream + static_cast<uint32_t>(view)};
   task.count = count;
-  task.samples = const_data<int64_t>(samples);
-  task.counts = const_data<double>(counts);
-  task.mask = static_cast<uint8_t*>(mask.mutable_data_ptr());
+  task.samples = const_data<int64_t>(arguments.samples);
+  task.counts = const_data<double>(arguments.counts);
+  task.mask = static_cast<uint8_t*>(arguments.mask.mutable_data_ptr());
   const size_t bytes = sizeof(uint64_t) * static_cast<size_t>(task.rule.height) * words_of_row(task.rule.width);
   const int warps = bytes * kWarpsPerBlock <= kSharedBytes ? kWarpsPerBlock : 1;  // one is at most 24 KiB
   block_kernel<<<static_cast<unsigned>((count + warps - 1) / warps), warps * kWarp, bytes * warps,
-                 current_stream(samples)>>>(task);
+                 current_stream(arguments.samples)>>>(task);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return mask;
+  return arguments.mask;
 }
 
 }  // namespace

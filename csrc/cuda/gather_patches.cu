@@ -195,12 +195,12 @@ Tensor gather_patches_cuda(const Tensor& images, std::optional<Tensor> ids_any, 
   const int64_t kept = kept_patches(ids_any, shape.batch, layout, images);
   bytes_of(images.scalar_type());
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
-  Tensor out = torch::stable::new_empty(images, {shape.batch, kept, patch_features(layout)}, dtype);
+  Tensor out = allocate(images, {shape.batch, kept, patch_features(layout)}, dtype);
   if (out.numel() == 0) return out;
   SSLFAST_CHECK(shape.batch * kept < (int64_t{1} << 31), "the result must have fewer than 2^31 rows, got ",
                 shape.batch * kept);
   std::optional<Tensor> ids;
-  if (ids_any.has_value()) ids = contiguous(*ids_any);
+  if (ids_any.has_value()) ids = as_contiguous(*ids_any);
   PatchRows g{shape.batch * kept,           kept, patch_count(layout), layout, {},
               Digits(layout, shape.stride), {},   images.scalar_type()};
   std::copy(shape.stride, shape.stride + 5, g.stride);
@@ -285,14 +285,14 @@ Tensor scatter_patches_cuda(const Tensor& patches_any, std::optional<Tensor> ids
   const int64_t batch = patches_any.size(0), kept = kept_patches(ids_any, batch, layout, patches_any);
   check_tensor(patches_any, "patches", {batch, kept, patch_features(layout)}, patches_any.scalar_type(), patches_any);
   const torch::stable::accelerator::DeviceGuard guard(patches_any.get_device_index());
-  const Tensor patches = contiguous(patches_any);
-  Tensor out = torch::stable::new_empty(patches, {batch, size[0], size[1], size[2], size[3]});
+  const Tensor patches = as_contiguous(patches_any);
+  Tensor out = allocate(patches, {batch, size[0], size[1], size[2], size[3]});
   if (out.numel() == 0) return out;
   SSLFAST_CHECK(out.numel() / size[3] < (int64_t{1} << 31), "images must have fewer than 2^31 lines in all, got ",
                 out.numel() / size[3]);
   const cudaStream_t stream = current_stream(patches);
   std::optional<Tensor> inverse;
-  if (ids_any.has_value()) inverse = inverse_ids(contiguous(*ids_any), batch, kept, patch_count(layout), stream);
+  if (ids_any.has_value()) inverse = inverse_ids(as_contiguous(*ids_any), batch, kept, patch_count(layout), stream);
   PatchLines g{
       out.numel() / size[3], kept, patch_count(layout), layout, Divisor(size[0]), Divisor(size[2]), Divisor(size[1]),
       Divisor(patch[2]),     {}};

@@ -90,8 +90,8 @@ void check_ids(const Tensor& ids, bool packed) {
 
 // [S,] B, rows, D
 Tensor new_rows(const Tensor& like, const Tensor& ids, int64_t rows, int64_t features) {
-  if (ids.dim() == 2) return torch::stable::new_empty(like, {ids.size(0), rows, features});
-  return torch::stable::new_empty(like, {ids.size(0), ids.size(1), rows, features});
+  if (ids.dim() == 2) return allocate(like, {ids.size(0), rows, features});
+  return allocate(like, {ids.size(0), ids.size(1), rows, features});
 }
 
 Tensor gather_tokens_cuda(std::optional<Tensor> x_any, const Tensor& ids_any, std::optional<Tensor> position_any,
@@ -102,7 +102,7 @@ Tensor gather_tokens_cuda(std::optional<Tensor> x_any, const Tensor& ids_any, st
   const torch::stable::accelerator::DeviceGuard guard(ids_any.get_device_index());
   const int64_t d = ids_any.dim(), features = like.size(like.dim() - 1);
   SSLFAST_CHECK(ids_any.device() == like.device(), "ids must be on the device of the tokens");
-  const Tensor ids = contiguous(ids_any);
+  const Tensor ids = as_contiguous(ids_any);
   const std::optional<Tensor> position = table_of(position_any, "position", features, like);
   const std::optional<Tensor> prefix = table_of(prefix_any, "prefix", features, like);
   std::optional<Tensor> x, token;
@@ -115,7 +115,7 @@ Tensor gather_tokens_cuda(std::optional<Tensor> x_any, const Tensor& ids_any, st
     x = rows_tensor(*x_any);
   } else {
     check_tensor(*token_any, "token", {features}, like.scalar_type(), ids);
-    token = contiguous(*token_any);
+    token = as_contiguous(*token_any);
   }
   if (position.has_value()) {
     SSLFAST_CHECK(packed || !x.has_value() || position->size(0) == size.length,
@@ -204,10 +204,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_tokens_backward_cuda(const Ten
   const int64_t features = grad.size(d), prefixes = grad.size(d - 1) - kept, masks = d == 3 ? ids_any.size(0) : 1;
   SSLFAST_CHECK(masks * batch * (prefixes + kept) < (int64_t{1} << 31), "grad must have fewer than 2^31 rows");
   auto made = [&](std::initializer_list<int64_t> shape, int which) {
-    return needs[which] != 0 ? torch::stable::new_empty(grad, shape) : torch::stable::new_empty(grad, {0});
+    return needs[which] != 0 ? allocate(grad, shape) : allocate(grad, {0});
   };
   GatherGradients g{grad,
-                    contiguous(ids_any),
+                    as_contiguous(ids_any),
                     masks,
                     batch,
                     kept,

@@ -66,7 +66,7 @@ inline Tensor inverse_ids(const Tensor& ids, int64_t images, int64_t kept, int64
   constexpr int64_t kMost = int64_t{1} << 31;
   SSLFAST_CHECK(images < kMost && kept < kMost, "ids must have fewer than 2^31 rows and columns, got ", images, " and ",
                 kept);
-  Tensor inverse = torch::stable::new_empty(ids, {images, length}, ScalarType::Int);
+  Tensor inverse = allocate(ids, {images, length}, ScalarType::Int);
   if (images * length == 0) return inverse;
   inverse_kernel<int32_t><<<static_cast<unsigned>(images), kInverseThreads, 0, stream>>>(
       kept, length, const_data<int64_t>(ids), mutable_data<int32_t>(inverse));

@@ -139,9 +139,9 @@ Rows rows_of(const Tensor& x) {
 std::tuple<Tensor, Tensor> l2_normalize_cuda(const Tensor& x_any, double eps) {
   const Rows size = rows_of(x_any);
   const torch::stable::accelerator::DeviceGuard guard(x_any.get_device_index());
-  const Tensor x = contiguous(x_any);
-  Tensor y = torch::stable::new_empty(x, {size.rows, size.features});
-  Tensor inv_norm = torch::stable::new_empty(x, {size.rows}, accumulator_type(x));
+  const Tensor x = as_contiguous(x_any);
+  Tensor y = allocate(x, {size.rows, size.features});
+  Tensor inv_norm = allocate(x, {size.rows}, accumulator_type(x));
   if (size.rows == 0) return {y, inv_norm};
   const cudaStream_t stream = current_stream(x);
   dispatch_float(x, "x", [&](auto element) {
@@ -164,8 +164,8 @@ Tensor l2_normalize_backward_cuda(const Tensor& dy_any, const Tensor& x_any, con
   check_tensor(dy_any, "grad_y", {size.rows, size.features}, x_any.scalar_type(), x_any);
   check_tensor(inv_norm_any, "inv_norm", {size.rows}, accumulator_type(x_any), x_any);
   const torch::stable::accelerator::DeviceGuard guard(x_any.get_device_index());
-  const Tensor dy = contiguous(dy_any), x = contiguous(x_any), inv_norm = contiguous(inv_norm_any);
-  Tensor dx = torch::stable::new_empty(x, {size.rows, size.features});
+  const Tensor dy = as_contiguous(dy_any), x = as_contiguous(x_any), inv_norm = as_contiguous(inv_norm_any);
+  Tensor dx = allocate(x, {size.rows, size.features});
   if (size.rows == 0) return dx;
   const cudaStream_t stream = current_stream(x);
   dispatch_float(x, "x", [&](auto element) {

@@ -1,12 +1,10 @@
 // BERT's masking of words on the GPU: a thread for the four tokens of a Philox block; for an exact number a block of
 // threads a row, which sorts the candidates by key. What is chosen and drawn is in common/mask_tokens.h.
-#include "common/mask_tokens.h"
+#include "checks/mask_tokens.h"
 
 #include <optional>
 #include <tuple>
 #include <vector>
-
-#include "torch_api.h"
 
 namespace sslfast {
 namespace {
@@ -185,56 +183,29 @@ std::tuple<Tensor, Tensor> mask_tokens_cuda(const Tensor& ids_any, const Tensor&
                                             std::vector<int64_t> limits, int64_t mask_id, int64_t vocab_size,
                                             int64_t ignore_index, bool exact, int64_t seed, int64_t epoch,
                                             int64_t view) {
-  SSLFAST_CHECK(ids_any.dim() == 2, "input_ids must be two-dimensional, got ", ids_any.dim(), " dimensions");
-  const int64_t rows = ids_any.size(0), length = ids_any.size(1);
-  SSLFAST_CHECK(length <= kLongestRow, "input_ids must have at most ", kLongestRow, " tokens a row, got ", length);
-  SSLFAST_CHECK(limits.size() == 3, "limits must be three numbers, got ", limits.size());
-  check_tensor(samples_any, "samples", {rows}, ScalarType::Long, ids_any);
   const torch::stable::accelerator::DeviceGuard guard(ids_any.get_device_index());
-  const Tensor ids = contiguous(ids_any), samples = contiguous(samples_any);
-  std::optional<Tensor> special, words;
-  if (special_any.has_value()) {
-    check_tensor(*special_any, "special", {rows, length}, ScalarType::Bool, ids);
-    special = contiguous(*special_any);
-  }
-  if (words_any.has_value()) {
-    check_tensor(*words_any, "word_ids", {rows, length}, ScalarType::Long, ids);
-    words = contiguous(*words_any);
-  }
-  Tensor inputs = torch::stable::new_empty(ids, {rows, length}), labels = torch::stable::new_empty(ids, {rows, length});
-  const TokenRules rules{static_cast<uint64_t>(seed),
-                         static_cast<uint32_t>(epoch),
-                         static_cast<uint32_t>(view),
-                         static_cast<uint64_t>(limits[0]),
-                         static_cast<uint64_t>(limits[1]),
-                         static_cast<uint64_t>(limits[2]),
-                         mask_id,
-                         vocab_size,
-                         ignore_index};
+  MaskTokensArguments arguments(ids_any, samples_any, special_any, words_any);
+  const TokenRules rules = token_rules(limits, mask_id, vocab_size, ignore_index, seed, epoch, view);
+  const int64_t rows = arguments.rows, length = arguments.length;
+  const Tensor& ids = arguments.ids;
   int64_t room = exact ? 1 : 0;
   while (exact && room < length) room *= 2;
-  Tensor ranks = torch::stable::new_empty(ids, {room > kSharedTokens ? rows : 0, room}, ScalarType::Long);
-  Tensor lists = torch::stable::new_empty(ids, {exact ? rows : 0, length}, ScalarType::Int);
+  Tensor ranks = allocate(ids, {room > kSharedTokens ? rows : 0, room}, ScalarType::Long);
+  Tensor lists = allocate(ids, {exact ? rows : 0, length}, ScalarType::Int);
   const Scratch scratch{room, mutable_data<uint64_t>(ranks), mutable_data<uint32_t>(lists)};
-  auto run = [&](auto element) {
+  arguments.dispatch_ids([&](auto element) {
     using T = decltype(element);
     const TokenBatch<T> batch{rows,
                               length,
-                              const_data<int64_t>(samples),
-                              special ? const_data<uint8_t>(*special) : nullptr,
-                              words ? const_data<int64_t>(*words) : nullptr,
+                              const_data<int64_t>(arguments.samples),
+                              arguments.special_data(),
+                              arguments.word_data(),
                               const_data<T>(ids),
-                              mutable_data<T>(inputs),
-                              mutable_data<T>(labels)};
+                              mutable_data<T>(arguments.inputs),
+                              mutable_data<T>(arguments.labels)};
     launch(batch, rules, scratch, current_stream(ids));
-  };
-  if (ids.scalar_type() == ScalarType::Long)
-    run(int64_t{});
-  else if (ids.scalar_type() == ScalarType::Int)
-    run(int32_t{});
-  else
-    SSLFAST_CHECK(false, "input_ids must be int64 or int32, got ", torch::headeronly::toString(ids.scalar_type()));
-  return {inputs, labels};
+  });
+  return {arguments.inputs, arguments.labels};
 }
 
 }  // namespace

@@ -47,7 +47,7 @@ struct Arguments {
 
   Arguments(const Tensor& pred_any, const Tensor& teacher_any, const Tensor& ids_any, int64_t kind, double beta,
             bool layer_norm, double eps)
-      : pred(with_rows(pred_any, "pred")), teacher(with_rows(teacher_any, "teacher")), ids(contiguous(ids_any)) {
+      : pred(with_rows(pred_any, "pred")), teacher(with_rows(teacher_any, "teacher")), ids(as_contiguous(ids_any)) {
     const int64_t images = teacher.size(0);
     check_tensor(teacher, "teacher", {images, teacher.size(1), pred.size(2)}, teacher.scalar_type(), pred);
     check_tensor(ids, "ids", {pred.size(0), pred.size(1)}, ScalarType::Long, pred);
@@ -76,7 +76,7 @@ Tensor masked_feature_loss_cuda(Tensor pred, Tensor teacher, Tensor ids, int64_t
                                 double eps) {
   const Arguments x(pred, teacher, ids, kind, beta, layer_norm, eps);
   const torch::stable::accelerator::DeviceGuard guard(pred.get_device_index());
-  Tensor loss = torch::stable::new_empty(pred, {}, accumulator_type(pred)), count = torch::stable::new_empty(loss, {});
+  Tensor loss = allocate(pred, {}, accumulator_type(pred)), count = allocate(loss, {});
   dispatch_float(pred, "pred", [&](auto element) {
     launch_loss<decltype(element)>(x.source, x.rows, x.point, nullptr, loss, count, current_stream(pred));
   });
@@ -88,7 +88,7 @@ Tensor masked_feature_loss_backward_cuda(Tensor grad_loss, Tensor pred, Tensor t
   const Arguments x(pred, teacher, ids, kind, beta, layer_norm, eps);
   check_tensor(grad_loss, "grad_loss", {}, accumulator_type(pred), pred);
   const torch::stable::accelerator::DeviceGuard guard(pred.get_device_index());
-  Tensor dpred = torch::stable::new_empty(pred, {pred.size(0), pred.size(1), pred.size(2)});
+  Tensor dpred = allocate(pred, {pred.size(0), pred.size(1), pred.size(2)});
   dispatch_float(pred, "pred", [&](auto element) {
     launch_gradient<decltype(element)>(x.source, x.rows, x.point, grad_loss, nullptr, dpred, current_stream(pred));
   });

@@ -89,7 +89,7 @@ struct Arguments {
   Arguments(const Tensor& images, const Tensor& pred_any, const Tensor& index_any, const std::vector<int64_t>& patch,
             int64_t kind, int64_t target, const std::vector<double>& mean, const std::vector<double>& std,
             bool channels_inner)
-      : pred(with_rows(pred_any, "pred")), index(contiguous(index_any)) {
+      : pred(with_rows(pred_any, "pred")), index(as_contiguous(index_any)) {
     SSLFAST_CHECK(images.dim() == 5, "images must be [B, C, T, H, W], got ", images.dim(), " dimensions");
     SSLFAST_CHECK(patch.size() == 3, "patch must have three numbers, got ", patch.size());
     const int64_t channels = images.size(1);
@@ -137,7 +137,7 @@ std::tuple<Tensor, Tensor> masked_patch_loss_cuda(Tensor images, Tensor pred, Te
                                                   std::vector<double> std, bool channels_inner) {
   const Arguments x(images, pred, index, patch, kind, target, mean, std, channels_inner);
   const torch::stable::accelerator::DeviceGuard guard(pred.get_device_index());
-  Tensor loss = torch::stable::new_empty(pred, {}, accumulator_type(pred)), count = torch::stable::new_empty(loss, {});
+  Tensor loss = allocate(pred, {}, accumulator_type(pred)), count = allocate(loss, {});
   dispatch_float(pred, "pred", [&](auto element) {
     launch_loss<decltype(element)>(x.source, x.rows, x.point, x.source.mask, loss, count, current_stream(pred));
   });
@@ -151,7 +151,7 @@ Tensor masked_patch_loss_backward_cuda(Tensor grad_loss, Tensor images, Tensor p
   check_tensor(grad_loss, "grad_loss", {}, accumulator_type(pred), pred);
   check_tensor(count, "count", {}, accumulator_type(pred), pred);
   const torch::stable::accelerator::DeviceGuard guard(pred.get_device_index());
-  Tensor dpred = torch::stable::new_empty(pred, {pred.size(0), pred.size(1), pred.size(2)});
+  Tensor dpred = allocate(pred, {pred.size(0), pred.size(1), pred.size(2)});
   dispatch_float(pred, "pred", [&](auto element) {
     launch_gradient<decltype(element)>(x.source, x.rows, x.point, grad_loss, &count, dpred, current_stream(pred));
   });

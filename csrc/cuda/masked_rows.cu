@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <tuple>
 
+#include "checks/masked_rows.h"
 #include "partition.h"
-#include "torch_api.h"
 
 namespace sslfast {
 namespace {
@@ -79,26 +79,20 @@ __global__ void __launch_bounds__(kPartitionThreads) rows_kernel(const __grid_co
 }
 
 std::tuple<Tensor, Tensor, Tensor> masked_rows_cuda(const Tensor& mask_any, int64_t size) {
-  SSLFAST_CHECK(mask_any.dim() == 2, "mask must be two-dimensional [images, tokens], got ", mask_any.dim(),
-                " dimensions");
-  const int64_t images = mask_any.size(0), tokens = mask_any.size(1);
-  check_tensor(mask_any, "mask", {images, tokens}, ScalarType::Bool, mask_any);
-  SSLFAST_CHECK(size >= 0, "size must not be negative, got ", size);
-  SSLFAST_CHECK(images < (int64_t{1} << 31), "mask must have fewer than 2^31 rows, got ", images);
   const torch::stable::accelerator::DeviceGuard guard(mask_any.get_device_index());
-  const Tensor mask = contiguous(mask_any);
-  Tensor rows = torch::stable::new_empty(mask, {size}, ScalarType::Long);
-  Tensor weights = torch::stable::new_empty(mask, {size}, ScalarType::Float);
-  Tensor count = torch::stable::new_empty(mask, {1}, ScalarType::Long);
-  Tensor of_image = torch::stable::new_empty(mask, {images}, ScalarType::Long);
+  MaskedRowsArguments arguments(mask_any, size);
+  const int64_t images = arguments.images;
+  SSLFAST_CHECK(images < (int64_t{1} << 31), "mask must have fewer than 2^31 rows, got ", images);
+  const Tensor& mask = arguments.mask;
+  Tensor image_counts = allocate(mask, {images}, ScalarType::Long);
   const RowsTask task{images,
-                      tokens,
+                      arguments.tokens,
                       size,
                       static_cast<const uint8_t*>(mask.const_data_ptr()),
-                      mutable_data<int64_t>(of_image),
-                      mutable_data<int64_t>(rows),
-                      mutable_data<float>(weights),
-                      mutable_data<int64_t>(count)};
+                      mutable_data<int64_t>(image_counts),
+                      mutable_data<int64_t>(arguments.rows),
+                      mutable_data<float>(arguments.weights),
+                      mutable_data<int64_t>(arguments.count)};
   const cudaStream_t stream = current_stream(mask);
   if (images > 0) {
     const auto blocks = static_cast<unsigned>((images + kCountWarps - 1) / kCountWarps);
@@ -108,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_rows_cuda(const Tensor& mask_any, int6
   const auto blocks = static_cast<unsigned>(std::max<int64_t>(1, images));
   rows_kernel<<<blocks, kPartitionThreads, 0, stream>>>(task);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return {rows, weights, count};
+  return {arguments.rows, arguments.weights, arguments.count};
 }
 
 }  // namespace

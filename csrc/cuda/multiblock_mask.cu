@@ -1,10 +1,8 @@
 // I-JEPA's multi-block masks on the GPU: a block of threads a sample, a thread a patch. What is drawn, and the order in
 // which patches are taken, is in common/multiblock_mask.h.
-#include "common/multiblock_mask.h"
+#include "checks/multiblock_mask.h"
 
 #include <tuple>
-
-#include "torch_api.h"
 
 namespace sslfast {
 namespace {
@@ -118,24 +116,21 @@ std::tuple<Tensor, Tensor, Tensor> multiblock_mask_cuda(const Tensor& samples_an
                                                         std::vector<int64_t> context_block, int64_t kept,
                                                         int64_t min_keep, bool allow_overlap, bool upstream,
                                                         int64_t seed, int64_t epoch, int64_t view) {
-  const int64_t count = samples_any.numel();
-  check_tensor(samples_any, "samples", {count}, ScalarType::Long, samples_any);
-  SSLFAST_CHECK(fits(grid, targets, target_block, context_block, kept, upstream), kMultiBlockLimits);
-  SSLFAST_CHECK(count < (int64_t{1} << 31), "samples must be fewer than 2^31, got ", count);
   const torch::stable::accelerator::DeviceGuard guard(samples_any.get_device_index());
-  const Tensor samples = contiguous(samples_any);
-  const MultiBlockRules rules =
-      rules_of(grid, targets, target_block, context_block, kept, min_keep, allow_overlap, upstream, seed, epoch, view);
-  Tensor context = torch::stable::new_empty(samples, {count, kept});
-  Tensor target = torch::stable::new_empty(samples, {targets, count, target_block[0] * target_block[1]});
-  Tensor counts = torch::stable::new_empty(samples, {count});
-  Tensor ranks = torch::stable::new_empty(samples, {kept == 0 ? 0 : count, grid[0] * grid[1]});
-  if (count == 0) return {context, target, counts};
-  const MultiBlockOut out{const_data<int64_t>(samples), mutable_data<int64_t>(context), mutable_data<int64_t>(target),
-                          mutable_data<int64_t>(counts), mutable_data<uint64_t>(ranks)};
-  multiblock_kernel<<<static_cast<unsigned>(count), kThreads, 0, current_stream(samples)>>>(rules, out);
+  MultiBlockArguments arguments(samples_any, grid, targets, target_block, context_block, kept, min_keep, allow_overlap,
+                                upstream, seed, epoch, view);
+  const int64_t count = arguments.count;
+  SSLFAST_CHECK(count < (int64_t{1} << 31), "samples must be fewer than 2^31, got ", count);
+  const Tensor& samples = arguments.samples;
+  Tensor ranks = allocate(samples, {kept == 0 ? 0 : count, grid[0] * grid[1]});
+  const std::tuple results{arguments.context, arguments.target, arguments.counts};
+  if (count == 0) return results;
+  const MultiBlockOut out{const_data<int64_t>(samples), mutable_data<int64_t>(arguments.context),
+                          mutable_data<int64_t>(arguments.target), mutable_data<int64_t>(arguments.counts),
+                          mutable_data<uint64_t>(ranks)};
+  multiblock_kernel<<<static_cast<unsigned>(count), kThreads, 0, current_stream(samples)>>>(arguments.rules, out);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return {context, target, counts};
+  return results;
 }
 
 }  // namespace

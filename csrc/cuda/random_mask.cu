@@ -5,9 +5,8 @@
 #include <tuple>
 #include <vector>
 
-#include "common/masks_host.h"
+#include "checks/random_mask.h"
 #include "partition.h"
-#include "torch_api.h"
 
 namespace sslfast {
 namespace {
@@ -104,47 +103,37 @@ __global__ void __launch_bounds__(kRankThreads) rank_kernel(const __grid_constan
 std::tuple<Tensor, Tensor, Tensor> random_mask_cuda(const Tensor& samples_any, std::optional<Tensor> noise_any,
                                                     std::vector<int64_t> grid, std::vector<int64_t> unit, int64_t kept,
                                                     bool ascending, int64_t seed, int64_t epoch, int64_t view) {
-  RandomMask mask{};
-  const std::string wrong = make_random_mask(grid, unit, kept, ascending, seed, epoch, view, &mask);
-  SSLFAST_CHECK(wrong.empty(), wrong);
-  const int64_t count = samples_any.numel(), cells = cells_of(mask.shape), inside = cells / mask.units;
-  check_tensor(samples_any, "samples", {count}, ScalarType::Long, samples_any);
-  SSLFAST_CHECK(count < (int64_t{1} << 31), "samples must be fewer than 2^31, got ", count);
   const torch::stable::accelerator::DeviceGuard guard(samples_any.get_device_index());
-  const Tensor samples = contiguous(samples_any);
-  std::optional<Tensor> noise;
-  if (noise_any.has_value()) {
-    check_tensor(*noise_any, "noise", {count, mask.units}, ScalarType::Float, samples);
-    noise = contiguous(*noise_any);
-  }
-  Tensor keep = torch::stable::new_empty(samples, {count, kept * inside});
-  Tensor masked = torch::stable::new_empty(samples, {count, cells - kept * inside});
-  Tensor restore = torch::stable::new_empty(samples, {count, cells});
-  if (count == 0) return {keep, masked, restore};
-  Tensor gone = torch::stable::new_empty(samples, {ascending ? count : 0, cells}, ScalarType::Byte);
-  const cudaStream_t stream = current_stream(samples);
+  RandomMaskArguments arguments(samples_any, noise_any, grid, unit, kept, ascending, seed, epoch, view);
+  const RandomMask& mask = arguments.mask;
+  const int64_t count = arguments.count, cells = arguments.cells, kept_cells = arguments.kept_cells;
+  SSLFAST_CHECK(count < (int64_t{1} << 31), "samples must be fewer than 2^31, got ", count);
+  const std::tuple results{arguments.keep, arguments.masked, arguments.restore};
+  if (count == 0) return results;
+  Tensor gone = allocate(arguments.samples, {ascending ? count : 0, cells}, ScalarType::Byte);
+  const cudaStream_t stream = current_stream(arguments.samples);
   const RankTask task{mask.shape,
                       static_cast<int32_t>(mask.units),
                       static_cast<int32_t>(kept),
-                      static_cast<int32_t>(inside),
+                      static_cast<int32_t>(cells / mask.units),
                       cells,
                       mask.stream,
-                      const_data<int64_t>(samples),
-                      noise.has_value() ? const_data<float>(*noise) : nullptr,
+                      const_data<int64_t>(arguments.samples),
+                      arguments.noise_data(),
                       ascending ? mutable_data<uint8_t>(gone) : nullptr,
-                      mutable_data<int64_t>(keep),
-                      mutable_data<int64_t>(masked),
-                      mutable_data<int64_t>(restore)};
+                      mutable_data<int64_t>(arguments.keep),
+                      mutable_data<int64_t>(arguments.masked),
+                      mutable_data<int64_t>(arguments.restore)};
   const dim3 blocks(static_cast<unsigned>(count),
                     static_cast<unsigned>((mask.units + kRankThreads - 1) / kRankThreads));
   rank_kernel<<<blocks, kRankThreads, 0, stream>>>(task);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   if (ascending) {
     partition_kernel<<<static_cast<unsigned>(count), kPartitionThreads, 0, stream>>>(
-        cells, kept * inside, task.gone, task.keep, task.masked, task.restore);
+        cells, kept_cells, task.gone, task.keep, task.masked, task.restore);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  return {keep, masked, restore};
+  return results;
 }
 
 }  // namespace

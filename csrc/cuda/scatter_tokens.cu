@@ -104,7 +104,7 @@ Tensor checked_index(const Tensor& index, int64_t batch, int64_t passed, const T
   const bool mask = index.scalar_type() == ScalarType::Bool;
   check_tensor(index, "index", {batch, index.size(1)}, mask ? ScalarType::Bool : ScalarType::Long, like);
   SSLFAST_CHECK(passed >= 0 && !(mask && passed != 0), "passed must be at least 0, and 0 with a mask, got ", passed);
-  return contiguous(index);
+  return as_contiguous(index);
 }
 
 // Calls f(Restore or Replace).
@@ -129,8 +129,8 @@ Tensor scatter_tokens_cuda(const Tensor& x_any, const Tensor& index_any, const T
   const int64_t prefixes = prefix.has_value() ? prefix->size(0) : 0, rows = prefixes + passed + length;
   const int64_t placed = position.has_value() ? position->size(0) : rows;
   SSLFAST_CHECK(placed == rows || placed == length, "position must have ", length, " or ", rows, " rows, got ", placed);
-  const Tensor x = rows_tensor(x_any), token = contiguous(token_any);
-  Tensor out = torch::stable::new_empty(x, {batch, rows, features});
+  const Tensor x = rows_tensor(x_any), token = as_contiguous(token_any);
+  Tensor out = allocate(x, {batch, rows, features});
   if (out.numel() == 0) return out;
   SSLFAST_CHECK(batch * rows < (int64_t{1} << 31), "the result must have fewer than 2^31 rows, got ", batch * rows);
   const cudaStream_t stream = current_stream(x);
@@ -212,7 +212,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scatter_tokens_backward_cuda(const Te
   SSLFAST_CHECK(positions == 0 || positions == length || positions == grad.size(1), "positions must be 0, ", length,
                 " or ", grad.size(1), ", got ", positions);
   auto made = [&](std::initializer_list<int64_t> shape, int which) {
-    return needs[which] != 0 ? torch::stable::new_empty(grad, shape) : torch::stable::new_empty(grad, {0});
+    return needs[which] != 0 ? allocate(grad, shape) : allocate(grad, {0});
   };
   ScatterGradients g{grad,
                      index,

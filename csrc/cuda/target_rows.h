@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kMeanBlock)
 // `x` [images, rows, width] with the elements of a row side by side: itself, or a copy.
 inline Tensor with_rows(const Tensor& x, const char* name) {
   SSLFAST_CHECK(x.dim() == 3, name, " must have three dimensions, got ", x.dim());
-  return x.stride(2) == 1 || x.size(2) == 1 ? x : contiguous(x);
+  return x.stride(2) == 1 || x.size(2) == 1 ? x : as_contiguous(x);
 }
 
 constexpr int64_t kLargestRow = 46 << 10;  // bytes: with the sums, within what a block has without asking for more
@@ -200,9 +200,8 @@ void launch_loss(const Source& source, const PredictedRows& pred, const PointLos
   using A = Accumulator<T>;
   const int64_t stretch = std::max(kStretch, (pred.rows + kMostStretches - 1) / kMostStretches);
   const int64_t stretches = std::max<int64_t>((pred.rows + stretch - 1) / stretch, 1);
-  Tensor of_row = torch::stable::new_empty(loss, {pred.rows}),
-         done = torch::stable::new_empty(loss, {1}, ScalarType::Int);
-  Tensor sums = torch::stable::new_empty(loss, {stretches, 2}, ScalarType::Double);
+  Tensor of_row = allocate(loss, {pred.rows}), done = allocate(loss, {1}, ScalarType::Int);
+  Tensor sums = allocate(loss, {stretches, 2}, ScalarType::Double);
   auto* finished = static_cast<unsigned*>(done.mutable_data_ptr());
   if (pred.rows > 0) {
     loss_kernel<T, Source><<<static_cast<unsigned>(pred.rows), kRowBlock, sizeof(A) * pred.width, stream>>>(

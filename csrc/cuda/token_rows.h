@@ -61,7 +61,7 @@ struct RowsOf {
 // is one with the images, which needs it contiguous.
 inline Tensor rows_tensor(const Tensor& x) {
   const int64_t d = x.dim();
-  return d == 3 && (x.stride(2) == 1 || x.size(2) == 1) ? x : contiguous(x);
+  return d == 3 && (x.stride(2) == 1 || x.size(2) == 1) ? x : as_contiguous(x);
 }
 
 template <typename T>
@@ -76,7 +76,7 @@ inline std::optional<Tensor> table_of(const std::optional<Tensor>& rows, const c
   if (!rows.has_value()) return std::nullopt;
   SSLFAST_CHECK(rows->dim() == 2, name, " must be two-dimensional [rows, features], got ", rows->dim(), " dimensions");
   check_tensor(*rows, name, {rows->size(0), features}, like.scalar_type(), like);
-  return contiguous(*rows);
+  return as_contiguous(*rows);
 }
 
 template <typename T>
@@ -310,7 +310,7 @@ Tensor walk_rows(Walk walk, const Map& map, bool packed, const Tensor& grad, Ten
   const int64_t threads = walk.all_rows * walk.features / (kPackBytes / static_cast<int64_t>(sizeof(T))) + 1;
   walk.pieces = pieces_of(walk.images, (kWalkThreads + threads - 1) / threads);
   const int64_t summed = walk.sum_end - walk.sum_begin;
-  Tensor partial = torch::stable::new_empty(grad, {walk.pieces.count, summed, walk.features}, accumulator_type(grad));
+  Tensor partial = allocate(grad, {walk.pieces.count, summed, walk.features}, accumulator_type(grad));
   with_pack<T>(packed, [&](auto pack) {
     constexpr int kPack = decltype(pack)::value;
     walk.lanes = lanes_for(walk.features, kPack);
@@ -328,7 +328,7 @@ template <typename T, typename Map>
 void sum_token(int64_t rows, const Map& map, bool packed, const Tensor& grad, Tensor& dtoken, cudaStream_t stream) {
   const int64_t features = dtoken.numel();
   const Pieces pieces = pieces_of(rows, (rows + kTokenRows - 1) / kTokenRows);
-  Tensor partial = torch::stable::new_empty(grad, {pieces.count, features}, accumulator_type(grad));
+  Tensor partial = allocate(grad, {pieces.count, features}, accumulator_type(grad));
   with_pack<T>(packed, [&](auto pack) {
     constexpr int kPack = decltype(pack)::value;
     const TokenSum size{rows, features, pieces, lanes_for(features, kPack)};

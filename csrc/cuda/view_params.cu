@@ -1,12 +1,10 @@
 // Sampling of augmentation parameters on the GPU, one thread a view of an image: the arithmetic, and so every bit of
 // the result, is that of common/view_params.h.
-#include "common/view_params.h"
+#include "checks/view_params.h"
 
 #include <algorithm>
 #include <optional>
 #include <vector>
-
-#include "torch_api.h"
 
 namespace sslfast {
 namespace {
@@ -37,40 +35,29 @@ __global__ void sample_kernel(const __grid_constant__ Draw draw, float* __restri
 
 Tensor view_params_cuda(const Tensor& ids_any, std::optional<Tensor> sizes_any, std::vector<int64_t> size, int64_t seed,
                         int64_t epoch, int64_t view, std::vector<double> numbers) {
-  SSLFAST_CHECK(numbers.size() % kViewNumbers == 0, "numbers must be a multiple of ", kViewNumbers, ", got ",
-                numbers.size());
-  const auto views = static_cast<int64_t>(numbers.size()) / kViewNumbers, count = ids_any.numel();
-  check_tensor(ids_any, "ids", {count}, ScalarType::Long, ids_any);
   const torch::stable::accelerator::DeviceGuard guard(ids_any.get_device_index());
-  const Tensor ids = contiguous(ids_any);
-  std::optional<Tensor> sizes;
-  if (sizes_any.has_value()) {
-    check_tensor(*sizes_any, "size", {count, 2}, ScalarType::Long, ids);
-    sizes = contiguous(*sizes_any);
-  } else {
-    SSLFAST_CHECK(size.size() == 2, "size must have two numbers, got ", size.size());
-  }
-  Tensor params = torch::stable::new_empty(ids, {views, count, kColumns}, ScalarType::Float);
-  if (views * count == 0) return params;
-  const cudaStream_t stream = current_stream(ids);
+  ViewParamsArguments arguments(ids_any, sizes_any, size, numbers);
+  const int64_t views = arguments.views, count = arguments.count;
+  if (views * count == 0) return arguments.params;
+  const cudaStream_t stream = current_stream(arguments.ids);
   Draw draw{};
   draw.seed = static_cast<uint64_t>(seed);
   draw.epoch = static_cast<uint32_t>(epoch);
   draw.count = count;
-  draw.height = sizes.has_value() ? 0 : size[0];
-  draw.width = sizes.has_value() ? 0 : size[1];
-  draw.ids = const_data<int64_t>(ids);
-  draw.sizes = sizes.has_value() ? const_data<int64_t>(*sizes) : nullptr;
+  draw.height = arguments.sizes.has_value() ? 0 : size[0];
+  draw.width = arguments.sizes.has_value() ? 0 : size[1];
+  draw.ids = const_data<int64_t>(arguments.ids);
+  draw.sizes = arguments.each_size();
   const auto blocks = static_cast<unsigned>((count + kThreads - 1) / kThreads);
   for (int64_t v = 0; v < views; v += kViewsPerLaunch) {
     const int64_t some = std::min<int64_t>(views - v, kViewsPerLaunch);
     draw.view = static_cast<uint32_t>(view + v);
     __builtin_memcpy(draw.of_view, numbers.data() + v * kViewNumbers, some * sizeof(ViewNumbers));
     sample_kernel<<<dim3(blocks, static_cast<unsigned>(some)), kThreads, 0, stream>>>(
-        draw, mutable_data<float>(params) + v * count * kColumns);
+        draw, mutable_data<float>(arguments.params) + v * count * kColumns);
   }
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return params;
+  return arguments.params;
 }
 
 }  // namespace

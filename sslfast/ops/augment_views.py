@@ -199,7 +199,8 @@ def augment_views(
             pil=pil,
         ).to(dtype)
         return views.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3) if channels_last else views
-    views = torch.ops.sslfast.augment_views.default(
+    views = _library.call(
+        "augment_views",
         [image.detach() for image in images],
         params,
         list(size),

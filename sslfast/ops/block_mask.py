@@ -136,7 +136,7 @@ def block_mask(
             view=view,
         )
         return torch.from_numpy(mask).to(samples.device)
-    mask = torch.ops.sslfast.block_mask.default(
-        samples, counts, list(grid), list(area), list(log_aspect), tries, complete, seed, epoch, view
+    mask = _library.call(
+        "block_mask", samples, counts, list(grid), list(area), list(log_aspect), tries, complete, seed, epoch, view
     )
     return mask

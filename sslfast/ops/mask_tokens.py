@@ -141,7 +141,7 @@ def mask_tokens(
                 raise ValueError(f"word_ids must be below {LONGEST}, got {largest}")
     preferred = "cuda" if input_ids.device.type == "cuda" else "cpu"
     backend = _backends.select("mask_tokens", preferred, lambda name: why_not(name, input_ids))
-    function = reference.mask_tokens if backend == "reference" else torch.ops.sslfast.mask_tokens.default
+    function = reference.mask_tokens if backend == "reference" else functools.partial(_library.call, "mask_tokens")
     return function(
         input_ids,
         samples,

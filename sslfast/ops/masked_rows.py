@@ -48,5 +48,5 @@ def masked_rows(mask: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
         arrays = reference.masked_rows(mask.cpu().numpy(), size)
         rows, weights, count = (torch.from_numpy(a).to(mask.device) for a in arrays)
     else:
-        rows, weights, count = torch.ops.sslfast.masked_rows.default(mask, size)
+        rows, weights, count = _library.call("masked_rows", mask, size)
     return rows, weights, count

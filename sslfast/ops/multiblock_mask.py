@@ -98,6 +98,8 @@ def multiblock_mask(
             raise ValueError(f"{name} must be from 1 × 1 to {most[0]} × {most[1]}, got {block[0]} × {block[1]}")
     preferred = "cuda" if samples.device.type == "cuda" else "cpu"
     backend = _backends.select("multiblock_mask", preferred, lambda name: why_not(name, samples))
-    function = reference.multiblock_mask if backend == "reference" else torch.ops.sslfast.multiblock_mask.default
+    function = (
+        reference.multiblock_mask if backend == "reference" else functools.partial(_library.call, "multiblock_mask")
+    )
     blocks = (list(grid), targets, list(target_block), list(context_block))
     return function(samples, *blocks, kept, min_keep, allow_overlap, upstream, seed, epoch, view)

@@ -55,5 +55,5 @@ def partition_mask(mask: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
         arrays = reference.partition_mask(mask.cpu().numpy(), kept)
         keep, masked, restore = (torch.from_numpy(a).to(mask.device) for a in arrays)
     else:
-        keep, masked, restore = torch.ops.sslfast.partition_mask.default(mask, kept)
+        keep, masked, restore = _library.call("partition_mask", mask, kept)
     return keep, masked, restore

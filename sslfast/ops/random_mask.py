@@ -127,7 +127,7 @@ def random_mask(
         )
         keep, masked, restore = (torch.from_numpy(a).to(samples.device) for a in arrays)
         return keep, masked, restore
-    keep, masked, restore = torch.ops.sslfast.random_mask.default(
-        samples, noise, list(grid), list(unit), kept, ascending, seed, epoch, view
+    keep, masked, restore = _library.call(
+        "random_mask", samples, noise, list(grid), list(unit), kept, ascending, seed, epoch, view
     )
     return keep, masked, restore

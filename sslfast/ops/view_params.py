@@ -104,4 +104,4 @@ def view_params(
     backend = _backends.select("view_params", preferred, lambda name: why_not(name, ids))
     if backend == "reference":
         return reference.view_params(ids, size, numbers, seed=seed, epoch=epoch, view=view)
-    return torch.ops.sslfast.view_params.default(ids, sizes, fixed, seed, epoch, view, flat)
+    return _library.call("view_params", ids, sizes, fixed, seed, epoch, view, flat)

@@ -14,8 +14,8 @@ struct CrossArguments {
 
   CrossArguments(const Tensor& q_any, const Tensor& k_any, const Tensor& scale, const MaybeTensor& bias_any,
                  const MaybeTensor& row_ids_any, const MaybeTensor& col_ids_any, const MaybeTensor& positives_any)
-      : q(::sslfast::contiguous(q_any)),
-        k(::sslfast::contiguous(k_any)),
+      : q(as_contiguous(q_any)),
+        k(as_contiguous(k_any)),
         bias(contiguous_or_none(bias_any)),
         row_ids(contiguous_or_none(row_ids_any)),
         col_ids(contiguous_or_none(col_ids_any)),
@@ -45,11 +45,11 @@ struct CrossArguments {
   CrossArguments(const CrossArguments&) = delete;
 
   // [length] in the accumulator's dtype.
-  Tensor vector(int64_t length) const { return torch::stable::new_empty(q, {length}, kind); }
-  Tensor number() const { return torch::stable::new_empty(q, {}, kind); }
+  Tensor vector(int64_t length) const { return allocate(q, {length}, kind); }
+  Tensor number() const { return allocate(q, {}, kind); }
   // Like x in the accumulator's dtype, or empty [0].
   Tensor gradient(const Tensor& x, bool wanted) const {
-    return wanted ? torch::stable::new_empty(q, {x.size(0), x.size(1)}, kind) : vector(0);
+    return wanted ? allocate(q, {x.size(0), x.size(1)}, kind) : vector(0);
   }
 };
 

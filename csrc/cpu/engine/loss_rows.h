@@ -12,7 +12,7 @@ namespace sslfast {
 // sequence without its class token, is not copied.
 inline Tensor with_rows(const Tensor& x, const char* name) {
   SSLFAST_CHECK(x.dim() == 3, name, " must have three dimensions, got ", x.dim());
-  return x.stride(2) == 1 || x.size(2) == 1 ? x : contiguous(x);
+  return x.stride(2) == 1 || x.size(2) == 1 ? x : as_contiguous(x);
 }
 
 inline PredictedRows rows_of(const Tensor& x) {

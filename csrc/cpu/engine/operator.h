@@ -33,7 +33,7 @@ inline void set_scalar(Tensor& x, double value) {
 
 // Scratch memory with 64 bytes to spare for alignment.
 inline Tensor scratch(const Tensor& like, int64_t bytes) {
-  Tensor memory = torch::stable::new_empty(like, {bytes + 64}, ScalarType::Byte);
+  Tensor memory = allocate(like, {bytes + 64}, ScalarType::Byte);
   advise_huge_pages(memory.mutable_data_ptr(), bytes);
   return memory;
 }
@@ -43,7 +43,7 @@ inline void* aligned(Tensor& memory) {
 
 // `size` numbers that the forward keeps for the backward.
 inline Tensor tile_cache_of(const Tensor& like, int64_t size, ScalarType kind) {
-  Tensor tiles = torch::stable::new_empty(like, {size}, kind);
+  Tensor tiles = allocate(like, {size}, kind);
   advise_huge_pages(tiles.mutable_data_ptr(), size * static_cast<int64_t>(tiles.element_size()));
   return tiles;
 }
@@ -55,7 +55,7 @@ using MaybeTensor = std::optional<Tensor>;
 
 // A contiguous copy-free view where there is one, and its data (null where there is no tensor).
 inline MaybeTensor contiguous_or_none(const MaybeTensor& x) {
-  return x.has_value() ? MaybeTensor(::sslfast::contiguous(*x)) : MaybeTensor();
+  return x.has_value() ? MaybeTensor(as_contiguous(*x)) : MaybeTensor();
 }
 inline const void* data_or_null(const MaybeTensor& x) { return x.has_value() ? x->const_data_ptr() : nullptr; }
 inline void* data_or_null(Tensor& x) { return x.numel() == 0 ? nullptr : x.mutable_data_ptr(); }

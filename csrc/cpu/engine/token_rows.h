@@ -122,11 +122,13 @@ inline TokenRows token_rows(const Tensor& x) {
 }
 
 // `grad` itself where its features are neighbours, else a copy.
-inline Tensor dense_features(const Tensor& grad) { return grad.stride(grad.dim() - 1) == 1 ? grad : contiguous(grad); }
+inline Tensor dense_features(const Tensor& grad) {
+  return grad.stride(grad.dim() - 1) == 1 ? grad : as_contiguous(grad);
+}
 
 // A new tensor of the dtype of `like`, on huge pages where it is large.
 inline Tensor new_rows(const Tensor& like, std::initializer_list<int64_t> shape) {
-  Tensor out = torch::stable::new_empty(like, shape);
+  Tensor out = allocate(like, shape);
   if (out.numel() > 0)
     advise_huge_pages(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
   return out;
