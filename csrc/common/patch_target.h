@@ -9,6 +9,9 @@ namespace sslfast {
 enum LossKind : int { kSquared, kAbsolute, kSmooth };
 enum TargetKind : int { kPlain, kPatchNorm, kChannelNorm, kLayerNorm };
 
+// The images' element type.
+enum TargetPixel : int { kByte, kFloat, kDouble, kBrain, kHalf };
+
 // The loss of one difference, times `scale`. `beta` is where the smooth L1 loss turns from a parabola into a line.
 struct PointLoss {
   int kind;

@@ -21,27 +21,27 @@ constexpr int64_t kBlockRows = kTile / 2;
 template <typename T>
 struct Forward {
   static constexpr int C = kColumns<T>;
-  const EmbedPatches& of;
+  const EmbedPatches& call;
   const int64_t rows, features, padded, width, height, blocks, images_per_task, stride;
   const PatchPacker<T> packer;
   int64_t* next;
   T *weight, *transposing, *panels, *tiles, *row;  // the last four: one for each worker
 
   Forward(const EmbedPatches& embed, const PixelScale<T>& scale, int64_t threads, Arena& arena)
-      : of(embed),
-        rows(of.batch * of.kept),
-        features(patch_features(of.source.layout)),
+      : call(embed),
+        rows(call.batch * call.kept),
+        features(patch_features(call.source.layout)),
         padded(round_up(features, C)),
-        width(round_up(of.width, C)),
+        width(round_up(call.width, C)),
         height(block_height(rows)),
         blocks((rows + height - 1) / height),
-        images_per_task((of.batch + 15) / 16),
+        images_per_task((call.batch + 15) / 16),
         stride(panel_stride<T>(height)),
-        packer{of.source, scale, of.ids, of.kept, features, padded} {
+        packer{call.source, scale, call.ids, call.kept, features, padded} {
     next = arena.take<int64_t>(1);
     weight = arena.take<T>(width * features);
     transposing =
-        arena.take<T>(of.type == ElementType::f32 || of.type == ElementType::f64 ? 0 : threads * C * features);
+        arena.take<T>(call.type == ElementType::f32 || call.type == ElementType::f64 ? 0 : threads * C * features);
     panels = arena.take<T>(threads * padded / C * stride);
     tiles = arena.take<T>(threads * height * kTile);
     row = arena.take<T>(threads * padded);
@@ -55,12 +55,12 @@ struct Forward {
 
   // Panel j of the weight, the features outermost.
   void pack_weight(int64_t worker, int64_t j) const {
-    const int64_t first = j * C, count = of.width - first < C ? of.width - first : C;
-    const T* from = static_cast<const T*>(of.weight) + first * features;
-    if (of.type != ElementType::f32 && of.type != ElementType::f64) {
+    const int64_t first = j * C, count = call.width - first < C ? call.width - first : C;
+    const T* from = static_cast<const T*>(call.weight) + first * features;
+    if (call.type != ElementType::f32 && call.type != ElementType::f64) {
       T* buffer = transposing + worker * C * features;
       for (int64_t r = 0; r < count; ++r)
-        read_row(Rows{of.weight, of.type}, first + r, features, buffer + r * features);
+        read_row(Rows{call.weight, call.type}, first + r, features, buffer + r * features);
       from = buffer;
     }
     T* to = weight + first * features;
@@ -73,15 +73,15 @@ struct Forward {
   void fill(int64_t first, int64_t count, int64_t column, int64_t columns, T* tile) const {
     for (int64_t r = 0; r < count; ++r) {
       T* at = tile + r * kTile;
-      if (of.bias != nullptr)
-        read_part(of.bias, of.type, column, columns, at);
+      if (call.bias != nullptr)
+        read_part(call.bias, call.type, column, columns, at);
       else
         for (int64_t c = 0; c < columns; ++c) at[c] = 0;
       for (int64_t c = columns; c < round_up(columns, C); ++c) at[c] = 0;
-      const int64_t id = of.ids[first + r], soon = r + kAhead < count ? of.ids[first + r + kAhead] : -1;
-      if (of.position != nullptr && soon >= 0)
-        prefetch_numbers(of.position, of.type, soon * of.width + column, columns);
-      if (of.position != nullptr && id >= 0) add_row(of.position, of.type, id * of.width + column, columns, at);
+      const int64_t id = call.ids[first + r], soon = r + kAhead < count ? call.ids[first + r + kAhead] : -1;
+      if (call.position != nullptr && soon >= 0)
+        prefetch_numbers(call.position, call.type, soon * call.width + column, columns);
+      if (call.position != nullptr && id >= 0) add_row(call.position, call.type, id * call.width + column, columns, at);
     }
   }
 
@@ -100,10 +100,11 @@ struct Forward {
 
   void write(int64_t first, int64_t count, int64_t column, int64_t columns, T* tile) const {
     for (int64_t r = 0; r < count; ++r) {
-      const int64_t i = first + r, token = i / of.kept * (of.prefix_rows + of.kept) + of.prefix_rows + i % of.kept;
+      const int64_t i = first + r,
+                    token = i / call.kept * (call.prefix_rows + call.kept) + call.prefix_rows + i % call.kept;
       T* at = tile + r * kTile;
-      for (int64_t c = 0; of.ids[i] < 0 && c < columns; ++c) at[c] = 0;
-      write_part(at, of.out, of.type, token * of.width + column, columns);
+      for (int64_t c = 0; call.ids[i] < 0 && c < columns; ++c) at[c] = 0;
+      write_part(at, call.out, call.type, token * call.width + column, columns);
     }
   }
 
@@ -112,8 +113,8 @@ struct Forward {
     T *a = panels + worker * (padded / C) * stride, *tile = tiles + worker * height * kTile;
     for (int64_t r = 0; r < PatchPacker<T>::kAhead && r < count; ++r) packer.prefetch(first + r);
     for (int64_t r = 0; r < count; ++r) packer.row(first + r, first + count, stride, row + worker * padded, a + r * C);
-    for (int64_t column = 0; column < of.width; column += kTile) {
-      const int64_t columns = of.width - column < kTile ? of.width - column : kTile;
+    for (int64_t column = 0; column < call.width; column += kTile) {
+      const int64_t columns = call.width - column < kTile ? call.width - column : kTile;
       fill(first, count, column, columns, tile);
       multiply(a, count, column, columns, tile);
       write(first, count, column, columns, tile);
@@ -121,15 +122,15 @@ struct Forward {
   }
 
   void prefixes(int64_t task) const {
-    const int64_t bytes = of.prefix_rows * of.width * bytes_of(of.type);
-    const int64_t step = (of.prefix_rows + of.kept) * of.width * bytes_of(of.type);
-    for (int64_t b = task * images_per_task; b < (task + 1) * images_per_task && b < of.batch; ++b)
-      __builtin_memcpy(static_cast<char*>(of.out) + b * step, of.prefix, static_cast<size_t>(bytes));
+    const int64_t bytes = call.prefix_rows * call.width * bytes_of(call.type);
+    const int64_t step = (call.prefix_rows + call.kept) * call.width * bytes_of(call.type);
+    for (int64_t b = task * images_per_task; b < (task + 1) * images_per_task && b < call.batch; ++b)
+      __builtin_memcpy(static_cast<char*>(call.out) + b * step, call.prefix, static_cast<size_t>(bytes));
   }
 
   void run(const Parallel& parallel) const {
     each_task(parallel, blocks > 0 ? width / C : 0, next, [&](int64_t worker, int64_t j) { pack_weight(worker, j); });
-    const int64_t copies = of.prefix_rows > 0 ? (of.batch + images_per_task - 1) / images_per_task : 0;
+    const int64_t copies = call.prefix_rows > 0 ? (call.batch + images_per_task - 1) / images_per_task : 0;
     each_task(parallel, blocks + copies, next, [&](int64_t worker, int64_t task) {
       if (task < blocks)
         block(worker, task);
@@ -141,12 +142,13 @@ struct Forward {
 
 }  // namespace
 
-#define SSLFAST_EMBED_PATCHES_DEFINE(T)                                                                                \
-  int64_t embed_patches(const Parallel& parallel, const EmbedPatches& of, const PixelScale<T>& affine, void* memory) { \
-    Arena arena{static_cast<char*>(memory)};                                                                           \
-    const Forward<T> forward(of, affine, parallel.threads, arena);                                                     \
-    if (memory != nullptr) forward.run(parallel);                                                                      \
-    return arena.bytes;                                                                                                \
+#define SSLFAST_EMBED_PATCHES_DEFINE(T)                                                                  \
+  int64_t embed_patches(const Parallel& parallel, const EmbedPatches& call, const PixelScale<T>& affine, \
+                        void* memory) {                                                                  \
+    Arena arena{static_cast<char*>(memory)};                                                             \
+    const Forward<T> forward(call, affine, parallel.threads, arena);                                     \
+    if (memory != nullptr) forward.run(parallel);                                                        \
+    return arena.bytes;                                                                                  \
   }
 SSLFAST_EMBED_PATCHES_DEFINE(float)
 SSLFAST_EMBED_PATCHES_DEFINE(double)
@@ -184,27 +186,24 @@ Tensor embed_patches_cpu(const Tensor& images, const Tensor& ids_any, const Tens
   Tensor out = allocate(weight, {from.batch, prefix_rows + kept, d});
   if (out.numel() == 0) return out;
   advise_huge_pages(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
-  const EmbedPatches of{patch_source(images, from),
-                        from.batch,
-                        kept,
-                        prefix_rows,
-                        d,
-                        const_data<int64_t>(ids),
-                        element_type(weight, "weight"),
-                        weight.const_data_ptr(),
-                        data_or_null(bias),
-                        data_or_null(position),
-                        data_or_null(prefix),
-                        out.mutable_data_ptr()};
+  const EmbedPatches call{patch_source(images, from),
+                          from.batch,
+                          kept,
+                          prefix_rows,
+                          d,
+                          const_data<int64_t>(ids),
+                          element_type(weight, "weight"),
+                          weight.const_data_ptr(),
+                          data_or_null(bias),
+                          data_or_null(position),
+                          data_or_null(prefix),
+                          out.mutable_data_ptr()};
   const Parallel parallel = torch_parallel();
   auto run = [&](auto accumulator) {
     const auto affine = pixel_scale_of<decltype(accumulator)>(mean, std, layout, images.scalar_type());
-    with_scratch(weight, [&](void* memory) { return SSLFAST_CALL(embed_patches, parallel, of, affine, memory); });
+    with_scratch(weight, [&](void* memory) { return SSLFAST_CALL(embed_patches, parallel, call, affine, memory); });
   };
-  if (dtype == ScalarType::Double)
-    run(double{});
-  else
-    run(float{});
+  with_accumulator(call.type, run);
   return out;
 }
 

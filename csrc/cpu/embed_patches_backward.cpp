@@ -18,7 +18,7 @@ constexpr int64_t kSumImages = 64;        // summed in T before they join the to
 template <typename T>
 struct Backward {
   static constexpr int C = kColumns<T>;
-  const EmbedPatchesBackward& of;
+  const EmbedPatchesBackward& call;
   const int64_t rows, features, padded, width, step, stride, tile_rows, tile_columns;
   const PatchPacker<T> packer;
   int64_t* next;
@@ -26,24 +26,24 @@ struct Backward {
   double* bias;
 
   Backward(const EmbedPatchesBackward& embed, const PixelScale<T>& scale, int64_t threads, Arena& arena)
-      : of(embed),
-        rows(of.batch * of.kept),
-        features(patch_features(of.source.layout)),
+      : call(embed),
+        rows(call.batch * call.kept),
+        features(patch_features(call.source.layout)),
         padded(round_up(features, C)),
-        width(round_up(of.width, C)),
+        width(round_up(call.width, C)),
         step(rows_at_a_time()),
         stride(panel_stride<T>(step)),
-        tile_rows((of.width + kTileRows - 1) / kTileRows),
+        tile_rows((call.width + kTileRows - 1) / kTileRows),
         tile_columns((features + kTile - 1) / kTile),
-        packer{of.source, scale, of.ids, of.kept, features, padded} {
+        packer{call.source, scale, call.ids, call.kept, features, padded} {
     next = arena.take<int64_t>(1);
-    const bool packs = of.weight != nullptr || of.bias != nullptr, multiplies = of.weight != nullptr;
+    const bool packs = call.weight != nullptr || call.bias != nullptr, multiplies = call.weight != nullptr;
     grads = arena.take<T>(packs ? width / C * stride : 0);
     patches = arena.take<T>(multiplies ? padded / C * stride : 0);
     tiles = arena.take<T>(multiplies ? tile_rows * tile_columns * kTileRows * kTile : 0);
     row = arena.take<T>(threads * (padded > width ? padded : width));
-    sums = arena.take<T>(threads * 2 * of.width);
-    bias = arena.take<double>(of.bias != nullptr ? width : 0);
+    sums = arena.take<T>(threads * 2 * call.width);
+    bias = arena.take<double>(call.bias != nullptr ? width : 0);
   }
 
   int64_t rows_at_a_time() const {
@@ -53,31 +53,34 @@ struct Backward {
   }
 
   // Number of the first entry of row r in the tokens.
-  int64_t token(int64_t b, int64_t k) const { return (b * (of.prefix_rows + of.kept) + of.prefix_rows + k) * of.width; }
+  int64_t token(int64_t b, int64_t k) const {
+    return (b * (call.prefix_rows + call.kept) + call.prefix_rows + k) * call.width;
+  }
 
   void pack(int64_t worker, int64_t first, int64_t begin, int64_t end) const {
     T* buffer = row + worker * (padded > width ? padded : width);
-    for (int64_t r = begin; of.weight != nullptr && r < begin + PatchPacker<T>::kAhead && r < end; ++r)
+    for (int64_t r = begin; call.weight != nullptr && r < begin + PatchPacker<T>::kAhead && r < end; ++r)
       packer.prefetch(first + r);
     for (int64_t r = begin; r < end; ++r) {
-      const bool kept = of.ids[first + r] >= 0;
-      for (int64_t k = kept ? of.width : 0; k < width; ++k) buffer[k] = 0;
-      if (kept) read_part(of.grad, of.type, token((first + r) / of.kept, (first + r) % of.kept), of.width, buffer);
+      const bool kept = call.ids[first + r] >= 0;
+      for (int64_t k = kept ? call.width : 0; k < width; ++k) buffer[k] = 0;
+      if (kept)
+        read_part(call.grad, call.type, token((first + r) / call.kept, (first + r) % call.kept), call.width, buffer);
       into_panels(buffer, width, stride, grads + r * C);
-      if (of.weight != nullptr) packer.row(first + r, first + end, stride, buffer, patches + r * C);
+      if (call.weight != nullptr) packer.row(first + r, first + end, stride, buffer, patches + r * C);
     }
   }
 
   // Adds `count` packed rows to one tile of dweight, and writes it after the last of them.
   void multiply(int64_t task, int64_t count, bool begins, bool ends) const {
     const int64_t o = task / tile_columns * kTileRows, f = task % tile_columns * kTile;
-    const int64_t height = of.width - o < kTileRows ? of.width - o : kTileRows;
+    const int64_t height = call.width - o < kTileRows ? call.width - o : kTileRows;
     const int64_t columns = features - f < kTile ? features - f : kTile;
     T* tile = tiles + task * kTileRows * kTile;
     for (int64_t k = 0; begins && k < kTileRows * kTile; ++k) tile[k] = 0;
     tile_gram(grads + o / C * stride, patches + f / C * stride, stride, height, columns, 0, count, false, tile);
     for (int64_t r = 0; ends && r < height; ++r)
-      write_part(tile + r * kTile, of.weight, of.type, (o + r) * features + f, columns);
+      write_part(tile + r * kTile, call.weight, call.type, (o + r) * features + f, columns);
   }
 
   void add_bias(int64_t panel, int64_t count, bool begins) const {
@@ -90,23 +93,23 @@ struct Backward {
   // Σ of one row of each image, `row_of(b)` or −1 for none, in the order of the images.
   template <typename Row>
   void sum_images(int64_t worker, Row&& row_of, void* out, int64_t index) const {
-    T *part = sums + worker * 2 * of.width, *total = part + of.width;
-    for (int64_t d = 0; d < 2 * of.width; ++d) part[d] = 0;
-    for (int64_t b = 0; b < of.batch; ++b) {
+    T *part = sums + worker * 2 * call.width, *total = part + call.width;
+    for (int64_t d = 0; d < 2 * call.width; ++d) part[d] = 0;
+    for (int64_t b = 0; b < call.batch; ++b) {
       const int64_t k = row_of(b);
-      if (k >= -of.prefix_rows) add_row(of.grad, of.type, token(b, k), of.width, part);
-      if ((b + 1) % kSumImages != 0 && b + 1 < of.batch) continue;
-      for (int64_t d = 0; d < of.width; ++d) {
+      if (k >= -call.prefix_rows) add_row(call.grad, call.type, token(b, k), call.width, part);
+      if ((b + 1) % kSumImages != 0 && b + 1 < call.batch) continue;
+      for (int64_t d = 0; d < call.width; ++d) {
         total[d] += part[d];
         part[d] = 0;
       }
     }
-    write_part(total, out, of.type, index * of.width, of.width);
+    write_part(total, out, call.type, index * call.width, call.width);
   }
 
   void run(const Parallel& parallel) const {
-    const int64_t products = of.weight != nullptr ? tile_rows * tile_columns : 0;
-    const int64_t panels = of.bias != nullptr ? width / C : 0;
+    const int64_t products = call.weight != nullptr ? tile_rows * tile_columns : 0;
+    const int64_t panels = call.bias != nullptr ? width / C : 0;
     for (int64_t first = 0; products + panels > 0 && first < rows; first += step) {
       const int64_t count = rows - first < step ? rows - first : step;
       each_task(parallel, (count + kPackedRows - 1) / kPackedRows, next, [&](int64_t worker, int64_t task) {
@@ -121,35 +124,36 @@ struct Backward {
       });
     }
     if (panels > 0) {
-      for (int64_t d = 0; d < of.width; ++d) sums[d] = rows > 0 ? static_cast<T>(bias[d]) : T(0);
-      write_part(sums, of.bias, of.type, 0, of.width);
+      for (int64_t d = 0; d < call.width; ++d) sums[d] = rows > 0 ? static_cast<T>(bias[d]) : T(0);
+      write_part(sums, call.bias, call.type, 0, call.width);
     }
-    const int64_t none = -of.prefix_rows - 1, length = patch_count(of.source.layout);
-    const int64_t positions = of.position != nullptr ? length : 0, prefixes = of.prefix != nullptr ? of.prefix_rows : 0;
+    const int64_t none = -call.prefix_rows - 1, length = patch_count(call.source.layout);
+    const int64_t positions = call.position != nullptr ? length : 0,
+                  prefixes = call.prefix != nullptr ? call.prefix_rows : 0;
     each_task(parallel, positions + prefixes, next, [&](int64_t worker, int64_t task) {
       if (task < positions)
         sum_images(
             worker,
             [&](int64_t b) {
-              const int64_t k = of.row_of_patch[b * length + task];
+              const int64_t k = call.row_of_patch[b * length + task];
               return k < 0 ? none : k;
             },
-            of.position, task);
+            call.position, task);
       else
-        sum_images(worker, [&](int64_t) { return task - positions - of.prefix_rows; }, of.prefix, task - positions);
+        sum_images(worker, [&](int64_t) { return task - positions - call.prefix_rows; }, call.prefix, task - positions);
     });
   }
 };
 
 }  // namespace
 
-#define SSLFAST_EMBED_PATCHES_BACKWARD_DEFINE(T)                                           \
-  int64_t embed_patches_backward(const Parallel& parallel, const EmbedPatchesBackward& of, \
-                                 const PixelScale<T>& affine, void* memory) {              \
-    Arena arena{static_cast<char*>(memory)};                                               \
-    const Backward<T> backward(of, affine, parallel.threads, arena);                       \
-    if (memory != nullptr) backward.run(parallel);                                         \
-    return arena.bytes;                                                                    \
+#define SSLFAST_EMBED_PATCHES_BACKWARD_DEFINE(T)                                             \
+  int64_t embed_patches_backward(const Parallel& parallel, const EmbedPatchesBackward& call, \
+                                 const PixelScale<T>& affine, void* memory) {                \
+    Arena arena{static_cast<char*>(memory)};                                                 \
+    const Backward<T> backward(call, affine, parallel.threads, arena);                       \
+    if (memory != nullptr) backward.run(parallel);                                           \
+    return arena.bytes;                                                                      \
   }
 SSLFAST_EMBED_PATCHES_BACKWARD_DEFINE(float)
 SSLFAST_EMBED_PATCHES_BACKWARD_DEFINE(double)
@@ -186,29 +190,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> embed_patches_backward_cpu(
   Tensor weight = wanted(0, d, patch_features(layout)), bias = wanted(1, d, -1);
   Tensor position = wanted(2, length, d), prefix = wanted(3, prefix_rows, d);
   if (from.batch * kept == 0 && weight.numel() > 0) torch::stable::zero_(weight);
-  const EmbedPatchesBackward of{patch_source(images, from),
-                                from.batch,
-                                kept,
-                                prefix_rows,
-                                d,
-                                const_data<int64_t>(ids),
-                                rows.data(),
-                                element_type(grad, "grad"),
-                                grad.const_data_ptr(),
-                                data_or_null(weight),
-                                data_or_null(bias),
-                                data_or_null(position),
-                                data_or_null(prefix)};
+  const EmbedPatchesBackward call{patch_source(images, from),
+                                  from.batch,
+                                  kept,
+                                  prefix_rows,
+                                  d,
+                                  const_data<int64_t>(ids),
+                                  rows.data(),
+                                  element_type(grad, "grad"),
+                                  grad.const_data_ptr(),
+                                  data_or_null(weight),
+                                  data_or_null(bias),
+                                  data_or_null(position),
+                                  data_or_null(prefix)};
   const Parallel parallel = torch_parallel();
   auto run = [&](auto accumulator) {
     const auto affine = pixel_scale_of<decltype(accumulator)>(mean, std, layout, images.scalar_type());
     with_scratch(grad,
-                 [&](void* memory) { return SSLFAST_CALL(embed_patches_backward, parallel, of, affine, memory); });
+                 [&](void* memory) { return SSLFAST_CALL(embed_patches_backward, parallel, call, affine, memory); });
   };
-  if (dtype == ScalarType::Double)
-    run(double{});
-  else
-    run(float{});
+  with_accumulator(call.type, run);
   return {weight, bias, position, prefix};
 }
 

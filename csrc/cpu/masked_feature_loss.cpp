@@ -76,6 +76,7 @@ SSLFAST_MASKED_FEATURE_LOSS_DEFINE(fp16)
 }  // namespace sslfast::SSLFAST_CPU_LEVEL
 
 #ifdef SSLFAST_CPU_DISPATCH
+#include "checks/masked_feature_loss.h"
 #include "cpu/engine/huge_pages.h"
 #include "cpu/engine/loss_rows.h"
 
@@ -102,18 +103,12 @@ struct Arguments {
         teacher(with_rows(teacher_any, "teacher")),
         ids(as_contiguous(ids_any)),
         scratch(pred) {
-    const int64_t images = teacher.size(0);
-    check_tensor(teacher, "teacher", {images, teacher.size(1), pred.size(2)}, teacher.scalar_type(), pred);
-    check_tensor(ids, "ids", {pred.size(0), pred.size(1)}, ScalarType::Long, pred);
-    SSLFAST_CHECK(images > 0 ? pred.size(0) % images == 0 : pred.size(0) == 0,
-                  "pred must have a whole number of masks of each image");
+    check_feature_loss(pred, teacher, ids, kind, beta);
     x.pred = rows_of(pred);
     x.teacher = rows_of(teacher);
     x.ids = const_data<int64_t>(ids);
     check_ids(x.ids, ids.numel(), teacher.size(1));
     x.teacher_type = dispatch_float(teacher, "teacher", [](auto element) { return kTypeNumber<decltype(element)>; });
-    SSLFAST_CHECK(kind >= kSquared && kind <= kSmooth, "kind must be 0, 1 or 2, got ", kind);
-    SSLFAST_CHECK(kind != kSmooth || beta > 0, "beta must be positive, got ", beta);
     x.loss = {static_cast<int>(kind), beta};
     x.layer_norm = layer_norm;
     x.eps = eps;
@@ -125,8 +120,8 @@ struct Arguments {
 
 Tensor masked_feature_loss_cpu(Tensor pred, Tensor teacher, Tensor ids, int64_t kind, double beta, bool layer_norm,
                                double eps) {
-  const Arguments given(pred, teacher, ids, kind, beta, layer_norm, eps);
-  const FeatureLoss& x = given.x;
+  const Arguments arguments(pred, teacher, ids, kind, beta, layer_norm, eps);
+  const FeatureLoss& x = arguments.x;
   Tensor loss = allocate(pred, {}, accumulator_type(pred));
   dispatch_float(pred, "pred", [&](auto element) {
     using T = decltype(element);
@@ -140,7 +135,7 @@ Tensor masked_feature_loss_cpu(Tensor pred, Tensor teacher, Tensor ids, int64_t 
 
 Tensor masked_feature_loss_backward_cpu(Tensor grad_loss, Tensor pred, Tensor teacher, Tensor ids, int64_t kind,
                                         double beta, bool layer_norm, double eps) {
-  const Arguments given(pred, teacher, ids, kind, beta, layer_norm, eps);
+  const Arguments arguments(pred, teacher, ids, kind, beta, layer_norm, eps);
   check_tensor(grad_loss, "grad_loss", {}, accumulator_type(pred), pred);
   Tensor dpred = allocate(pred, {pred.size(0), pred.size(1), pred.size(2)});
   advise_huge_pages(dpred.mutable_data_ptr(), dpred.numel() * static_cast<int64_t>(dpred.element_size()));
@@ -148,7 +143,7 @@ Tensor masked_feature_loss_backward_cpu(Tensor grad_loss, Tensor pred, Tensor te
     using T = decltype(element);
     using A = Accumulator<T>;
     const A scale = *const_data<A>(grad_loss) / static_cast<A>(pred.numel());
-    SSLFAST_CALL(masked_feature_loss_backward, torch_parallel(), given.x, scale, mutable_data<T>(dpred));
+    SSLFAST_CALL(masked_feature_loss_backward, torch_parallel(), arguments.x, scale, mutable_data<T>(dpred));
   });
   return dpred;
 }

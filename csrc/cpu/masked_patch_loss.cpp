@@ -178,24 +178,12 @@ SSLFAST_MASKED_PATCH_LOSS_DEFINE(fp16)
 #include <tuple>
 #include <vector>
 
+#include "checks/masked_patch_loss.h"
 #include "cpu/engine/huge_pages.h"
 #include "cpu/engine/loss_rows.h"
 
 namespace sslfast {
 namespace {
-
-TargetPixel pixel_type(const Tensor& images) {
-  switch (images.scalar_type()) {
-    case ScalarType::Byte: return kByte;
-    case ScalarType::Float: return kFloat;
-    case ScalarType::Double: return kDouble;
-    case ScalarType::BFloat16: return kBrain;
-    case ScalarType::Half: return kHalf;
-    default:
-      SSLFAST_CHECK(false, "images must be uint8, float32, float64, bfloat16 or float16, got ",
-                    torch::headeronly::toString(images.scalar_type()));
-  }
-}
 
 // Checked arguments, and what they point into.
 struct Arguments {
@@ -207,46 +195,34 @@ struct Arguments {
             int64_t kind, int64_t target, const std::vector<double>& mean_any, const std::vector<double>& std,
             bool channels_inner)
       : pred(with_rows(pred_any, "pred")), index(as_contiguous(index_any)), scratch(index) {
-    SSLFAST_CHECK(images.dim() == 5, "images must be [B, C, T, H, W], got ", images.dim(), " dimensions");
-    SSLFAST_CHECK(pred.dim() == 3, "pred must be [B, rows, values], got ", pred.dim(), " dimensions");
-    SSLFAST_CHECK(patch.size() == 3, "patch must have three numbers, got ", patch.size());
-    TargetImages& of = x.images;
-    of.data = images.const_data_ptr();
-    of.type = pixel_type(images);
-    of.channels = images.size(1);
-    int64_t count = 1;
+    const PatchLossShape shape = patch_loss_shape(images, pred, index, patch, kind, target, mean_any, std);
+    TargetImages& source = x.images;
+    source.data = images.const_data_ptr();
+    source.type = target_pixel(images);
+    source.channels = shape.channels;
     for (int d = 0; d < 3; ++d) {
-      SSLFAST_CHECK(patch[d] > 0 && images.size(2 + d) % patch[d] == 0, "patch must divide the image");
-      of.patch[d] = patch[d];
-      of.grid[d] = images.size(2 + d) / patch[d];
-      count *= of.grid[d];
+      source.patch[d] = patch[d];
+      source.grid[d] = shape.grid[d];
     }
-    for (int d = 0; d < 5; ++d) of.stride[d] = images.stride(d);
-    const int64_t rows = pred.size(1), width = of.channels * values_of(of);
-    const bool masked = index.scalar_type() == ScalarType::Bool;
-    check_tensor(pred, "pred", {images.size(0), masked ? count : rows, width}, pred.scalar_type(), images);
-    check_tensor(index, "index", {images.size(0), rows}, masked ? ScalarType::Bool : ScalarType::Long, images);
+    for (int d = 0; d < 5; ++d) source.stride[d] = images.stride(d);
+    const bool masked = shape.masked;
     x.pred = rows_of(pred);
     x.mask = masked ? static_cast<const uint8_t*>(index.const_data_ptr()) : nullptr;
     x.ids = masked ? nullptr : const_data<int64_t>(index);
-    if (!masked) check_ids(x.ids, index.numel(), count);
-    mean = mean_any.empty() ? std::vector<double>(of.channels, 0.0) : mean_any;
-    inv_std = std.empty() ? std::vector<double>(of.channels, 1.0) : std;
-    SSLFAST_CHECK(static_cast<int64_t>(mean.size()) == of.channels && inv_std.size() == mean.size(),
-                  "mean and std must have one number a channel");
+    if (!masked) check_ids(x.ids, index.numel(), shape.patches);
+    mean = mean_any.empty() ? std::vector<double>(shape.channels, 0.0) : mean_any;
+    inv_std = std.empty() ? std::vector<double>(shape.channels, 1.0) : std;
     if (!std.empty()) {
       for (double& s : inv_std) s = 1.0 / s;
     }
-    of.mean = mean.data();
-    of.inv_std = inv_std.data();
-    SSLFAST_CHECK(kind == kSquared || kind == kAbsolute, "kind must be 0 or 1, got ", kind);
-    SSLFAST_CHECK(target >= kPlain && target <= kChannelNorm, "target must be 0, 1 or 2, got ", target);
+    source.mean = mean.data();
+    source.inv_std = inv_std.data();
     x.loss = {static_cast<int>(kind), 1.0};
     x.target = static_cast<int>(target);
     x.eps = 1e-6;
     x.channels_inner = channels_inner;
     x.pieces = pieces_of(x.pred.rows);
-    scratch = allocate(pred, {2 * x.pieces * width}, accumulator_type(pred));
+    scratch = allocate(pred, {2 * x.pieces * x.pred.width}, accumulator_type(pred));
     x.scratch = static_cast<char*>(scratch.mutable_data_ptr());
   }
 };
@@ -254,8 +230,8 @@ struct Arguments {
 std::tuple<Tensor, Tensor> masked_patch_loss_cpu(Tensor images, Tensor pred, Tensor index, std::vector<int64_t> patch,
                                                  int64_t kind, int64_t target, std::vector<double> mean,
                                                  std::vector<double> std, bool channels_inner) {
-  const Arguments given(images, pred, index, patch, kind, target, mean, std, channels_inner);
-  const PatchLoss& x = given.x;
+  const Arguments arguments(images, pred, index, patch, kind, target, mean, std, channels_inner);
+  const PatchLoss& x = arguments.x;
   int64_t count = x.pred.rows;
   if (x.mask) count = std::count_if(x.mask, x.mask + x.pred.rows, [](uint8_t m) { return m != 0; });
   Tensor loss = allocate(pred, {}, accumulator_type(pred)), counted = torch::stable::empty_like(loss);
@@ -273,7 +249,7 @@ std::tuple<Tensor, Tensor> masked_patch_loss_cpu(Tensor images, Tensor pred, Ten
 Tensor masked_patch_loss_backward_cpu(Tensor grad_loss, Tensor images, Tensor pred, Tensor index, Tensor count,
                                       std::vector<int64_t> patch, int64_t kind, int64_t target,
                                       std::vector<double> mean, std::vector<double> std, bool channels_inner) {
-  const Arguments given(images, pred, index, patch, kind, target, mean, std, channels_inner);
+  const Arguments arguments(images, pred, index, patch, kind, target, mean, std, channels_inner);
   check_tensor(grad_loss, "grad_loss", {}, accumulator_type(pred), pred);
   check_tensor(count, "count", {}, accumulator_type(pred), pred);
   Tensor dpred = allocate(pred, {pred.size(0), pred.size(1), pred.size(2)});
@@ -282,7 +258,7 @@ Tensor masked_patch_loss_backward_cpu(Tensor grad_loss, Tensor images, Tensor pr
     using T = decltype(element);
     using A = Accumulator<T>;
     const A scale = *const_data<A>(grad_loss) / (*const_data<A>(count) * static_cast<A>(pred.size(2)));
-    SSLFAST_CALL(masked_patch_loss_backward, torch_parallel(), given.x, scale, mutable_data<T>(dpred));
+    SSLFAST_CALL(masked_patch_loss_backward, torch_parallel(), arguments.x, scale, mutable_data<T>(dpred));
   });
   return dpred;
 }

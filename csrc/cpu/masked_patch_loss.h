@@ -4,7 +4,6 @@
 
 namespace sslfast {
 
-enum TargetPixel : int { kByte, kFloat, kDouble, kBrain, kHalf };
 constexpr int64_t kPixelBytes[] = {1, 4, 8, 2, 2};
 
 // Images [B, C, T, H, W] of any strides (in elements), cut into patches; value = (pixel − mean[c]) · inv_std[c].

@@ -11,19 +11,16 @@ namespace sslfast {
 namespace SSLFAST_CPU_LEVEL {
 int64_t second_moment_workspace(const MomentInput& input, int64_t threads) {
   Arena arena{nullptr};
-  if (input.views[0].type == ElementType::f64)
-    Forward<double>(input, threads, arena);
-  else
-    Forward<float>(input, threads, arena);
+  with_accumulator(input.views[0].type, [&](auto t) { Forward<decltype(t)>(input, threads, arena); });
   return arena.bytes;
 }
 
 MomentSums second_moment_forward(const MomentInput& input, const MomentSaved& saved, void* memory,
                                  const Parallel& parallel) {
   Arena arena{static_cast<char*>(memory)};
-  if (input.views[0].type == ElementType::f64)
-    return Forward<double>(input, parallel.threads, arena).run(saved, parallel);
-  return Forward<float>(input, parallel.threads, arena).run(saved, parallel);
+  return with_accumulator(input.views[0].type, [&](auto t) {
+    return Forward<decltype(t)>(input, parallel.threads, arena).run(saved, parallel);
+  });
 }
 
 }  // namespace SSLFAST_CPU_LEVEL
@@ -74,20 +71,22 @@ struct MomentArguments {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> second_moment(const Tensor& a, const MaybeTensor& b,
                                                                          bool cross, bool center, int64_t scale,
                                                                          double eps, bool dual, bool keep) {
-  const MomentArguments given(a, b, cross, center, scale, eps, dual);
-  const MomentInput& input = given.input;
+  const MomentArguments arguments(a, b, cross, center, scale, eps, dual);
+  const MomentInput& input = arguments.input;
   const int64_t views = input.view_count(), matrices = input.matrix_count();
   const int64_t items = dual ? input.n : input.d;
-  Tensor off = given.empty({matrices}), diagonal = given.empty({matrices, input.d}), distance = given.empty({});
-  Tensor mean = given.empty({views, input.d}), factor = given.empty({views, input.d});
-  Tensor moments = keep ? given.large(given.empty({dual ? views : matrices, items, items})) : given.empty({0});
+  Tensor off = arguments.empty({matrices}), diagonal = arguments.empty({matrices, input.d}),
+         distance = arguments.empty({});
+  Tensor mean = arguments.empty({views, input.d}), factor = arguments.empty({views, input.d});
+  Tensor moments =
+      keep ? arguments.large(arguments.empty({dual ? views : matrices, items, items})) : arguments.empty({0});
   const MomentSaved saved{diagonal.mutable_data_ptr(), mean.mutable_data_ptr(), factor.mutable_data_ptr(),
                           data_or_null(moments)};
   const Parallel parallel = torch_parallel();
-  Tensor memory = scratch(given.a, SSLFAST_CALL(second_moment_workspace, input, parallel.threads));
+  Tensor memory = scratch(arguments.a, SSLFAST_CALL(second_moment_workspace, input, parallel.threads));
   const MomentSums sums = SSLFAST_CALL(second_moment_forward, input, saved, aligned(memory), parallel);
   for (int64_t m = 0; m < matrices; ++m) {
-    if (given.kind == ScalarType::Double)
+    if (arguments.kind == ScalarType::Double)
       mutable_data<double>(off)[m] = sums.off_diagonal[m];
     else
       mutable_data<float>(off)[m] = static_cast<float>(sums.off_diagonal[m]);
@@ -101,33 +100,35 @@ std::tuple<Tensor, Tensor> second_moment_backward(const Tensor& grad_off, const 
                                                   const Tensor& diagonal, const Tensor& mean, const Tensor& factor,
                                                   const Tensor& moments, bool cross, bool center, int64_t scale,
                                                   double eps, bool dual, bool need_a, bool need_b) {
-  const MomentArguments given(a, b, cross, center, scale, eps, dual);
-  const MomentInput& input = given.input;
+  const MomentArguments arguments(a, b, cross, center, scale, eps, dual);
+  const MomentInput& input = arguments.input;
   const int64_t views = input.view_count(), matrices = input.matrix_count(), items = dual ? input.n : input.d;
-  Tensor off = as_contiguous(grad_off), on = as_contiguous(grad_diagonal);
+  Tensor off = as_contiguous(grad_off), grad_entries = as_contiguous(grad_diagonal);
   Tensor sums = as_contiguous(diagonal), means = as_contiguous(mean);
   Tensor factors = as_contiguous(factor), kept = as_contiguous(moments);
-  check_tensor(off, "grad_off", {matrices}, given.kind, given.a);
-  check_tensor(on, "grad_diagonal", {matrices, input.d}, given.kind, given.a);
-  check_tensor(grad_distance, "grad_distance", {}, given.kind, given.a);
-  check_tensor(sums, "diagonal", {matrices, input.d}, given.kind, given.a);
-  check_tensor(means, "mean", {views, input.d}, given.kind, given.a);
-  check_tensor(factors, "factor", {views, input.d}, given.kind, given.a);
-  if (kept.numel() != 0) check_tensor(kept, "moments", {dual ? views : matrices, items, items}, given.kind, given.a);
+  check_tensor(off, "grad_off", {matrices}, arguments.kind, arguments.a);
+  check_tensor(grad_entries, "grad_diagonal", {matrices, input.d}, arguments.kind, arguments.a);
+  check_tensor(grad_distance, "grad_distance", {}, arguments.kind, arguments.a);
+  check_tensor(sums, "diagonal", {matrices, input.d}, arguments.kind, arguments.a);
+  check_tensor(means, "mean", {views, input.d}, arguments.kind, arguments.a);
+  check_tensor(factors, "factor", {views, input.d}, arguments.kind, arguments.a);
+  if (kept.numel() != 0)
+    check_tensor(kept, "moments", {dual ? views : matrices, items, items}, arguments.kind, arguments.a);
   auto output = [&](bool wanted) {
-    const ScalarType kind = given.a.scalar_type();
-    return wanted ? given.large(allocate(given.a, {input.n, input.d}, kind)) : allocate(given.a, {0}, kind);
+    const ScalarType kind = arguments.a.scalar_type();
+    return wanted ? arguments.large(allocate(arguments.a, {input.n, input.d}, kind)) : allocate(arguments.a, {0}, kind);
   };
   Tensor da = output(need_a), db = output(need_b && views == 2);
-  MomentGradient gradient{{0, 0}, scalar(grad_distance), on.const_data_ptr(), {data_or_null(da), data_or_null(db)}};
+  MomentGradient gradient{
+      {0, 0}, scalar(grad_distance), grad_entries.const_data_ptr(), {data_or_null(da), data_or_null(db)}};
   for (int64_t m = 0; m < matrices; ++m)
     gradient.off_diagonal[m] =
-        given.kind == ScalarType::Double ? const_data<double>(off)[m] : const_data<float>(off)[m];
+        arguments.kind == ScalarType::Double ? const_data<double>(off)[m] : const_data<float>(off)[m];
   const MomentSaved saved{sums.mutable_data_ptr(), means.mutable_data_ptr(), factors.mutable_data_ptr(),
                           data_or_null(kept)};
   const Parallel parallel = torch_parallel();
   const bool have = kept.numel() != 0;
-  Tensor memory = scratch(given.a, SSLFAST_CALL(second_moment_backward_workspace, input, have, parallel.threads));
+  Tensor memory = scratch(arguments.a, SSLFAST_CALL(second_moment_backward_workspace, input, have, parallel.threads));
   SSLFAST_CALL(second_moment_backward, input, saved, gradient, aligned(memory), parallel);
   return {da, db};
 }

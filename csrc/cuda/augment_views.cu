@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "torch_api.h"
+#include "checks/augment_views.h"
 #include "view_blur.h"
 #include "view_box.h"
 #include "view_colour.h"

@@ -1,7 +1,7 @@
 // The loss of predicted features on the GPU: a block of threads takes a teacher's row into shared memory and normalises
 // it there. Memory traffic is the bound: predictions and gathered rows are read once each way.
+#include "checks/masked_feature_loss.h"
 #include "target_rows.h"
-#include "torch_api.h"
 
 namespace sslfast {
 namespace {
@@ -48,20 +48,14 @@ struct Arguments {
   Arguments(const Tensor& pred_any, const Tensor& teacher_any, const Tensor& ids_any, int64_t kind, double beta,
             bool layer_norm, double eps)
       : pred(with_rows(pred_any, "pred")), teacher(with_rows(teacher_any, "teacher")), ids(as_contiguous(ids_any)) {
-    const int64_t images = teacher.size(0);
-    check_tensor(teacher, "teacher", {images, teacher.size(1), pred.size(2)}, teacher.scalar_type(), pred);
-    check_tensor(ids, "ids", {pred.size(0), pred.size(1)}, ScalarType::Long, pred);
-    SSLFAST_CHECK(images > 0 ? pred.size(0) % images == 0 : pred.size(0) == 0,
-                  "pred must have a whole number of masks of each image");
-    SSLFAST_CHECK(kind >= kSquared && kind <= kSmooth, "kind must be 0, 1 or 2, got ", kind);
-    SSLFAST_CHECK(kind != kSmooth || beta > 0, "beta must be positive, got ", beta);
+    check_feature_loss(pred, teacher, ids, kind, beta);
     dispatch_float(teacher, "teacher", [](auto) {});
     rows = rows_of(pred);
     point = {static_cast<int>(kind), beta};
     source = {teacher.const_data_ptr(),
               teacher.scalar_type(),
               rows.width,
-              images,
+              teacher.size(0),
               teacher.size(1),
               teacher.stride(0),
               teacher.stride(1),

@@ -3,19 +3,18 @@
 #include <tuple>
 #include <vector>
 
+#include "checks/masked_patch_loss.h"
 #include "target_rows.h"
-#include "torch_api.h"
 
 namespace sslfast {
 namespace {
 
-enum PixelType : int { kByte, kFloat, kDouble, kBrain, kHalf };
 constexpr int kMostNumbers = 64;  // channels that mean and std can be given for
 
 // Images [B, C, T, H, W] of any strides (in elements), cut into patches; value = (pixel − mean[c]) · inv_std[c].
 struct PatchSource {
   const void* data;
-  PixelType type;
+  TargetPixel type;
   int channels, patch[3], grid[3];
   int64_t stride[5];
   int64_t per_image;    // rows of predictions
@@ -66,19 +65,6 @@ struct PatchSource {
   }
 };
 
-PixelType pixel_type(const Tensor& images) {
-  switch (images.scalar_type()) {
-    case ScalarType::Byte: return kByte;
-    case ScalarType::Float: return kFloat;
-    case ScalarType::Double: return kDouble;
-    case ScalarType::BFloat16: return kBrain;
-    case ScalarType::Half: return kHalf;
-    default:
-      SSLFAST_CHECK(false, "images must be uint8, float32, float64, bfloat16 or float16, got ",
-                    torch::headeronly::toString(images.scalar_type()));
-  }
-}
-
 // Checked arguments, and what they point into.
 struct Arguments {
   Tensor pred, index;
@@ -90,27 +76,17 @@ struct Arguments {
             int64_t kind, int64_t target, const std::vector<double>& mean, const std::vector<double>& std,
             bool channels_inner)
       : pred(with_rows(pred_any, "pred")), index(as_contiguous(index_any)) {
-    SSLFAST_CHECK(images.dim() == 5, "images must be [B, C, T, H, W], got ", images.dim(), " dimensions");
-    SSLFAST_CHECK(patch.size() == 3, "patch must have three numbers, got ", patch.size());
-    const int64_t channels = images.size(1);
-    int64_t count = 1, width = channels;
+    const PatchLossShape shape = patch_loss_shape(images, pred, index, patch, kind, target, mean, std);
+    const bool masked = shape.masked;
     for (int d = 0; d < 3; ++d) {
-      SSLFAST_CHECK(patch[d] > 0 && images.size(2 + d) % patch[d] == 0, "patch must divide the image");
       source.patch[d] = static_cast<int>(patch[d]);
-      source.grid[d] = static_cast<int>(images.size(2 + d) / patch[d]);
-      count *= source.grid[d];
-      width *= patch[d];
+      source.grid[d] = static_cast<int>(shape.grid[d]);
     }
-    const bool masked = index.scalar_type() == ScalarType::Bool;
-    check_tensor(pred, "pred", {images.size(0), masked ? count : pred.size(1), width}, pred.scalar_type(), images);
-    check_tensor(index, "index", {images.size(0), pred.size(1)}, masked ? ScalarType::Bool : ScalarType::Long, images);
-    SSLFAST_CHECK(kind == kSquared || kind == kAbsolute, "kind must be 0 or 1, got ", kind);
-    SSLFAST_CHECK(target >= kPlain && target <= kChannelNorm, "target must be 0, 1 or 2, got ", target);
     rows = rows_of(pred);
     point = {static_cast<int>(kind), 1.0};
     source.data = images.const_data_ptr();
-    source.type = pixel_type(images);
-    source.channels = static_cast<int>(channels);
+    source.type = target_pixel(images);
+    source.channels = static_cast<int>(shape.channels);
     for (int d = 0; d < 5; ++d) source.stride[d] = images.stride(d);
     source.per_image = pred.size(1);
     source.mask = masked ? static_cast<const uint8_t*>(index.const_data_ptr()) : nullptr;
@@ -118,12 +94,10 @@ struct Arguments {
     source.target = static_cast<int>(target);
     source.channels_inner = channels_inner;
     source.scaled = !mean.empty() || !std.empty();
-    if (source.scaled) set_numbers(mean, std, static_cast<size_t>(channels));
+    if (source.scaled) set_numbers(mean, std, static_cast<size_t>(shape.channels));
   }
 
   void set_numbers(const std::vector<double>& mean, const std::vector<double>& std, size_t channels) {
-    SSLFAST_CHECK((mean.empty() || mean.size() == channels) && (std.empty() || std.size() == channels),
-                  "mean and std must have one number a channel");
     SSLFAST_CHECK(channels <= kMostNumbers, "mean and std must be of at most ", kMostNumbers, " channels");
     for (size_t c = 0; c < channels; ++c) {
       source.mean[c] = mean.empty() ? 0.0 : mean[c];

@@ -98,16 +98,15 @@ def _build(gxx: str, sanitizer: str | None, csrc: Path, out: Path) -> Path:
 
 def included(text: str, headers: dict[Path, str]) -> list[str]:
     """The headers of csrc that ``text`` includes, and those that these do, each once."""
-    found: dict[str, str] = {}
-    by_name = {path.name: content for path, content in headers.items()}
-    assert len(by_name) == len(headers), "two headers of one name"
+    found: dict[Path, str] = {}
     left = [text]
     while left:
-        for name in re.findall(r'^#include "(?:[\w.]+/)*([\w.]+)"', left.pop(), flags=re.MULTILINE):
-            if name in by_name and name not in found:
-                found[name] = by_name[name]
-                left.append(by_name[name])
-    return [found[name] for name in sorted(found)]
+        for name in re.findall(r'^#include "([\w./]+)"', left.pop(), flags=re.MULTILINE):
+            for path, content in headers.items():  # from csrc or from the folder that it stands in
+                if path not in found and path.as_posix().endswith(f"/{name}"):
+                    found[path] = content
+                    left.append(content)
+    return [found[path] for path in sorted(found)]
 
 
 def digest(*parts: str) -> str:

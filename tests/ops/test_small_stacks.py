@@ -19,5 +19,5 @@ def test_every_operation_in_a_small_thread() -> None:
     command = [sys.executable, "-m", "small_stacks"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    served = json.loads(done.stdout.splitlines()[-1])
-    assert served == sorted(op for op in ops.__all__ if "cpu" in getattr(ops, op).BACKENDS)
+    served = set(json.loads(done.stdout.splitlines()[-1]))
+    assert {op for op in ops.__all__ if "cpu" in getattr(ops, op).BACKENDS} <= served
