@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ._warn import warn_user
-
 from . import _library
+from ._warn import warn_user
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 GRADIENT_FORMS = ("streamed", "banded")

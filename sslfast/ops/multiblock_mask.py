@@ -10,7 +10,6 @@ import functools
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .. import _backends, _library, reference

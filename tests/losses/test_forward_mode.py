@@ -22,6 +22,7 @@ SEED, TOLERANCE = 7, 1e-8  # of float64, relative to the terms of the sum that i
 # Mixes dtypes as an autocast region makes them, or gives nothing that learns.
 WITHOUT = {
     "MemoryQueue",
+    "contrastive_diagnostics",
     "masking.gather_patches",
     *(name for name in CONTRASTIVE | DECORRELATION if name.endswith("autocast region")),
 }
