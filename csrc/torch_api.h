@@ -29,9 +29,9 @@ using torch::stable::Tensor;
 // An error for the caller unless `condition`; the rest are the parts of its message.
 #define SSLFAST_CHECK(condition, ...) STD_TORCH_CHECK(condition, "sslfast: ", __VA_ARGS__)
 
-// The stable ABI says that an allocation failed, but neither why nor how large it was. This says both in PyTorch's words,
-// by which tools that search for a batch size know them; sslfast/_library.py makes them a torch.OutOfMemoryError where
-// PyTorch does.
+// The stable ABI says that an allocation failed, but neither why nor how large it was. This says both in PyTorch's
+// words, by which tools that search for a batch size know them; sslfast/_library.py makes them a torch.OutOfMemoryError
+// where PyTorch does.
 [[noreturn]] inline void out_of_memory(torch::headeronly::IntHeaderOnlyArrayRef shape, size_t element_size) {
   uint64_t bytes = element_size;
   bool overflow = false;

@@ -1,5 +1,5 @@
-// What the gradients of second moments have in common in both forms: the columns' panels, the gradients of the diagonal,
-// and what a panel of columns takes beside its product.
+// What the gradients of second moments have in common in both forms: the columns' panels, the gradients of the
+// diagonal, and what a panel of columns takes beside its product.
 #pragma once
 #include "moment_products.h"
 
