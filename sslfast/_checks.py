@@ -75,6 +75,11 @@ def is_real(value: object) -> TypeGuard[float]:
     )
 
 
+def plain(number: float) -> float:
+    """A NumPy number as Python's, so that arithmetic with it is Python's too."""
+    return number.item() if isinstance(number, np.generic) else number
+
+
 def is_whole(value: object) -> TypeGuard[int]:
     """``value`` is a whole number by its type: Python's or NumPy's, but no truth value."""
     return isinstance(value, (int, np.integer, torch.SymInt)) and not isinstance(value, bool)
@@ -262,7 +267,7 @@ def scalar_tensor(name: str, value: float | Tensor, like: Tensor) -> Tensor:
             raise ValueError(f"{name} must be on the inputs' device {like.device}, got {value.device}")
         return value.reshape(()).to(kind)
     if is_real(value):
-        return torch.full((), value, dtype=kind, device=like.device)
+        return torch.full((), plain(value), dtype=kind, device=like.device)
     raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}")
 
 

@@ -152,8 +152,7 @@ def over_ranks(*learnt: str) -> Callable[[Loss], Loss]:
     """
 
     def decorate(loss: Loss) -> Loss:
-        signature = inspect.signature(loss)
-        names = tuple(signature.parameters)
+        names = tuple(inspect.signature(loss).parameters)
         scope_at = names.index("scope") if "scope" in names else None
         is_method = names[0] == "self"
 
@@ -168,14 +167,18 @@ def over_ranks(*learnt: str) -> Callable[[Loss], Loss]:
                 alone = getattr(scope, "ranks", None) is None
             if alone:
                 return loss(*args, **kwargs)
-            return _together(loss, signature.bind(*args, **kwargs).arguments, learnt)
+            return _together(loss, args, kwargs, learnt)
 
         return call  # type: ignore[return-value]
 
     return decorate
 
 
-def _together(loss: Callable[..., Any], arguments: dict[str, Any], learnt: tuple[str, ...]) -> Any:
+_signature = functools.lru_cache(inspect.signature)
+
+
+def _together(loss: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], learnt: tuple[str, ...]) -> Any:
+    arguments = _signature(loss).bind(*args, **kwargs).arguments
     before, outer = _exchanges(), getattr(_call, "learning", 0)
     try:
         if not (dist.is_available() and dist.is_initialized()):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import accumulator, check_matrix, check_same, without_autocast
+from .._checks import accumulator, check_matrix, check_same, is_real, without_autocast
 from ..ops.moment_losses import SCALES
 from ..ops.second_moment import FORMS, dual_is_cheaper
 from ..ops.types import SecondMoment
@@ -112,7 +112,7 @@ def _check(a: Tensor, b: Tensor | None, options: Options) -> None:
         value = getattr(options, name)
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    if not isinstance(options.eps, (int, float)) or not options.eps > 0:
+    if not is_real(options.eps) or not options.eps > 0:
         raise ValueError(f"eps must be a positive number, got {options.eps!r}")
 
 
@@ -124,7 +124,7 @@ def _agreed(ranks: Ranks, a: Tensor, b: Tensor | None, options: Options) -> tupl
         "scale": options.scale,
         "statistics": options.statistics,
         "form": options.form,
-        "eps": float(options.eps) if isinstance(options.eps, (int, float)) else 0.0,
+        "eps": float(options.eps) if is_real(options.eps) else 0.0,
         "whether a or b needs a gradient": torch.is_grad_enabled()
         and (a.requires_grad or (b is not None and b.requires_grad)),
     }

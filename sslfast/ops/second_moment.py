@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _native
-from .._checks import check_matrix, check_same
+from .._checks import check_matrix, check_same, is_real
 from ._second_moment_operators import by_reference
 from .moment_losses import PENALTIES, SCALES, Loss
 from .types import SecondMoment
@@ -104,7 +104,7 @@ def second_moment(
         raise ValueError(f"scale must be one of {', '.join(map(repr, SCALES))}, got {scale!r}")
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(map(repr, FORMS))}, got {form!r}")
-    if not isinstance(eps, (int, float)) or not eps > 0:
+    if not is_real(eps) or not eps > 0:
         raise ValueError(f"eps must be a positive number, got {eps!r}")
     backend = _backends.serve("second_moment", a, "triton", why_not)
     if backend == "reference":

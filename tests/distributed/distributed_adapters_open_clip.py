@@ -118,8 +118,10 @@ def open_clip_s_sig_lip(rank: int, world: int) -> None:
             close(f"{told}: value", mean_over_ranks(fast[0]), truth[0])
             global_gradients(told, fast, truth, rank, sizes)
             if sizes == EVEN[world]:
-                for mine_, own in zip(fast, found(loss, mine), strict=True):
-                    close(f"{told}: open_clip's own", mine_, own)
+                value, dx, dy, *numbers = found(loss, mine)
+                own = [value, dx, dy, *map(mean_over_ranks, numbers)]  # DDP averages the scale's and the bias's
+                for mine_, theirs in zip(fast, own, strict=True):
+                    close(f"{told}: open_clip's own", mine_, theirs)
 
 
 @case

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..._checks import accumulator, check_temperature, scalar_tensor, without_autocast
+from ..._checks import accumulator, check_temperature, plain, scalar_tensor, without_autocast
 from ...distributed.choose import scope_of
 from ...distributed.scope import Scope
 from .._inputs import check_gather
@@ -17,7 +17,7 @@ def inverse(temperature: float | Tensor, like: Tensor) -> Tensor:
     check_temperature(temperature, like.device)
     if isinstance(temperature, Tensor):
         return 1.0 / scalar_tensor("temperature", temperature, like)
-    return scalar_tensor("scale", 1.0 / temperature, like)
+    return scalar_tensor("scale", 1.0 / plain(temperature), like)
 
 
 def row_dots(a: Tensor, b: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._checks import check_integers, check_matrix
+from ..._checks import FLOATS, check_integers, check_matrix, readable
 from ...ops.l2_normalize import l2_normalize
 from ...ops.types import Pairs
 from .._inputs import check_fits, in_one_dtype
@@ -57,6 +57,19 @@ class Matches(NamedTuple):
     only: Tensor  # [M] the column of a row's positive if it has just one, else −1
 
 
+def class_ids(name: str, labels: Tensor, length: int, device: torch.device) -> Tensor:
+    """Labels [length] as int64, equal where they are equal: of floats their bits, those of float64."""
+    if isinstance(labels, Tensor) and labels.dtype in (*FLOATS, torch.bool):
+        if labels.is_floating_point():
+            if readable(labels) and bool(labels.isnan().any()):
+                raise ValueError(f"{name} must be no NaN, which equals no label, not even itself")
+            labels = (labels.detach().double() + 0.0).view(torch.int64)  # −0 + 0 is 0
+        else:
+            labels = labels.long()
+    check_integers(name, labels, length, device)
+    return labels.long().contiguous()
+
+
 def labelled_rows(
     z: Tensor,
     labels: Tensor,
@@ -67,8 +80,11 @@ def labelled_rows(
 ) -> LabelledRows:
     """The arguments that the losses over labelled pairs share, checked; without keys every row leaves itself out."""
     check_matrix("z", z)
-    check_integers("labels", labels, z.shape[0], z.device)
-    labels = labels.long().contiguous()
+    if isinstance(key_labels, Tensor) and isinstance(labels, Tensor) and key_labels.is_floating_point():
+        labels = labels.double()
+    elif isinstance(key_labels, Tensor) and isinstance(labels, Tensor) and labels.is_floating_point():
+        key_labels = key_labels.double()
+    labels = class_ids("labels", labels, z.shape[0], z.device)
     if keys is None:
         if key_labels is not None or own is not None:
             raise ValueError("key_labels and own belong to keys, and keys is None")
@@ -78,7 +94,7 @@ def labelled_rows(
     check_matrix("keys", keys)
     if key_labels is None:
         raise ValueError("keys need key_labels")
-    check_integers("key_labels", key_labels, keys.shape[0], z.device)
+    key_labels = class_ids("key_labels", key_labels, keys.shape[0], z.device)
     if own is not None:
         check_integers("own", own, z.shape[0], z.device)
         own = own.long()
@@ -87,4 +103,4 @@ def labelled_rows(
     check_fits("keys", second, "z", first)
     if normalize:
         first, second = l2_normalize(first), l2_normalize(second)
-    return LabelledRows(first, labels, second, key_labels.long().contiguous(), own)
+    return LabelledRows(first, labels, second, key_labels, own)

@@ -9,7 +9,7 @@ from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...distributed.scope import Scope
 from ...ops.types import Pairs, Want
-from .._inputs import check_gather, two_views
+from .._inputs import NORMALIZE, check_gather, expect_unit_rows, two_views
 from .diagnostics import Diagnosed, Diagnostics, diagnostics_of
 
 
@@ -70,6 +70,7 @@ def diagnosed_clip(
     diagnostics: bool = False,
 ) -> Diagnosed:
     images, texts = two_views("image_features", image_features, "text_features", text_features, normalize=False)
+    expect_unit_rows("clip", NORMALIZE, image_features=images, text_features=texts)
     scale = scalar_tensor("logit_scale", logit_scale, images)
     shard = scope.shard(images)
     pairs = Pairs(images, texts, scale, positives=shard.ids(images.device))

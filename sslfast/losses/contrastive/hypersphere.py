@@ -7,18 +7,19 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..._checks import accumulator, check_matrix, readable, scalar_tensor
+from ..._checks import accumulator, check_matrix, is_real, plain, readable, scalar_tensor
 from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...distributed.scope import Scope
 from ...ops.l2_normalize import l2_normalize
 from ...ops.types import Pairs
-from .._inputs import check_gather, two_views
+from .._inputs import check_gather, expect_unit_rows, two_views
 
 
-def _check_positive(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 < value < math.inf):
+def _positive(name: str, value: float) -> float:
+    if not is_real(value) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+    return plain(value)
 
 
 @over_ranks()
@@ -53,7 +54,9 @@ def alignment(
         1.0
     """
     x, y = two_views("x", x, "y", y, normalize)
-    _check_positive("alpha", alpha)
+    alpha = _positive("alpha", alpha)
+    if not normalize:
+        expect_unit_rows("alignment", "normalize=True", x=x, y=y)
     return _alignment(scope_of(gather_distributed), x, y, alpha)
 
 
@@ -98,7 +101,9 @@ def uniformity(
         -4.0
     """
     check_matrix("x", x)
-    _check_positive("t", t)
+    t = _positive("t", t)
+    if not normalize:
+        expect_unit_rows("uniformity", "normalize=True", x=x)
     return _uniformity(
         scope_of(gather_distributed, strategy), l2_normalize(x) if normalize else x, t, normalized=normalize
     )
@@ -166,8 +171,8 @@ def hypersphere(
         >>> round(sslfast.hypersphere(torch.eye(4), torch.eye(4)).item(), 4)
         -2.0
     """
-    _check_positive("t", t)
-    _check_positive("alpha", alpha)
+    t = _positive("t", t)
+    alpha = _positive("alpha", alpha)
     x, y = two_views("z_a", z_a, "z_b", z_b, normalize=True)
     scope = scope_of(gather_distributed, strategy)
     spread = _uniformity(scope, x, t, normalized=True) + _uniformity(scope, y, t, normalized=True)
@@ -207,8 +212,8 @@ class HypersphereLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_gather(gather_distributed, strategy)
-        _check_positive("t", t)
-        _check_positive("alpha", alpha)
+        t = _positive("t", t)
+        alpha = _positive("alpha", alpha)
         self.t = t
         self.lam = lam
         self.alpha = alpha

@@ -47,7 +47,7 @@ def pair_nt_xent(
 
     Args:
         z: [M, D] anchors; float32, float64, bfloat16 or float16.
-        labels: [M] integers, any.
+        labels: [M] classes, as integers, floats or truth values.
         keys, key_labels: [N, D] and [N]: what the anchors are contrasted with. Default: each other, and no row with
             itself. Without gradient if they want none (a memory).
         own: [M] integers, the key that an anchor itself stands in, which is no positive of its; −1 for none. Default:

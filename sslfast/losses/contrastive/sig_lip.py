@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ..._checks import scalar_tensor
 from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
-from .._inputs import check_gather, two_views
+from .._inputs import NORMALIZE, check_gather, expect_unit_rows, two_views
 
 
 @over_ranks("logit_scale", "logit_bias")
@@ -53,6 +53,7 @@ def sig_lip(
     image_features, text_features = two_views(
         "image_features", image_features, "text_features", text_features, normalize=False
     )
+    expect_unit_rows("sig_lip", NORMALIZE, image_features=image_features, text_features=text_features)
     scale = scalar_tensor("logit_scale", logit_scale, image_features)
     bias = scalar_tensor("logit_bias", 0.0 if logit_bias is None else logit_bias, image_features)
     scope = scope_of(gather_distributed, strategy)

@@ -7,13 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._checks import FLOATS, accumulator, check_integers, without_autocast
+from ..._checks import FLOATS, accumulator, is_real, without_autocast
 from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...distributed.scope import Scope, Shard
 from ...ops.l2_normalize import l2_normalize
 from ...ops.types import Pairs, SimilarityTerms, Want
+from .._inputs import expect_unit_rows
 from ._inputs import ContrastiveLoss, inverse
+from ._labels import class_ids
 from .diagnostics import Diagnosed, Diagnostics, diagnostics_of, with_diagnostics
 
 CONTRAST_MODES = ("all", "one")
@@ -107,7 +109,8 @@ def sup_con(
     Args:
         features: [B, V, D], V views of each of B samples (further dimensions are flattened into D); float32, float64,
             bfloat16 or float16. Used as they are, so normalised already, unless ``normalize``.
-        labels: [B] integers. ``None`` (without mask): each sample is its own class, which is SimCLR's loss.
+        labels: [B] classes, as integers, floats or truth values. ``None`` (without mask): each sample is its own class,
+            which is SimCLR's loss.
         mask: [B, B] in place of labels; sample j is a positive of sample i, to that weight, where ``mask[i, j]`` is not
             zero. Need not be symmetric. Over several ranks [B, sum of all B]. It is B² numbers itself, but nothing of
             the size (B·V)² is made from it.
@@ -151,7 +154,7 @@ class Options(NamedTuple):
 
     def check(self) -> None:
         base = self.base_temperature
-        if isinstance(base, bool) or not isinstance(base, (int, float)) or base == 0:
+        if not is_real(base) or base == 0:
             raise ValueError(f"base_temperature must be a number and not zero, got {base!r}")
         if self.contrast_mode not in CONTRAST_MODES:
             raise ValueError(f"contrast_mode must be 'all' or 'one', got {self.contrast_mode!r}")
@@ -177,11 +180,12 @@ def _sup_con(
     batch, views = features.shape[:2]
     device, kind = features.device, accumulator(features)
     if labels is not None:
-        check_integers("labels", labels, batch, device)
-        labels = labels.long()
+        labels = class_ids("labels", labels, batch, device)
     z = features.reshape(batch * views, -1)  # [B·V, D], the views of a sample together
     if options.normalize:
         z = l2_normalize(z)
+    else:
+        expect_unit_rows("sup_con", "normalize=True", features=z)
     scale = inverse(options.temperature, z)
     shard = scope.shard(features.flatten(1))
     if mask is not None:

@@ -32,7 +32,7 @@ def sup_con_keys(
 
     Args:
         z: [M, D] anchors; float32, float64, bfloat16 or float16.
-        labels: [M] integers, any.
+        labels: [M] classes, as integers, floats or truth values.
         keys, key_labels: [N, D] and [N]. Default: the anchors themselves, no row contrasted with itself. Without
             gradient if they want none.
         own: [M] integers, the key that an anchor itself stands in, which takes no part; −1 for none. Default: none.

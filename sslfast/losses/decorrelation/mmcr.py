@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import _library
-from ..._checks import FLOATS, accumulator, check_same, without_autocast
+from ..._checks import FLOATS, accumulator, check_same, is_real, plain, without_autocast
 from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from .._inputs import check_gather, in_one_dtype
@@ -139,11 +139,11 @@ def mmcr(online: Tensor, momentum: Tensor, lmda: float = 5e-3, *, gather_distrib
         else:
             c = scope.gather(c)
             gram = c @ c.T
-        return (lmda * shard.weight * spread_of_views - _root_trace(gram)).to(accumulator(first))
+        return (plain(lmda) * shard.weight * spread_of_views - _root_trace(gram)).to(accumulator(first))
 
 
 def _check_lmda(lmda: float) -> None:
-    if isinstance(lmda, bool) or not isinstance(lmda, (int, float)) or not 0 <= lmda < math.inf:
+    if not is_real(lmda) or not 0 <= lmda < math.inf:
         raise ValueError(f"lmda must be a finite number, zero or more, got {lmda!r}")
 
 

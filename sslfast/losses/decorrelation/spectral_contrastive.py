@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..._checks import accumulator
+from ..._checks import accumulator, is_real, plain
 from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...ops.moment_losses import Loss
@@ -49,6 +49,7 @@ def spectral_contrastive(
         -2.0
     """
     _check_mu(mu)
+    mu = None if mu is None else plain(mu)
     z_a, z_b = two_views("z_a", z_a, "z_b", z_b, normalize=False)
     scope = scope_of(gather_distributed)
     n = scope.shard(z_a).total
@@ -71,7 +72,7 @@ def spectral_contrastive(
 def _check_mu(mu: float | None) -> None:
     if mu is None:
         return
-    if isinstance(mu, bool) or not isinstance(mu, (int, float)) or not 0 < mu < math.inf:
+    if not is_real(mu) or not 0 < mu < math.inf:
         raise ValueError(f"mu must be a positive finite number or None, got {mu!r}")
 
 

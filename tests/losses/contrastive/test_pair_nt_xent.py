@@ -199,7 +199,7 @@ def test_anchors_that_are_right_to_the_last_bit_leave_the_mean():
 def test_arguments(loss):
     z, labels = torch.randn(4, 3), torch.arange(4)
     for arguments, options, error, words in [
-        ((z, labels.float()), {}, TypeError, "labels must hold integers"),
+        ((z, labels.to(torch.complex64)), {}, TypeError, "labels must hold integers"),
         ((z, labels[:3]), {}, ValueError, "labels must have shape"),
         ((z, labels, z), {}, ValueError, "keys need key_labels"),
         ((z, labels), {"own": labels}, ValueError, "belong to keys"),
