@@ -6,11 +6,8 @@ import contextlib
 import math
 import operator
 import os
-import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -18,9 +15,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ._warn import warn_user
+
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Folders of files whose lines are not the caller's.
-PACKAGES = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
 _warned: set[str] = set()
 
 
@@ -62,10 +59,7 @@ def warn_once(message: str) -> None:
     if message in _warned or (worker is not None and worker.id > 0):
         return
     _warned.add(message)
-    level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGES):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)
+    warn_user(message)
 
 
 def is_real(value: object) -> TypeGuard[float]:
