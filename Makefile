@@ -16,12 +16,13 @@ BUILT := build/.editable
 CPP   := $(wildcard csrc/*.h $(foreach folder,csrc/* csrc/cpu/engine,$(addprefix $(folder)/,*.h *.cpp *.cu)))
 EMULATOR := $(wildcard $(addprefix tests/cuda_emulator/,*.h *.cpp *.cu include/*.h))
 
-.PHONY: help demo test triton-versions lint docs serve-docs sanitize sanitize-cuda bench readme gpu clean
+.PHONY: help demo check test triton-versions lint docs serve-docs sanitize sanitize-cuda bench readme gpu clean
 
 help:
 	@echo "make demo   train on real images, fused beside plain; table, picture and JSON in out/demo"
 	@echo "            (METHOD=simclr, barlow, vicreg or mae; DATA=digits, DATA=fashion-mnist or DATA=<folder of images>;"
 	@echo "            RANKS=2 on two processes, all but mae)"
+	@echo "make check  the inner loop: build in place and run the quick tests, in two minutes"
 	@echo "make test   build in place and run every test (JOBS=0 in one process)"
 	@echo "make triton-versions  every Triton kernel ahead of time, for every GPU, by other versions of Triton too"
 	@echo "make lint   ruff, clang-format, line lengths of code and of prose, mypy"
@@ -48,6 +49,9 @@ $(BUILT): $(READY) setup.py pyproject.toml $(CPP)
 RUN := $(if $(filter 1,$(RANKS)),$(BIN)/python,$(BIN)/torchrun --nproc-per-node $(RANKS))
 demo: $(BUILT)
 	$(RUN) -m examples.pretrain --method $(METHOD) --data $(DATA) --output out/demo
+
+check: $(BUILT) $(PEERS)
+	$(BIN)/python -m pytest -n $(JOBS) --quick
 
 test: $(BUILT) $(PEERS) $(DOCS) $(OTHER_TRITONS)
 	$(BIN)/python -m sslfast

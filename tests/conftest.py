@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import random
 import re
@@ -121,11 +122,77 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(2, cores() // processes)))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "the inner loop: two cases of each test that is neither long nor compiles, interprets or starts a process"
+    parser.addoption("--quick", action="store_true", help=text)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not HAS_GPU:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    if config.getoption("quick"):
+        kept = quick(items, last_seconds(config))
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
+
+
+LONG = 1.0  # seconds, for a test of the inner loop
+SECONDS = "sslfast/seconds"  # in pytest's cache: of every test that took longer when it last ran
+
+
+def quick(items: list[pytest.Item], seconds: dict[str, float]) -> set[pytest.Item]:
+    """The first and the last case of every test that is neither heavy nor was long when it last ran."""
+    cases: dict[str, list[pytest.Item]] = collections.defaultdict(list)
+    for item in items:
+        marked = {"slow", "gpu"} & {mark.name for mark in item.iter_markers()}
+        if not marked and not is_heavy(item) and seconds.get(item.nodeid, 0.0) <= LONG:
+            cases[item.nodeid.partition("[")[0]].append(item)
+    return {item for several in cases.values() for item in (several[0], several[-1])}
+
+
+# What a test of the inner loop does without: other processes, compilers, Triton's interpreter.
+HEAVY = ("subprocess", "run_with(", "run_at_level(", "compile_all(", "torch.compile(", "opcheck(", '"triton"')
+
+
+def is_heavy(item: pytest.Item) -> bool:
+    """By the words in the test, in its file's fixtures, and in the functions of that file which they call."""
+    module = getattr(item, "module", None)
+    names = (getattr(item, "originalname", ""), *getattr(item, "fixturenames", ()))
+    found = any(word in written(module, name) for name in names for word in HEAVY)
+    return found or "triton" in item.nodeid or shared_by(item.nodeid) is not None
+
+
+@functools.cache
+def written(module: Any, name: str) -> str:
+    """The source of a function of a test's file, and of the functions of that file which it names."""
+    function = inspect.unwrap(getattr(module, name, None) or (lambda: None))
+    function = getattr(function, "_get_wrapped_function", lambda: function)()  # of a fixture
+    if getattr(function, "__module__", None) != getattr(module, "__name__", ""):
+        return ""
+    others = [n for n in function.__code__.co_names if n != name and inspect.isfunction(getattr(module, n, None))]
+    return "".join([inspect.getsource(function), *(written(module, n) for n in others)])
+
+
+def last_seconds(config: pytest.Config) -> dict[str, float]:
+    cache = getattr(config, "cache", None)
+    return {} if cache is None else dict(cache.get(SECONDS, {}))
+
+
+_seconds: dict[str, float] = {}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _seconds[report.nodeid] = _seconds.get(report.nodeid, 0.0) + report.duration
+
+
+def remember_seconds(config: pytest.Config) -> None:
+    """What took long is left out of the next quick run; what no longer does comes back."""
+    cache = getattr(config, "cache", None)
+    if cache is not None and _seconds:
+        known = {test: took for test, took in last_seconds(config).items() if test not in _seconds}
+        cache.set(SECONDS, known | {test: round(took, 1) for test, took in _seconds.items() if took > LONG})
 
 
 @pytest.fixture(autouse=True)
@@ -148,7 +215,9 @@ def launches(request: pytest.FixtureRequest) -> Iterator[None]:
 def is_full_run(config: pytest.Config) -> bool:
     """All of tests/ was selected: no -k, -m, --lf, --deselect, --ignore, single file or single test."""
     options = config.option
-    narrowed = options.keyword or options.markexpr or options.collectonly or getattr(options, "lf", False)
+    narrowed = (
+        options.keyword or options.markexpr or options.collectonly or getattr(options, "lf", False) or options.quick
+    )
     left_out = options.deselect or options.ignore or options.ignore_glob
     whole = {TESTS.resolve(), TESTS.parent.resolve()}
     paths = [(config.invocation_params.dir / argument).resolve() for argument in config.args]
@@ -164,7 +233,9 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     config = session.config
     if hasattr(config, "workeroutput"):  # one of several processes: the first one adds up and judges
         config.workeroutput["ran"] = [(*pair, calls) for pair, calls in _ran.items()]
-    elif exitstatus == pytest.ExitCode.OK and is_full_run(config) and missing_pairs():
+        return
+    remember_seconds(config)
+    if exitstatus == pytest.ExitCode.OK and is_full_run(config) and missing_pairs():
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

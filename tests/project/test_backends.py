@@ -128,3 +128,11 @@ def test_full_run_is_red_when_a_pair_never_ran(leave_out: str, status: int, tmp_
     assert (f"no test ran: {missing}" in full.stdout) == (status == 1), full.stdout
     one_file = [*command, str(folder / "test_pairs.py")]
     assert subprocess.run(one_file, env=environment, capture_output=True, timeout=300).returncode == 0
+
+
+def test_the_inner_loop_takes_two_cases_of_what_is_quick(request: pytest.FixtureRequest) -> None:
+    mine = [item for item in request.session.items if item.path == Path(__file__)]
+    kept = conftest.quick(mine, {})
+    assert {item.originalname for item in kept} >= {"test_use_backend_forces_and_restores"}
+    assert not {"test_environment_variable_forces_a_backend"} & {item.originalname for item in kept}  # a process
+    assert request.node in kept and request.node not in conftest.quick(mine, {request.node.nodeid: 60.0})
