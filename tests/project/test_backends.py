@@ -130,9 +130,16 @@ def test_full_run_is_red_when_a_pair_never_ran(leave_out: str, status: int, tmp_
     assert subprocess.run(one_file, env=environment, capture_output=True, timeout=300).returncode == 0
 
 
-def test_the_inner_loop_takes_two_cases_of_what_is_quick(request: pytest.FixtureRequest) -> None:
-    mine = [item for item in request.session.items if item.path == Path(__file__)]
-    kept = conftest.quick(mine, {})
-    assert {item.originalname for item in kept} >= {"test_use_backend_forces_and_restores"}
-    assert not {"test_environment_variable_forces_a_backend"} & {item.originalname for item in kept}  # a process
-    assert request.node in kept and request.node not in conftest.quick(mine, {request.node.nodeid: 60.0})
+def test_the_inner_loop_takes_two_cases_of_what_is_quick() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "--quick", "-p", "no:cacheprovider", __file__]
+    kept = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
+    assert "test_use_backend_forces_and_restores" in kept
+    assert "test_forced_backend_that_cannot_serve_is_an_error[triton" not in kept
+    assert "test_environment_variable_forces_a_backend" not in kept  # by its function run_python: a process
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_two_cases_are_kept_and_what_was_long_is_left_out(case: int, request: pytest.FixtureRequest) -> None:
+    mine = request.node
+    assert conftest.quick([mine], {}) == {mine} and len(conftest.quick([mine, mine, mine], {})) == 1
+    assert conftest.quick([mine], {mine.nodeid: 60.0}) == set()
