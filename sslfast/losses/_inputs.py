@@ -17,27 +17,31 @@ from ..distributed.scope import check_strategy
 from ..ops.l2_normalize import l2_normalize
 
 NORMALIZE = "torch.nn.functional.normalize(x, dim=1)"
-_warned: set[str] = set()
+LOOKS = 8  # calls of a loss whose rows are looked at: a script that does not normalise does not from the first step on
+_looks: dict[str, int] = {}
 
 
 def expect_unit_rows(call: str, remedy: str, **rows: Tensor) -> None:
     """Warn, once for each loss, where most rows of a matrix are far from norm 1: the loss takes them as they are.
 
-    A few rows are looked at, and only where that waits for no device. Unit rows in 16 bits are within 2⁻⁸ of norm 1;
-    rows of zeros and of NaN say nothing.
+    A few rows of the first calls are looked at, and only where that waits for no device. Unit rows in 16 bits are
+    within 2⁻⁸ of norm 1; rows of zeros and of NaN say nothing.
     """
+    looks = _looks.get(call, 0)
+    if looks == LOOKS or not all(readable(x) for x in rows.values()):
+        return
+    _looks[call] = looks + 1
     for name, x in rows.items():
-        if call in _warned or not readable(x):
-            return
         squares = x[:64].detach().to(accumulator(x)).square().sum(1)
         far = ((squares - 1).abs() > 0.1) & (squares > 0)
         if 2 * int(far.sum()) > len(squares):
-            _warned.add(call)
+            _looks[call] = LOOKS
             least, most = squares.aminmax()
             warn_user(
                 f"sslfast.{call}: {name} should have rows of norm 1, and theirs are {least.sqrt():.3g} to "
                 f"{most.sqrt():.3g}: normalise them first ({remedy}), unless this is meant"
             )
+            return
 
 
 def check_fits(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
