@@ -1,7 +1,8 @@
 """Masks of patches and of words, and what is computed from the kept or the masked ones alone."""
 
 from . import compat as compat
-from .block_masks import PatchMasks, beit_masks, block_masks, dinov2_masks, dinov3_masks, ibot_masks
+from .block_masks import beit_masks, block_masks, ibot_masks
+from .dino_masks import PatchMasks, dinov2_masks, dinov3_masks
 from .masks import Masks
 from .multiblock import MultiBlockMasks, multiblock_masks
 from .patches import embed_patches, gather_patches, patchify, scatter_patches, unpatchify

@@ -15,7 +15,6 @@ import sslfast
 from augment_common import BACKENDS, KERNELS, device_of
 from sslfast import _native, masking, reference
 from sslfast.masking import Masks
-from sslfast.ops.partition_mask import partition_mask
 from sslfast.ops.random_mask import random_mask
 
 pytestmark = pytest.mark.sanitize
@@ -199,8 +198,6 @@ def test_operators_check_what_they_are_given() -> None:
     ]:
         with pytest.raises(RuntimeError, match=message):
             op(*arguments, True, 0, 0, 0)
-    with pytest.raises(RuntimeError, match="kept must be between 0 and 4, got 5"):
-        torch.ops.sslfast.partition_mask(torch.zeros(2, 4, dtype=torch.bool), 5)
     with pytest.raises(ValueError, match="at most 2\\^18 units"):
         _native.host.random_mask(ids.numpy(), [1, 2**10, 2**10], 1, [1, 1, 1], None, True, 0, 0, 0)
 
@@ -260,8 +257,6 @@ def test_torch_citizen(backend: str) -> None:
     for arguments in [(ids, None, [2, 3, 4], [1, 3, 2], 2, True), (ids, noise, [1, 2, 3], [1, 1, 1], 2, False)]:
         op = torch.ops.sslfast.random_mask.default
         torch.library.opcheck(op, (*arguments, -1, 2**32 - 1, 3), test_utils=tests)
-    mask = masking.random_masks(ids, 24).mask
-    torch.library.opcheck(torch.ops.sslfast.partition_mask.default, (mask, 6), test_utils=tests)
 
     def function(ids: Tensor) -> tuple[Tensor, Tensor]:
         masks = Masks.from_mask(masking.random_masks(ids, (4, 6), seed=7).mask, 6)
@@ -270,15 +265,6 @@ def test_torch_citizen(backend: str) -> None:
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     with sslfast.use_backend(backend):
         same(compiled(ids), function(ids))
-
-
-@pytest.mark.gpu
-def test_a_mask_of_other_counts_stays_in_bounds() -> None:
-    """On CUDA nothing is checked: ids that are missing are −1, what is too much is left out."""
-    mask = torch.tensor([[0, 1, 0, 0], [1, 1, 1, 1], [0, 0, 1, 1]], dtype=torch.bool, device="cuda")
-    keep, masked, restore = (a.cpu().tolist() for a in partition_mask(mask, 2))
-    assert keep == [[0, 2], [-1, -1], [0, 1]] and masked == [[1, -1], [0, 1], [2, 3]]
-    assert restore[2] == [0, 1, 2, 3] and all(0 <= i < 4 for row in restore for i in row)
 
 
 def test_reference_shares_no_code_with_the_kernels() -> None:
