@@ -78,6 +78,25 @@ def test_what_is_public_exists_and_has_an_example(module: ModuleType) -> None:
     assert missing == []
 
 
+def test_the_install_lines_are_the_same_and_leave_nothing_out() -> None:
+    """``--no-deps`` keeps pip from replacing PyTorch, so what else is needed, and what builds, is named before it."""
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    needed = {
+        re.split(r"[<>=]", name)[0]
+        for lists in re.findall(r"^(?:requires|dependencies) = \[([^\]]*)\]", text, re.MULTILINE)
+        for name in re.findall(r'"([^"]+)"', lists)
+    } - {"torch"}
+    assert {"numpy", "pybind11", "ninja", "setuptools"} <= needed
+    found = {}
+    for page in (ROOT / "README.md", DOCS / "getting-started.md", DOCS / "slow.md"):
+        found[page.name] = re.findall(r"^(python -m pip install .*)$", page.read_text("utf-8"), re.MULTILINE)[:2]
+    first, second = found["README.md"]
+    assert all(lines == [first, second] for lines in found.values()), found
+    assert second.endswith("--no-deps .")
+    named = {re.split(r"[<>=]", word.strip('"'))[0] for word in first.split()[4:]}
+    assert needed <= named
+
+
 # ------------------------------------------------------------------------------------------------------------ the links
 
 
