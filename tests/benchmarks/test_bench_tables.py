@@ -75,7 +75,8 @@ def front_rows(command: str = "python -m benchmarks adapters nt_xent") -> list[r
     for loss, n, d in front.CHOSEN:
         case = harness.Case("adapters", {"package": "lightly 1.6.0", "loss": loss, "N": n, "D": d})
         for provider, factor in (("unpatched", 12.0), ("sslfast", 1.0)):
-            made.report.rows.append(made._row(case, provider, "time_ms", [100.0 * factor] * 5, 0.5, 12.0 / factor))
+            # The median of the rounds' ratios is another number than the ratio of the medians, which the table shows.
+            made.report.rows.append(made._row(case, provider, "time_ms", [100.0 * factor] * 5, 0.5, 7.0 / factor))
             made.report.rows.append(made._row(case, provider, "peak_mib", [8.0 * factor], None, None))
     found = [{key: str(value) for key, value in row.items()} for row in made.report.rows] + sweep_rows()
     return [{**row, "command": command} for row in found]
