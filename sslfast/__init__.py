@@ -26,6 +26,7 @@ from .losses.contrastive.info_nce import (
     smoothed_info_nce as smoothed_info_nce,
     symmetric_info_nce as symmetric_info_nce,
 )
+from .losses.contrastive.labelled_nt_xent import labelled_nt_xent as labelled_nt_xent
 from .losses.contrastive.memory_queue import MemoryQueue as MemoryQueue
 from .losses.contrastive.moco import MoCoLoss as MoCoLoss, MoCoV3Loss as MoCoV3Loss, moco as moco, moco_v3 as moco_v3
 from .losses.contrastive.nt_xent import NTXentLoss as NTXentLoss, nt_xent as nt_xent

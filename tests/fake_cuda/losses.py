@@ -97,6 +97,7 @@ CONTRASTIVE: dict[str, Case] = {
     "sup_con_keys/keys": lambda x: sslfast.sup_con_keys(
         x.z(), x.labels(), x.fixed(40, D), x.labels(40), own=x.ids(N), temperature=x.number(0.1)
     ),
+    "labelled_nt_xent": lambda x: sslfast.labelled_nt_xent(x.z(), x.labels()),
     "pair_nt_xent": lambda x: sslfast.pair_nt_xent(x.z(), x.labels()),
     "multiple_negatives_ranking": _function(sslfast.multiple_negatives_ranking),
     "multiple_negatives_ranking/all directions": lambda x: sslfast.multiple_negatives_ranking(

@@ -185,6 +185,7 @@ CONTRASTIVE = [
     Loss("sup_con", ("sup_con",), _sup_con),
     Loss("sup_con, mask", ("sup_con",), _sup_con_mask),
     Loss("sup_con_keys", ("sup_con_keys",), _labelled(sslfast.sup_con_keys)),
+    Loss("labelled_nt_xent", ("labelled_nt_xent",), _labelled(sslfast.labelled_nt_xent)),
     Loss("pair_nt_xent", ("pair_nt_xent",), _labelled(sslfast.pair_nt_xent), waits="the labels are sorted on the host"),
     Loss(
         "group_nt_xent",
