@@ -49,6 +49,15 @@ def kept_on_device(function: Function) -> Function:
     return constants  # type: ignore[return-value]
 
 
+Gradients = tuple[Tensor | None, ...]  # what a backward returns: one for each of its operator's inputs
+
+
+def gradients(inputs: Sequence[str], **found: Tensor | None) -> Gradients:
+    """Gradients by the names of an operator's inputs, in their order; ``None`` for the inputs without one."""
+    assert found.keys() <= set(inputs), (found.keys(), inputs)
+    return tuple(found.get(name) for name in inputs)
+
+
 @contextlib.contextmanager
 def on_the_host() -> Iterator[None]:
     """PyTorch's operators give real numbers on the CPU: where all tensors are fake, and whatever the default device."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from .._checks import check_integers, check_keys
 from ..ops.similarity_logsigmoid import similarity_logsigmoid
 from ..ops.similarity_lse import terms_of
-from ..ops.types import ROW_LSE, Pairs, SecondMoment, SimilarityTerms, Want
+from ..ops.types import ROW_LSE, MomentOptions, Pairs, SecondMoment, SimilarityTerms, Want
 from . import moments
 from .agreement import sizes_of
 from .collectives import Ranks, gather_rows, parts_of_mine, total
@@ -39,8 +41,8 @@ class GatherScope(Scope):
         self.ranks = ranks
 
     @torch.compiler.disable(reason=NOT_TRACED)
-    def shard(self, x: Tensor) -> Shard:
-        sizes = sizes_of(self.ranks, "shard", x, {})
+    def shard(self, x: Tensor, traits: Mapping[str, int] | None = None) -> Shard:
+        sizes = sizes_of(self.ranks, "shard", x, traits or {})
         rank = self.ranks.rank
         return Shard(local=sizes[rank], offset=sum(sizes[:rank]), total=sum(sizes), sizes=sizes)
 
@@ -71,19 +73,8 @@ class GatherScope(Scope):
         return similarity_logsigmoid(q, k, scale, bias, row_ids=row_ids, col_ids=col_ids)
 
     @torch.compiler.disable(reason=NOT_TRACED)
-    def second_moment(
-        self,
-        a: Tensor,
-        b: Tensor | None = None,
-        *,
-        cross: bool = False,
-        center: bool = True,
-        scale: str = "none",
-        eps: float = 1e-5,
-        statistics: str = "global",
-        form: str = "auto",
-    ) -> SecondMoment:
-        return moments.second_moment(self.ranks, a, b, moments.Options(cross, center, scale, eps, statistics, form))
+    def moment(self, a: Tensor, b: Tensor | None, options: MomentOptions) -> SecondMoment:
+        return moments.second_moment(self.ranks, a, b, options)
 
     @torch.compiler.disable(reason=NOT_TRACED)
     def gather(self, x: Tensor) -> Tensor:

@@ -16,27 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import accumulator, check_matrix, check_same, is_real, without_autocast
-from ..ops.moment_losses import SCALES
-from ..ops.second_moment import FORMS, dual_is_cheaper
-from ..ops.types import SecondMoment
+from .._checks import accumulator, is_real, without_autocast
+from ..ops.types import MomentOptions, SecondMoment
 from .agreement import named, sizes_of
 from .collectives import Ranks, recorded, total
-from .scope import STATISTICS
 
 
-class Options(NamedTuple):
-    """The arguments of ``Scope.second_moment`` beside the batches."""
-
-    cross: bool
-    center: bool
-    scale: str
-    eps: float
-    statistics: str
-    form: str
-
-
-def second_moment(ranks: Ranks, a: Tensor, b: Tensor | None, options: Options) -> SecondMoment:
+def second_moment(ranks: Ranks, a: Tensor, b: Tensor | None, options: MomentOptions) -> SecondMoment:
     """``GatherScope.second_moment``; a collective. Twice differentiable, then with M [D, D] on every rank.
 
     Raises:
@@ -54,7 +40,7 @@ def second_moment(ranks: Ranks, a: Tensor, b: Tensor | None, options: Options) -
         distance = (x[0] - x[1]).square().sum() if pair else x.new_zeros(())
         sums = total(torch.cat([diagonal.flatten(), distance.reshape(1)]), ranks)
         diagonal, distance = sums[:-1].view_as(diagonal), sums[-1]
-        dual = dual_is_cheaper(sum(sizes), a.shape[1]) if options.form == "auto" else options.form == "dual"
+        dual = options.is_dual(sum(sizes), a.shape[1])
         if not dual:
             off = recorded(_Primal, z, ranks, options.cross)
         elif options.statistics == "global":  # rows travel in the inputs' dtype, and are standardised where they arrive
@@ -76,7 +62,7 @@ class _Columns(NamedTuple):
         return x if self.deviation is None else x / self.deviation
 
 
-def _standardised(x: Tensor, sizes: tuple[int, ...], ranks: Ranks, options: Options) -> tuple[Tensor, _Columns]:
+def _standardised(x: Tensor, sizes: tuple[int, ...], ranks: Ranks, options: MomentOptions) -> tuple[Tensor, _Columns]:
     """The columns of ``x`` [V, n, D] centred and scaled, by sums over all ranks' rows or over this rank's."""
     everywhere = options.statistics == "global"
     rows = sum(sizes) if everywhere else x.shape[1]
@@ -101,22 +87,7 @@ def _standardised(x: Tensor, sizes: tuple[int, ...], ranks: Ranks, options: Opti
 # ---------------------------------------------------------------------------------------------- what the ranks agree on
 
 
-def _check(a: Tensor, b: Tensor | None, options: Options) -> None:
-    check_matrix("a", a)
-    if b is not None:
-        check_matrix("b", b)
-        check_same("a", a, "b", b)
-    elif options.cross:
-        raise ValueError("cross=True needs b: the moments between two batches")
-    for name, allowed in (("scale", SCALES), ("statistics", STATISTICS), ("form", FORMS)):
-        value = getattr(options, name)
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    if not is_real(options.eps) or not options.eps > 0:
-        raise ValueError(f"eps must be a positive number, got {options.eps!r}")
-
-
-def _agreed(ranks: Ranks, a: Tensor, b: Tensor | None, options: Options) -> tuple[int, ...]:
+def _agreed(ranks: Ranks, a: Tensor, b: Tensor | None, options: MomentOptions) -> tuple[int, ...]:
     """The ranks' numbers of rows, once all options are known to be the same."""
     traits = {
         "the batches": "one" if b is None else "cross" if options.cross else "pair",
@@ -128,7 +99,7 @@ def _agreed(ranks: Ranks, a: Tensor, b: Tensor | None, options: Options) -> tupl
         "whether a or b needs a gradient": torch.is_grad_enabled()
         and (a.requires_grad or (b is not None and b.requires_grad)),
     }
-    sizes = sizes_of(ranks, "second_moment", a, traits, lambda: _check(a, b, options))
+    sizes = sizes_of(ranks, "second_moment", a, traits, lambda: options.check(a, b))
     single = [rank for rank, rows in enumerate(sizes) if rows == 1]
     if options.statistics == "local" and options.center and single:
         raise ValueError(

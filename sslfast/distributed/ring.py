@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backends
+from .. import _backends, _library
 from .._checks import scalar_tensor
 from ..ops.similarity_logsigmoid import why_not as why_not_logsigmoid
 from ..ops.similarity_lse import why_not as why_not_lse
@@ -120,19 +120,6 @@ class _RowGradients:
         return [part for part in (found.k, found.bias) if part is not None]
 
 
-class _TermGradients(NamedTuple):
-    """With respect to the inputs of :class:`_RingTerms`."""
-
-    q: Tensor | None = None
-    k: Tensor | None = None
-    scale: Tensor | None = None
-    bias: Tensor | None = None
-    row_ids: None = None
-    col_ids: None = None
-    positives: None = None
-    plan: None = None
-
-
 class _RingTerms(torch.autograd.Function):
     """Row LSE, column LSE, the positives' logits and the hardest negatives' logits; ``None`` where not asked for.
 
@@ -172,7 +159,7 @@ class _RingTerms(torch.autograd.Function):
             dq = mine.q.to(pairs.q.dtype) if need_q and mine.q is not None else None
         learning = (pairs.q, pairs.k, pairs.scale, pairs.bias)
         dq, dk, dscale, dbias = _once((dq, dk, mine.scale if need_scale else None, dbias), learning)
-        return _TermGradients(dq, dk, dscale, dbias)
+        return _library.gradients((*Pairs._fields, "plan"), q=dq, k=dk, scale=dscale, bias=dbias)
 
 
 def _add(earlier: list[Tensor], latest: list[Tensor]) -> list[Tensor]:

@@ -6,19 +6,19 @@ local columns) against the rows of the whole scope, and gradients reach the rows
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from ..ops.second_moment import second_moment
+from ..ops.second_moment import moment_of
 from ..ops.similarity_logsigmoid import similarity_logsigmoid
 from ..ops.similarity_lse import terms_of
-from ..ops.types import ROW_LSE, Pairs, SecondMoment, SimilarityTerms, Want
+from ..ops.types import ROW_LSE, MomentOptions, Pairs, SecondMoment, SimilarityTerms, Want
 
 STRATEGIES = ("gather", "ring")
-STATISTICS = ("global", "local")
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,11 @@ class Scope:
         0.3408
     """
 
-    def shard(self, x: Tensor) -> Shard:
-        """The place of the local rows ``x`` [n, D] in the global batch."""
+    def shard(self, x: Tensor, traits: Mapping[str, int] | None = None) -> Shard:
+        """The place of the local rows ``x`` [n, D] in the global batch.
+
+        ``traits``: numbers that must be the same on every rank, by the words that an error uses.
+        """
         n = x.shape[0]
         return Shard(local=n, offset=0, total=n, sizes=(n,))
 
@@ -126,9 +129,12 @@ class Scope:
         (``"local"``; the moments are still summed over all). ``form``: "auto", "primal" or "dual", over ranks also
         what travels: M or the rows.
         """
-        if statistics not in STATISTICS:
-            raise ValueError(f"statistics must be one of {', '.join(map(repr, STATISTICS))}, got {statistics!r}")
-        return second_moment(a, b, cross=cross, center=center, scale=scale, eps=eps, form=form)
+        return self.moment(a, b, MomentOptions(cross, center, scale, eps, form, statistics))
+
+    def moment(self, a: Tensor, b: Tensor | None, options: MomentOptions) -> SecondMoment:
+        """:meth:`second_moment`, its options as one argument."""
+        options.check(a, b)
+        return moment_of(a, b, options)
 
     def gather(self, x: Tensor) -> Tensor:
         """The rows ``x`` [n, ...] of all ranks, in rank order; the gradient of each row is summed over the ranks."""

@@ -14,25 +14,23 @@ from torch import Tensor
 
 from .. import _library, reference
 from .._checks import accumulator, without_autocast
-from .moment_losses import PENALTIES, SCALES, Loss, weighted
-from .types import SecondMoment
+from .moment_losses import PENALTIES, Loss, weighted
+from .types import SCALES, MomentOptions, SecondMoment
 
 
-def by_reference(a: Tensor, b: Tensor | None, cross: bool, center: bool, scale: str, eps: float) -> SecondMoment:
+def by_reference(a: Tensor, b: Tensor | None, options: MomentOptions) -> SecondMoment:
     """The reference with the kernels' precision: sums of 16-bit inputs are float32, also inside an autocast region."""
     kind = accumulator(a)
+    cross, center, scale, eps, *_ = options
     with without_autocast(a):
         wide = None if b is None else b.to(kind)
-        return SecondMoment(
-            *reference.second_moment(a.to(kind), wide, cross=cross, center=center, scale=scale, eps=eps)
-        )
+        found = reference.second_moment(a.to(kind), wide, cross=cross, center=center, scale=scale, eps=eps)
+    return SecondMoment(*found)
 
 
-def loss_by_reference(
-    a: Tensor, b: Tensor | None, cross: bool, center: bool, scale: str, eps: float, loss: Loss
-) -> Tensor:
+def loss_by_reference(a: Tensor, b: Tensor | None, options: MomentOptions, loss: Loss) -> Tensor:
     """The loss of :func:`by_reference`'s sums."""
-    moment = by_reference(a, b, cross, center, scale, eps)
+    moment = by_reference(a, b, options)
     kind = accumulator(a)
     with without_autocast(a):
         wide = [x.to(kind) for x in (a, b) if x is not None]
@@ -78,28 +76,11 @@ def _fake(
     )
 
 
-def _backward_fake(
-    grad_off: Tensor,
-    grad_diagonal: Tensor,
-    grad_distance: Tensor,
-    a: Tensor,
-    b: Tensor | None,
-    diagonal: Tensor,
-    mean: Tensor,
-    factor: Tensor,
-    moments: Tensor,
-    cross: bool,
-    center: bool,
-    scale: int,
-    eps: float,
-    dual: bool,
-    need_a: bool,
-    need_b: bool,
-) -> tuple[Tensor, Tensor]:
-    return (
-        a.new_empty(a.shape if need_a else (0,)),
-        a.new_empty(a.shape if need_b else (0,)),
-    )
+def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Gradients of three outputs, then a and b; last, which of the two is needed."""
+    a = arguments[3]
+    da, db = (a.new_empty(a.shape if need else (0,)) for need in arguments[-2:])
+    return da, db
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -117,7 +98,7 @@ def _backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad[:2]
 
     def function(a: Tensor, b: Tensor | None) -> SecondMoment:
-        return by_reference(a, b, cross, center, SCALES[scale], eps)
+        return by_reference(a, b, MomentOptions(cross, center, SCALES[scale], eps))
 
     grads = _second_order(function, a, b, needed, given[:3])
     if grads is None:
@@ -199,31 +180,11 @@ def _triton_fake(
     return (*(a.new_empty(shape, dtype=torch.float32) for shape in sums), *kept)
 
 
-def _triton_backward_fake(
-    grad_loss: Tensor | None,
-    grad_off: Tensor | None,
-    grad_diagonal: Tensor | None,
-    grad_distance: Tensor | None,
-    a: Tensor,
-    b: Tensor | None,
-    diagonal: Tensor,
-    stats: Tensor,
-    hat: Tensor,
-    operand: Tensor,
-    trace: Tensor,
-    cross: bool,
-    center: bool,
-    scale: int,
-    eps: float,
-    dual: bool,
-    penalty: int,
-    floor: float,
-    weights: Sequence[float],
-    need_a: bool,
-    need_b: bool,
-) -> tuple[Tensor, Tensor]:
+def _triton_backward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Gradients of four outputs, then a and b; last, which of the two is needed."""
+    a, b = arguments[4:6]
     like = aligned(a, b)[0]
-    da, db = (torch.empty_like(like) if need else a.new_empty(0) for need in (need_a, need_b))
+    da, db = (torch.empty_like(like) if need else a.new_empty(0) for need in arguments[-2:])
     return da, db
 
 
@@ -241,10 +202,10 @@ def _triton_backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ..
     needed = ctx.needs_input_grad[:2]
 
     def function(a: Tensor, b: Tensor | None) -> tuple[Tensor, ...]:
-        shared = cross, center, SCALES[scale], eps
+        options = MomentOptions(cross, center, SCALES[scale], eps)
         off, distance, columns = weights
         loss = Loss(off, distance, columns, PENALTIES[penalty], floor)
-        return loss_by_reference(a, b, *shared, loss), *by_reference(a, b, *shared)
+        return loss_by_reference(a, b, options, loss), *by_reference(a, b, options)
 
     grads = _second_order(function, a, b, needed, given[:4])
     if grads is None:

@@ -55,21 +55,6 @@ class Statistics(NamedTuple):
     tiles: Tensor
 
 
-class Gradients(NamedTuple):
-    """With respect to :class:`Inputs`; of the attended mean's inputs and of one set of rows: the first of these."""
-
-    q: Tensor | None = None
-    k: Tensor | None = None
-    scale: Tensor | None = None
-    bias: Tensor | None = None
-    row_ids: None = None
-    col_ids: None = None
-    positives: None = None
-    columns: None = None
-    hardest: None = None
-    tile_cache: None = None
-
-
 def like(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty(shape, dtype=accumulator(x))
 
@@ -172,11 +157,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward_with(name: str) -> Any:
-    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
+    def backward(ctx: Any, *grads: Tensor | None) -> _library.Gradients:
         row, col, positive, *_ = grads
         incoming = _Incoming(row, col if ctx.columns else None, positive if ctx.positives else None)
         if not incoming.present:
-            return Gradients()
+            return _library.gradients(Inputs._fields)
         *pairs_saved, row_max, row_sum, col_max, col_sum, tiles = ctx.saved_tensors
         pairs = Pairs(*pairs_saved)
         need_q, need_k, need_scale, need_bias, *_ = ctx.needs_input_grad
@@ -188,13 +173,14 @@ def _backward_with(name: str) -> Any:
 
             needed = (need_q, need_k, need_scale, need_bias)
             dq, dk, dscale, dbias = _second_order(pairs_of, learning, needed, incoming)
-            return Gradients(dq, dk, dscale, dbias)
+            return _library.gradients(Inputs._fields, q=dq, k=dk, scale=dscale, bias=dbias)
         # dscale comes from q·dq (or k·dk), so one of the two is needed for it.
         form_q = need_q or (need_scale and not need_k)
         statistics = Statistics(row_max, row_sum, col_max, col_sum, tiles)
         operator = getattr(torch.ops.sslfast, f"{name}_backward")
         dq, dk, dscale, dbias = operator(*incoming, *pairs, *statistics, form_q, need_k, need_bias)
-        return Gradients(
+        return _library.gradients(
+            Inputs._fields,
             q=dq.to(pairs.q.dtype) if need_q else None,
             k=dk.to(pairs.columns.dtype) if need_k else None,
             scale=dscale if need_scale else None,
@@ -216,17 +202,6 @@ class SelfInputs(NamedTuple):
     positives: Tensor | None
     hardest: bool
     tile_cache: int
-
-
-class SelfGradients(NamedTuple):
-    """With respect to :class:`SelfInputs`."""
-
-    z: Tensor | None = None
-    scale: Tensor | None = None
-    ids: None = None
-    positives: None = None
-    hardest: None = None
-    tile_cache: None = None
 
 
 def _self_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -253,11 +228,11 @@ def _self_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 
 def _self_backward_with(name: str) -> Any:
-    def backward(ctx: Any, *grads: Tensor | None) -> SelfGradients:
+    def backward(ctx: Any, *grads: Tensor | None) -> _library.Gradients:
         row, positive, *_ = grads
         incoming = _Incoming(row, None, positive if ctx.positives else None)
         if not incoming.present:
-            return SelfGradients()
+            return _library.gradients(SelfInputs._fields)
         z, scale, ids, positives, *statistics = ctx.saved_tensors
         if _wants_graph(*incoming, z, scale):
 
@@ -266,10 +241,10 @@ def _self_backward_with(name: str) -> Any:
 
             need_z, need_scale, *_ = ctx.needs_input_grad
             dz, dscale = _second_order(pairs_of, (z, scale), (need_z, need_scale), incoming)
-            return SelfGradients(dz, dscale)
+            return _library.gradients(SelfInputs._fields, z=dz, scale=dscale)
         operator = getattr(torch.ops.sslfast, f"{name}_backward")
         dz, dscale = operator(incoming.row, incoming.positive, z, scale, ids, positives, *statistics)
-        return SelfGradients(z=dz.to(z.dtype), scale=dscale)
+        return _library.gradients(SelfInputs._fields, z=dz.to(z.dtype), scale=dscale)
 
     return backward
 
@@ -277,15 +252,7 @@ def _self_backward_with(name: str) -> Any:
 # --------------------------------------------------------------------------------------------------- only q learns
 
 
-class AttendGradients(NamedTuple):
-    """With respect to q, k, scale, bias and ids; only q and the scale learn."""
-
-    q: Tensor | None = None
-    k: None = None
-    scale: Tensor | None = None
-    bias: None = None
-    row_ids: None = None
-    col_ids: None = None
+ATTEND_INPUTS = ("q", "k", "scale", "bias", "row_ids", "col_ids")  # only q and the scale learn
 
 
 def _attend_fake(q: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -303,9 +270,9 @@ def _attend_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
     ctx.set_materialize_grads(False)
 
 
-def _attend_backward(ctx: Any, grad_row: Tensor | None, _: Tensor | None) -> AttendGradients:
+def _attend_backward(ctx: Any, grad_row: Tensor | None, _: Tensor | None) -> _library.Gradients:
     if grad_row is None:
-        return AttendGradients()
+        return _library.gradients(ATTEND_INPUTS)
     q, scale, bias, row_ids, col_ids, attended = ctx.saved_tensors
     need_q, _, need_scale, *_ = ctx.needs_input_grad
     if _wants_graph(grad_row, q, scale):
@@ -318,9 +285,10 @@ def _attend_backward(ctx: Any, grad_row: Tensor | None, _: Tensor | None) -> Att
 
         incoming = _Incoming(grad_row, None, None)
         dq, dscale = _second_order(pairs_of, (q, scale), (need_q, need_scale), incoming)
-        return AttendGradients(q=dq, scale=dscale)
+        return _library.gradients(ATTEND_INPUTS, q=dq, scale=dscale)
     weighted = grad_row[:, None] * attended  # [M, D]
-    return AttendGradients(
+    return _library.gradients(
+        ATTEND_INPUTS,
         q=(scale * weighted).to(q.dtype) if need_q else None,
         scale=(q * weighted).sum().to(scale.dtype) if need_scale else None,
     )

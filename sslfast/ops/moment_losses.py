@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .types import SecondMoment
 
-SCALES = ("none", "variance", "norm")
 PENALTIES = ("none", "identity", "hinge", "trace")
 
 

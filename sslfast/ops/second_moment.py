@@ -17,13 +17,11 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _native
-from .._checks import check_matrix, check_same, is_real
 from ._second_moment_operators import by_reference
-from .moment_losses import PENALTIES, SCALES, Loss
-from .types import SecondMoment
+from .moment_losses import PENALTIES, Loss
+from .types import SCALES, MomentOptions, SecondMoment
 
 BACKENDS = ("cpu", "triton", "reference")
-FORMS = ("auto", "primal", "dual")
 # Primal form: at most so many numbers of M stay in memory from forward to backward (44 MiB in float32); beyond them
 # its tiles are computed again.
 KEPT = 11 << 20
@@ -39,16 +37,6 @@ def why_not(backend: str, a: Tensor) -> str | None:
             return "the Triton kernel takes float32, bfloat16 and float16, not float64"
         return _native.why_no_triton(a.device)
     return f"second_moment has no {backend} implementation"
-
-
-def dual_is_cheaper(n: int, d: int) -> bool:
-    """The cost model of ``form="auto"``: N × N Gram matrices where the batch is clearly smaller than the width.
-
-    Both forms do 3·N·D·min(N, D) operations a batch, so the border is at N = D. It is drawn a little before, because
-    the dual form subtracts Σ M_ii² from ‖M‖²: M has rank at most N, so of a matrix whose diagonal is even at least
-    1 − N/D of ‖M‖² is left.
-    """
-    return 10 * n <= 9 * d
 
 
 def second_moment(
@@ -94,31 +82,26 @@ def second_moment(
         >>> moment.off_diagonal.tolist(), moment.diagonal.tolist()
         ([18.0], [[3.0, 3.0]])
     """
-    check_matrix("a", a)
-    if b is not None:
-        check_matrix("b", b)
-        check_same("a", a, "b", b)
-    elif cross:
-        raise ValueError("cross=True needs b: the moments between two batches")
-    if scale not in SCALES:
-        raise ValueError(f"scale must be one of {', '.join(map(repr, SCALES))}, got {scale!r}")
-    if form not in FORMS:
-        raise ValueError(f"form must be one of {', '.join(map(repr, FORMS))}, got {form!r}")
-    if not is_real(eps) or not eps > 0:
-        raise ValueError(f"eps must be a positive number, got {eps!r}")
+    options = MomentOptions(cross, center, scale, eps, form)
+    options.check(a, b)
+    return moment_of(a, b, options)
+
+
+def moment_of(a: Tensor, b: Tensor | None, options: MomentOptions) -> SecondMoment:
+    """:func:`second_moment` of arguments that have been checked."""
     backend = _backends.serve("second_moment", a, "triton", why_not)
     if backend == "reference":
-        return by_reference(a, b, cross, center, scale, eps)
+        return by_reference(a, b, options)
     if backend == "triton":
-        return SecondMoment(*_triton(a, b, cross, center, scale, eps, form, _NO_LOSS)[1:4])
-    dual = _is_dual(a, form)
-    keep = _learns(a, b) and (dual or _fits(a, b, cross))
-    operator = torch.ops.sslfast.second_moment
-    return SecondMoment(*operator(a, b, cross, center, SCALES.index(scale), eps, dual, keep)[:3])
+        return SecondMoment(*_triton(a, b, options, _NO_LOSS)[1:4])
+    dual = options.is_dual(*a.shape)
+    keep = _learns(a, b) and (dual or _fits(a, b, options.cross))
+    return SecondMoment(*torch.ops.sslfast.second_moment(a, b, *_numbers(options), dual, keep)[:3])
 
 
-def _is_dual(a: Tensor, form: str) -> bool:
-    return dual_is_cheaper(*a.shape) if form == "auto" else form == "dual"
+def _numbers(options: MomentOptions) -> tuple[bool, bool, int, float]:
+    """As the operators take them."""
+    return options.cross, options.center, SCALES.index(options.scale), options.eps
 
 
 def _learns(a: Tensor, b: Tensor | None) -> bool:
@@ -130,33 +113,20 @@ def _fits(a: Tensor, b: Tensor | None, cross: bool) -> bool:
     return (1 if b is None or cross else 2) * a.shape[1] ** 2 <= KEPT
 
 
-def _triton(
-    a: Tensor, b: Tensor | None, cross: bool, center: bool, scale: str, eps: float, form: str, loss: Loss
-) -> tuple[Tensor, ...]:
-    dual = _is_dual(a, form)
-    weights = [loss.off, loss.distance, loss.columns]
-    options = cross, center, SCALES.index(scale), eps, dual, PENALTIES.index(loss.penalty), loss.floor, weights
-    outputs: tuple[Tensor, ...] = torch.ops.sslfast.second_moment_triton(
-        a, b, *options, dual or _fits(a, b, cross), _learns(a, b)
-    )
+def _triton(a: Tensor, b: Tensor | None, options: MomentOptions, loss: Loss) -> tuple[Tensor, ...]:
+    dual = options.is_dual(*a.shape)
+    penalty = PENALTIES.index(loss.penalty), loss.floor, [loss.off, loss.distance, loss.columns]
+    whole = dual or _fits(a, b, options.cross)
+    operator = torch.ops.sslfast.second_moment_triton
+    outputs: tuple[Tensor, ...] = operator(a, b, *_numbers(options), dual, *penalty, whole, _learns(a, b))
     return outputs
 
 
-def moment_loss(
-    a: Tensor,
-    b: Tensor | None,
-    loss: Loss,
-    *,
-    cross: bool = False,
-    center: bool = True,
-    scale: str = "none",
-    eps: float = 1e-5,
-    form: str = "auto",
-) -> Tensor | None:
+def moment_loss(a: Tensor, b: Tensor | None, loss: Loss, options: MomentOptions) -> Tensor | None:
     """A weighted sum of :func:`second_moment`'s sums and of a penalty, in the launches of the sums alone.
 
-    The arguments, which are not checked again, are those of :func:`second_moment`; ``None`` where no such kernel
-    serves them: then it is for the caller to add up :func:`second_moment`'s sums.
+    The arguments are not checked again. ``None`` where no such kernel serves them: then it is for the caller to add up
+    :func:`second_moment`'s sums.
     """
     backend = _backends.serve("second_moment", a, "triton", why_not)
-    return _triton(a, b, cross, center, scale, eps, form, loss)[0] if backend == "triton" else None
+    return _triton(a, b, options, loss)[0] if backend == "triton" else None

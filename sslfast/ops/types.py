@@ -7,7 +7,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import accumulator, check_integers, check_keys, check_matrix, readable, scalar_tensor
+from .._checks import (
+    accumulator,
+    check_integers,
+    check_keys,
+    check_matrix,
+    check_same,
+    is_real,
+    readable,
+    scalar_tensor,
+)
+
+SCALES = ("none", "variance", "norm")
+FORMS = ("auto", "primal", "dual")
+STATISTICS = ("global", "local")
 
 
 class Pairs(NamedTuple):
@@ -128,6 +141,64 @@ class SimilarityTerms(NamedTuple):
     col_lse: Tensor | None
     positive: Tensor | None
     hardest: Tensor | None
+
+
+class MomentOptions(NamedTuple):
+    """What :func:`sslfast.second_moment` is asked for, beside the batches.
+
+    Attributes:
+        cross: the moments between a and b instead of those of each.
+        center: columns lose their mean first.
+        scale: "none", "variance" or "norm": what columns are divided by.
+        eps: lower bound of that.
+        form: "auto", "primal" or "dual".
+        statistics: over several ranks, whose rows give means and scales: "global" or "local". Of one process the same.
+    """
+
+    cross: bool = False
+    center: bool = True
+    scale: str = "none"
+    eps: float = 1e-5
+    form: str = "auto"
+    statistics: str = "global"
+
+    def check(self, a: Tensor, b: Tensor | None) -> None:
+        """These options, and batches a user gave.
+
+        Raises:
+            TypeError: dtypes are not floating point, or differ.
+            ValueError: not matrices of one shape, on one device; ``cross`` without ``b``; an option is not among those
+                named; ``eps`` is not positive.
+        """
+        check_matrix("a", a)
+        if b is not None:
+            check_matrix("b", b)
+            check_same("a", a, "b", b)
+        elif self.cross:
+            raise ValueError("cross=True needs b: the moments between two batches")
+        for name, value, allowed in (
+            ("scale", self.scale, SCALES),
+            ("statistics", self.statistics, STATISTICS),
+            ("form", self.form, FORMS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        if not is_real(self.eps) or not self.eps > 0:
+            raise ValueError(f"eps must be a positive number, got {self.eps!r}")
+
+    def is_dual(self, rows: int, features: int) -> bool:
+        """Whether Gram matrices are computed: where asked for, or cheaper."""
+        return dual_is_cheaper(rows, features) if self.form == "auto" else self.form == "dual"
+
+
+def dual_is_cheaper(n: int, d: int) -> bool:
+    """The cost model of ``form="auto"``: N × N Gram matrices where the batch is clearly smaller than the width.
+
+    Both forms do 3·N·D·min(N, D) operations a batch, so the border is at N = D. It is drawn a little before, because
+    the dual form subtracts Σ M_ii² from ‖M‖²: M has rank at most N, so of a matrix whose diagonal is even at least
+    1 − N/D of ‖M‖² is left.
+    """
+    return 10 * n <= 9 * d
 
 
 class SecondMoment(NamedTuple):

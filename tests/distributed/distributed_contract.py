@@ -27,6 +27,7 @@ from distributed_common import (
     sig_lip,
     value_and_gradients,
 )
+from sslfast import sup_con
 from sslfast.distributed import Scope, scope_of
 from sslfast.distributed.collectives import Ranks
 
@@ -123,6 +124,22 @@ def ranks_that_disagree_all_raise(rank: int, world: int) -> None:
     raises(ValueError, f"the call: gather on {others}; shard on rank {world - 1}", call)
     mixed = scope_of(True, "ring" if last else "gather")
     raises(ValueError, "disagree on the strategy", lambda: mixed.similarity_terms(x, x, 1.0))
+
+
+@case
+def masks_that_disagree_all_raise(rank: int, world: int) -> None:
+    """A mask of one rank with too few columns, or rows; a mask with too few on every rank."""
+    if world == 1:
+        return
+    last, total = rank == world - 1, 3 * world
+
+    def loss(*shape: int) -> Callable[[], Tensor]:
+        return lambda: sup_con(torch.eye(3)[:, None], mask=torch.ones(shape), gather_distributed=True)
+
+    raises(ValueError, f"columns mask has: {total} on ", loss(3, total - last))
+    kind, told = (ValueError, "mask must have shape (3, ") if last else (RuntimeError, f"of rank {world - 1} were")
+    raises(kind, told, loss(3 - last, total))
+    raises(ValueError, f"mask must have shape (3, {total}), got (3, 3)", loss(3, 3))
 
 
 @case

@@ -25,7 +25,7 @@ from sslfast.losses.decorrelation.vibcreg import vibcreg
 from sslfast.losses.decorrelation.vicreg import VICRegLoss, vicreg
 from sslfast.losses.decorrelation.vicregl import vicregl
 from sslfast.ops.second_moment import by_reference
-from sslfast.ops.types import SecondMoment
+from sslfast.ops.types import MomentOptions, SecondMoment
 from sslfast.reference.second_moment import prepared
 
 # Rows of each rank: uneven, one row.
@@ -116,7 +116,7 @@ def second_moments_in_other_dtypes(rank: int, world: int) -> None:
         how = {"cross": cross, "center": True, "scale": "variance", "eps": 1e-5}
 
         def plain_step(*inputs: Tensor, how: dict[str, object] = how) -> list[Tensor]:
-            return value_and_gradients(lambda *given: by_reference(*given, *how.values()), inputs, world)
+            return value_and_gradients(lambda *given: by_reference(*given, MomentOptions(**how)), inputs, world)
 
         every = plain_step(a.double(), b.double()), roundings(plain_step, a, b)
         for strategy in STRATEGIES:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import sslfast
 from helpers import LEVELS, reference_moment, roundings, run_at_level, within_budget
-from sslfast.ops.second_moment import dual_is_cheaper
+from sslfast.ops.types import dual_is_cheaper
 
 pytestmark = pytest.mark.sanitize
 

@@ -11,7 +11,8 @@ from torch import Tensor
 import sslfast
 from helpers import reference_moment, roundings, same_nonfinite, within_budget
 from sslfast import _native
-from sslfast.ops.second_moment import SCALES, dual_is_cheaper, second_moment
+from sslfast.ops.second_moment import second_moment
+from sslfast.ops.types import SCALES, dual_is_cheaper
 
 op = sslfast.ops.second_moment
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -64,7 +64,7 @@ def labelled_nt_xent(
         raise ValueError(f"positives must be 'mean', 'each' or 'sum', got {positives!r}")
     if positives == "sum":
         if keys is not None or key_labels is not None or own is not None:
-            raise ValueError("positives='sum' contrasts the rows with each other: keys, key_labels and own must be None")
+            raise ValueError("positives='sum' contrasts rows with each other: keys, key_labels and own must be None")
         check_matrix("z", z)
         return group_nt_xent(z, class_ids("labels", labels, len(z), z.device), temperature, normalize=normalize)
     if positives == "each":

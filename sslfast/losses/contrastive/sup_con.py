@@ -40,11 +40,12 @@ def _check_features(features: Tensor) -> None:
         )
 
 
-def _check_mask(mask: Tensor, shard: Shard, device: torch.device) -> None:
+def _check_mask(mask: Tensor, samples: int, device: torch.device) -> None:
+    """All but how many columns it has: that is for all ranks to agree on."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
-    if mask.shape != (shard.local, shard.total):
-        raise ValueError(f"mask must have shape ({shard.local}, {shard.total}), got {tuple(mask.shape)}")
+    if mask.dim() != 2 or len(mask) != samples:
+        raise ValueError(f"mask must have shape ({samples}, samples of all ranks), got {tuple(mask.shape)}")
     if mask.is_complex():
         raise TypeError(f"mask must be bool, integer or floating point, got {mask.dtype}")
     if mask.device != device:
@@ -187,9 +188,13 @@ def _sup_con(
     else:
         expect_unit_rows("sup_con", "normalize=True", features=z)
     scale = inverse(options.temperature, z)
-    shard = scope.shard(features.flatten(1))
-    if mask is not None:
-        _check_mask(mask, shard, device)
+    if mask is None:
+        shard = scope.shard(features.flatten(1))
+    else:
+        _check_mask(mask, batch, device)
+        shard = scope.shard(features.flatten(1), {"how many columns mask has": mask.shape[1]})
+        if mask.shape[1] != shard.total:
+            raise ValueError(f"mask must have shape ({batch}, {shard.total}), got {tuple(mask.shape)}")
 
     # Row i·V + v holds view v of sample i.
     every = 1 if options.contrast_mode == "all" else views

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
-from ...distributed.scope import STATISTICS, Scope
+from ...distributed.scope import Scope
 from ...ops.moment_losses import Loss
-from ...ops.second_moment import FORMS
+from ...ops.types import FORMS, STATISTICS, MomentOptions
 from .._inputs import check_gather, two_views
 from ._moment_loss import summed
 from .vicreg import check_choice, check_eps, check_two_rows
@@ -140,9 +140,8 @@ def barlow_twins(
     """
     z_a, z_b, scope, rows = _checked(z_a, z_b, eps, form, gather_distributed, statistics)
     loss = Loss(off=scale_loss * lambda_param / rows**2, columns=scale_loss, penalty="identity")
-    return summed(
-        scope, z_a, z_b, loss, rows=rows, cross=True, scale="variance", eps=eps, statistics=statistics, form=form
-    )
+    options = MomentOptions(cross=True, scale="variance", eps=eps, form=form, statistics=statistics)
+    return summed(scope, z_a, z_b, loss, options, rows=rows)
 
 
 class BarlowTwinsLoss(nn.Module):

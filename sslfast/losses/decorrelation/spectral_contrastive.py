@@ -11,7 +11,8 @@ from ..._checks import accumulator, is_real, plain
 from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...ops.moment_losses import Loss
-from ...ops.second_moment import second_moment
+from ...ops.second_moment import moment_of
+from ...ops.types import MomentOptions
 from .._inputs import check_gather, two_views
 from ._moment_loss import fused
 
@@ -57,14 +58,15 @@ def spectral_contrastive(
         raise ValueError(f"spectral_contrastive needs at least two rows, got {n}")
     # The rows as columns: M_ij = a_i·b_j. Divided by max(‖x‖, √μ) they are shortened, and all of them 1/√μ of it.
     whole = Loss(off=(1.0 if mu is None else mu) / (n * (n - 1)), columns=-2.0 / n, penalty="trace")
-    scale = {"scale": "none"} if mu is None else {"scale": "norm", "eps": math.sqrt(mu)}
-    found = fused(scope, z_a.T, z_b.T, whole, cross=True, center=False, **scale)
+    options = MomentOptions(cross=True, center=False)
+    shortened = options if mu is None else options._replace(scale="norm", eps=math.sqrt(mu))
+    found = fused(scope, z_a.T, z_b.T, whole, shortened)
     if found is not None:
         return found
     if mu is not None:
         z_a, z_b = _shortened(z_a, mu), _shortened(z_b, mu)
     # Every rank has all rows, hence the moments of this process alone.
-    moment = second_moment(scope.gather(z_a).T, scope.gather(z_b).T, cross=True, center=False)
+    moment = moment_of(scope.gather(z_a).T, scope.gather(z_b).T, options)
     loss = moment.off_diagonal.sum() / (n * (n - 1)) - 2 * moment.diagonal.sum() / n
     return loss if mu is None else loss / mu
 

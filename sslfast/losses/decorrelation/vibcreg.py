@@ -9,7 +9,7 @@ from ..._checks import accumulator
 from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...ops.moment_losses import Loss
-from ...ops.second_moment import FORMS
+from ...ops.types import FORMS, MomentOptions
 from .._inputs import check_gather, two_views
 from ._moment_loss import fused
 from .vicreg import check_choice, check_eps, check_two_rows, variance_term
@@ -75,13 +75,14 @@ def vibcreg(
         penalty="hinge",
         floor=eps,
     )
-    found = fused(scope, z_a, z_b, loss, scale="norm", eps=NORM_EPS, form=form)
+    options = MomentOptions(scale="norm", eps=NORM_EPS, form=form)
+    found = fused(scope, z_a, z_b, loss, options)
     if found is not None:
         return found
     wide_a, wide_b = z_a.to(kind), z_b.to(kind)
     similarity = shard.weight / d * F.mse_loss(wide_a, wide_b, reduction="sum")
     variance = variance_term(scope, wide_a, shard.total, eps) + variance_term(scope, wide_b, shard.total, eps)
-    moment = scope.second_moment(z_a, z_b, scale="norm", eps=NORM_EPS, form=form)
+    moment = scope.moment(z_a, z_b, options)
     correlation = moment.off_diagonal.sum() / d**2
     return sim_loss_weight * similarity + var_loss_weight * variance + cov_loss_weight * correlation
 

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from ..._checks import accumulator, check_matrix, check_same
 from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
-from ...distributed.scope import STATISTICS, Scope
+from ...distributed.scope import Scope
 from ...ops.moment_losses import Loss
-from ...ops.second_moment import FORMS
+from ...ops.types import FORMS, STATISTICS, MomentOptions
 from .._inputs import check_gather, in_one_dtype
 from ._moment_loss import summed
 
@@ -140,7 +140,7 @@ def covariance_loss(x: Tensor, *, form: str = "auto") -> Tensor:
     """
     check_two_rows("x", len(_checked("x", x)))
     loss = Loss(off=1.0 / ((len(x) - 1) ** 2 * x.shape[-1]))
-    losses = [summed(Scope(), place, None, loss, rows=len(x), form=form) for place in _places(x)]
+    losses = [summed(Scope(), place, None, loss, MomentOptions(form=form), rows=len(x)) for place in _places(x)]
     return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
 
@@ -212,7 +212,7 @@ def vicreg(
     )
     losses = []
     for a, b in zip(_places(z_a), _places(z_b), strict=True):
-        losses.append(summed(scope, a, b, loss, rows=rows, form=form))
+        losses.append(summed(scope, a, b, loss, MomentOptions(form=form), rows=rows))
         if own_error:
             losses[-1] = losses[-1] + lambda_param * invariance_loss(a, b)
     return losses[0] if len(losses) == 1 else torch.stack(losses).mean()

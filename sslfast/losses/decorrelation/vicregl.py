@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..._checks import FLOATS, accumulator, check_matrix, check_same
 from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
-from ...distributed.scope import STATISTICS
+from ...ops.types import STATISTICS
 from .._inputs import check_gather, in_one_dtype
 from .vicreg import check_choice, check_eps, invariance_loss, vicreg
 

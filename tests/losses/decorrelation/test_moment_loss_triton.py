@@ -14,6 +14,7 @@ from helpers import check_loss, reference_moment, two_views, value_and_gradients
 from sslfast import _native
 from sslfast.ops._second_moment_operators import loss_by_reference
 from sslfast.ops.moment_losses import Loss
+from sslfast.ops.types import MomentOptions
 
 op = sslfast.ops.second_moment
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,18 +78,18 @@ def test_every_penalty_of_every_matrix(views: int, cross: bool, penalty: str, fo
     """Also those that no loss asks for, with gradients of the sums beside that of the loss."""
     loss = Loss(off=0.01, distance=0.3 if views == 2 and not cross else 0.0, columns=0.7, penalty=penalty, floor=0.01)
     inputs = [x.to(DEVICE) for x in two_views((30, 33), torch.float32)[:views]]
-    shared = (cross, True, "norm", 1e-5)
+    options = MomentOptions(cross, scale="norm", form=form)
     weights = torch.linspace(-1.0, 1.0, 33, device=DEVICE)
 
     def kernel(*given: Tensor) -> Tensor:
-        found, off, diagonal, distance, *_ = op._triton(given[0], (*given, None)[1], *shared, form, loss)
+        found, off, diagonal, distance, *_ = op._triton(given[0], (*given, None)[1], options, loss)
         return found + off.sum() + (diagonal * weights).sum() + 0.1 * distance
 
     def parts(*given: Tensor) -> Tensor:
         other = given[1] if views == 2 else None
         moment = reference_moment(given[0], other, cross=cross, scale="norm", eps=1e-5)
         sums = moment.off_diagonal.sum() + (moment.diagonal * weights.to(moment.diagonal)).sum() + 0.1 * moment.distance
-        return loss_by_reference(given[0], other, *shared, loss) + sums
+        return loss_by_reference(given[0], other, options, loss) + sums
 
     found, plain = value_and_gradients(kernel, *inputs), value_and_gradients(parts, *inputs)
     truth = value_and_gradients(parts, *(x.double() for x in inputs))
