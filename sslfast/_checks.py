@@ -29,11 +29,16 @@ def accumulator(x: Tensor) -> torch.dtype:
 def readable(x: Tensor) -> bool:
     """Looking at values waits for no device, does not end a graph, and finds some.
 
-    A fake tensor has none, and PyTorch does not let one look into those of ``torch.func``.
+    A fake tensor has none, and PyTorch does not let one look into those of ``torch.func`` and of a tracer (``make_fx``,
+    ``torch.func.linearize``).
     """
-    if not x.is_cpu or torch.compiler.is_compiling() or isinstance(x, FakeTensor):
+    if not x.is_cpu or torch.compiler.is_compiling() or isinstance(x, FakeTensor) or _is_traced():
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _is_traced() -> bool:
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def ids_checked(ids: Tensor) -> bool:

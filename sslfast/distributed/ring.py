@@ -7,7 +7,6 @@ float32. A rank sends (W − 1)·n·D numbers forward; backward the same again a
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from .. import _backends, _library
 from .._checks import scalar_tensor
+from .._warn import warn_user
 from ..ops.similarity_logsigmoid import why_not as why_not_logsigmoid
 from ..ops.similarity_lse import why_not as why_not_lse
 from ..ops.types import ROW_LSE, Pairs, SimilarityTerms, Want
@@ -273,8 +273,5 @@ class RingScope(GatherScope):
         reason = self.ranks.why_no_ring(device)
         if reason is not None and reason not in _told:
             _told.add(reason)
-            warnings.warn(
-                f"strategy='ring' is not safe here ({reason}); using 'gather', which computes the same function",
-                stacklevel=4,
-            )
+            warn_user(f"strategy='ring' is not safe here ({reason}); using 'gather', which computes the same function")
         return reason is not None

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 
 import sslfast
 from fake_cuda.images import TOKENS
@@ -133,6 +134,23 @@ def test_jacfwd_and_hessians(name: str) -> None:
     torch.testing.assert_close(torch.func.jacfwd(function)(A), grad)
     hessian = torch.func.jacfwd(torch.func.jacrev(function))(A)
     torch.testing.assert_close(hessian, torch.autograd.functional.hessian(function, A))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x: sslfast.clip(x, F.normalize(B), 10.0),
+        lambda x: sslfast.sig_lip(x, F.normalize(B), 10.0, -10.0),
+        lambda x: sslfast.sup_con(x[:, None], torch.arange(len(x)) % 2),
+        lambda x: sslfast.uniformity(x),
+        lambda x: sslfast.alignment(x, F.normalize(B)),
+    ],
+    ids=["clip", "sig_lip", "sup_con", "uniformity", "alignment"],
+)
+def test_linearize_of_losses_that_look_at_their_rows(loss: Callable[[Tensor], Tensor]) -> None:
+    x = F.normalize(A)
+    (tangent,) = by_linearize(lambda x: [loss(x)], [x], [B])
+    torch.testing.assert_close(tangent, torch.func.jvp(loss, (x,), (B,))[1])
 
 
 def test_linearize() -> None:
