@@ -121,8 +121,7 @@ def block_mask(
         wrong = counts[~((counts >= 0) & (counts <= math.prod(grid)))]
         if len(wrong):
             raise ValueError(f"counts must be between 0 and the {math.prod(grid)} patches, got {float(wrong[0])}")
-    preferred = "cuda" if samples.device.type == "cuda" else "cpu"
-    if _backends.select("block_mask", preferred, lambda name: why_not(name, samples)) == "reference":
+    if _backends.serve("block_mask", samples, "cuda", why_not) == "reference":
         mask = reference.block_mask(
             samples.cpu().numpy(),
             counts.cpu().numpy(),

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,31 +29,30 @@ BACKENDS = ("cpu", "cuda", "reference")
 why_not = functools.partial(_devices.why_not, "embed_patches", "images")
 
 
-def _fake(
-    images: Tensor,
-    ids: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    position: Tensor | None,
-    prefix: Tensor | None,
-    patch: Sequence[int],
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Tensor:
-    rows = ids.shape[1] + (0 if prefix is None else prefix.shape[0])
-    return weight.new_empty((images.shape[0], rows, weight.shape[0]))
+class Inputs(NamedTuple):
+    """Those of the operator, checked."""
+
+    images: Tensor  # [B, C, (T,) H, W]
+    ids: Tensor  # [B, K]
+    weight: Tensor  # [D, C·pt·ph·pw]
+    bias: Tensor | None  # [D]
+    position: Tensor | None  # [L, D]
+    prefix: Tensor | None  # [P, D]
+    patch: Sequence[int]  # (pt, ph, pw)
+    mean: Sequence[float]  # one a channel
+    std: Sequence[float]
+
+
+def _fake(*inputs: Any) -> Tensor:
+    x = Inputs(*inputs)
+    rows = x.ids.shape[1] + (0 if x.prefix is None else x.prefix.shape[0])
+    return x.weight.new_empty((x.images.shape[0], rows, x.weight.shape[0]))
 
 
 def _backward_fake(
-    grad: Tensor,
-    images: Tensor,
-    ids: Tensor,
-    patch: Sequence[int],
-    mean: Sequence[float],
-    std: Sequence[float],
-    needs: Sequence[int],
+    grad: Tensor, images: Tensor, ids: Tensor, patch: Sequence[int], *rest: Sequence[Any]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d, length = grad.shape[2], length_of([1, *images.shape[2:]][-3:], patch)
+    d, length, needs = grad.shape[2], length_of([1, *images.shape[2:]][-3:], patch), rest[-1]
     shapes = (
         (d, images.shape[1] * math.prod(patch)),
         (d,),
@@ -71,23 +70,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(images, ids, weight, bias, position, prefix)
 
 
-def by_reference(
-    images: Tensor,
-    ids: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    position: Tensor | None,
-    prefix: Tensor | None,
-    patch: Sequence[int],
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Tensor:
+def by_reference(x: Inputs) -> Tensor:
     """The reference with the kernels' precision: sums over 16-bit weights are float32, also under autocast."""
-    kind = accumulator(weight)
-    bias, position, prefix = (None if t is None else t.to(kind) for t in (bias, position, prefix))
-    with without_autocast(images):
-        wide = reference.embed_patches(images, ids, weight.to(kind), bias, position, prefix, patch, mean, std)
-        return wide.to(weight.dtype)
+    kind = accumulator(x.weight)
+    bias, position, prefix = (None if t is None else t.to(kind) for t in (x.bias, x.position, x.prefix))
+    with without_autocast(x.images):
+        wide = x._replace(weight=x.weight.to(kind), bias=bias, position=position, prefix=prefix)
+        return reference.embed_patches(*wide).to(x.weight.dtype)
 
 
 def _image_gradient(ctx: Any, grad: Tensor, images: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
@@ -108,7 +97,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         def function(images: Tensor, *rest: Tensor | None) -> Tensor:
             weight, bias, position, prefix = rest
             assert weight is not None
-            return by_reference(images, ids, weight, bias, position, prefix, ctx.patch, ctx.mean, ctx.std)
+            return by_reference(Inputs(images, ids, weight, bias, position, prefix, ctx.patch, ctx.mean, ctx.std))
 
         first, *found = _library.second_order(function, given, needed, grad)
         return (first, None, *found, None, None, None)
@@ -131,21 +120,11 @@ _library.define(
 _library.autograd("embed_patches", _backward, _setup_context)
 
 
-def _composed(
-    images: Tensor,
-    ids: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    position: Tensor | None,
-    prefix: Tensor | None,
-    patch: Sequence[int],
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Tensor:
+def _composed(x: Inputs) -> Tensor:
     """Gathered rows through the library's product, as its own is the fastest on a GPU."""
-    rows = torch.ops.sslfast.gather_patches(images, ids, patch, mean, std, False, weight.dtype)
-    tokens = F.linear(rows, weight, bias)
-    return torch.ops.sslfast.gather_tokens(tokens, ids, position, prefix, None, True)
+    rows = torch.ops.sslfast.gather_patches(x.images, x.ids, x.patch, x.mean, x.std, False, x.weight.dtype)
+    tokens = F.linear(rows, x.weight, x.bias)
+    return torch.ops.sslfast.gather_tokens(tokens, x.ids, x.position, x.prefix, None, True)
 
 
 def _check_parameters(
@@ -245,12 +224,10 @@ def embed_patches(
         bias, position, prefix = (None if t is None else t.to(kind) for t in (bias, position, prefix))
     others = {"bias": bias, "position": position, "prefix": prefix}
     _check_parameters(images, weight, images.shape[1] * math.prod(patch), length, others)
-    preferred = "cuda" if images.device.type == "cuda" else "cpu"
-    backend = _backends.select("embed_patches", preferred, lambda name: why_not(name, images))
+    backend = _backends.serve("embed_patches", images, "cuda", why_not)
     if backend != "cpu":
         check_values(ids, length)
+    inputs = Inputs(images, ids, weight, bias, position, prefix, patch, means, deviations)
     if backend == "reference":
-        return by_reference(images, ids, weight, bias, position, prefix, patch, means, deviations)
-    if backend == "cuda":
-        return _composed(images, ids, weight, bias, position, prefix, patch, means, deviations)
-    return torch.ops.sslfast.embed_patches(images, ids, weight, bias, position, prefix, patch, means, deviations)
+        return by_reference(inputs)
+    return _composed(inputs) if backend == "cuda" else torch.ops.sslfast.embed_patches(*inputs)

@@ -146,8 +146,7 @@ def gather_patches(
     kind = dtype or (images.dtype if images.dtype.is_floating_point else torch.float32)
     if kind not in FLOATS:
         raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {kind}")
-    preferred = "cuda" if images.device.type == "cuda" else "cpu"
-    backend = _backends.select("gather_patches", preferred, lambda name: why_not(name, images))
+    backend = _backends.serve("gather_patches", images, "cuda", why_not)
     if ids is not None and backend != "cpu":
         check_values(ids, length_of([1, *images.shape[2:]][-3:], patch))
     if backend == "reference":
@@ -199,8 +198,7 @@ def scatter_patches(
     if patches.dim() != 3 or patches.shape[1] != kept or patches.shape[2] != features:
         raise ValueError(f"patches must be [B, {kept}, {features}], got shape {tuple(patches.shape)}")
     inner = is_inner(order)
-    preferred = "cuda" if patches.device.type == "cuda" else "cpu"
-    backend = _backends.select("scatter_patches", preferred, lambda name: why_not(name, patches))
+    backend = _backends.serve("scatter_patches", patches, "cuda", why_not)
     if ids is not None and backend != "cpu":
         check_values(ids, length)
     if backend == "reference":

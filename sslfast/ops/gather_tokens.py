@@ -182,8 +182,7 @@ def select_and_gather(
     x: Tensor | None, ids: Tensor, position: Tensor | None, prefix: Tensor | None, token: Tensor | None, packed: bool
 ) -> Tensor:
     """What has been checked, by the backend of its device."""
-    preferred = "cuda" if ids.device.type == "cuda" else "cpu"
-    backend = _backends.select("gather_tokens", preferred, lambda name: why_not(name, ids))
+    backend = _backends.serve("gather_tokens", ids, "cuda", why_not)
     if backend == "reference":
         return by_reference(x, ids, position, prefix, token, packed)
     return torch.ops.sslfast.gather_tokens(x, ids, position, prefix, token, packed)

@@ -139,8 +139,7 @@ def mask_tokens(
             largest = int(word_ids.max())
             if largest >= LONGEST:
                 raise ValueError(f"word_ids must be below {LONGEST}, got {largest}")
-    preferred = "cuda" if input_ids.device.type == "cuda" else "cpu"
-    backend = _backends.select("mask_tokens", preferred, lambda name: why_not(name, input_ids))
+    backend = _backends.serve("mask_tokens", input_ids, "cuda", why_not)
     function = reference.mask_tokens if backend == "reference" else functools.partial(_library.call, "mask_tokens")
     return function(
         input_ids,

@@ -124,8 +124,7 @@ def masked_feature_loss(
     pred, ids = _checked(pred, teacher, ids)
     teacher = teacher.detach()
     kind = SQUARED if loss == "mse" else SMOOTH if beta > 0 else ABSOLUTE
-    preferred = "cuda" if pred.device.type == "cuda" else "cpu"
-    backend = _backends.select("masked_feature_loss", preferred, lambda name: why_not(name, pred))
+    backend = _backends.serve("masked_feature_loss", pred, "cuda", why_not)
     if backend == "reference":
         return by_reference(pred, teacher, ids, kind, beta, layer_norm, eps)
     result: Tensor = torch.ops.sslfast.masked_feature_loss(pred, teacher, ids, kind, beta, layer_norm, eps)

@@ -243,8 +243,7 @@ def masked_patch_loss(
     if pred.device != images.device:
         raise ValueError(f"images and pred must be on the same device, got {images.device} and {pred.device}")
     index = _checked_index(masks, pred, source.cells)
-    preferred = "cuda" if pred.device.type == "cuda" else "cpu"
-    backend = _backends.select("masked_patch_loss", preferred, lambda name: why_not(name, pred))
+    backend = _backends.serve("masked_patch_loss", pred, "cuda", why_not)
     options = (
         source.patch,
         LOSSES.index(loss),

@@ -43,8 +43,7 @@ def masked_rows(mask: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     check_mask(mask)
     size = whole_number("size", size, 0)
-    preferred = "cuda" if mask.device.type == "cuda" else "cpu"
-    if _backends.select("masked_rows", preferred, lambda name: why_not(name, mask)) == "reference":
+    if _backends.serve("masked_rows", mask, "cuda", why_not) == "reference":
         arrays = reference.masked_rows(mask.cpu().numpy(), size)
         rows, weights, count = (torch.from_numpy(a).to(mask.device) for a in arrays)
     else:

@@ -95,8 +95,7 @@ def multiblock_mask(
         most = [side - 1 if upstream else side for side in grid]
         if not all(1 <= size <= side for size, side in zip(block, most, strict=True)):
             raise ValueError(f"{name} must be from 1 × 1 to {most[0]} × {most[1]}, got {block[0]} × {block[1]}")
-    preferred = "cuda" if samples.device.type == "cuda" else "cpu"
-    backend = _backends.select("multiblock_mask", preferred, lambda name: why_not(name, samples))
+    backend = _backends.serve("multiblock_mask", samples, "cuda", why_not)
     function = (
         reference.multiblock_mask if backend == "reference" else functools.partial(_library.call, "multiblock_mask")
     )

@@ -50,8 +50,7 @@ def partition_mask(mask: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     check_mask(mask)
     kept = whole_number("kept", kept, 0, mask.shape[1], "patches")
-    preferred = "cuda" if mask.device.type == "cuda" else "cpu"
-    if _backends.select("partition_mask", preferred, lambda name: why_not(name, mask)) == "reference":
+    if _backends.serve("partition_mask", mask, "cuda", why_not) == "reference":
         arrays = reference.partition_mask(mask.cpu().numpy(), kept)
         keep, masked, restore = (torch.from_numpy(a).to(mask.device) for a in arrays)
     else:

@@ -111,8 +111,7 @@ def random_mask(
         if noise.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"noise must be float32, bfloat16 or float16, got {noise.dtype}")
         noise = noise.detach().to(torch.float32)
-    preferred = "cuda" if samples.device.type == "cuda" else "cpu"
-    backend = _backends.select("random_mask", preferred, lambda name: why_not(name, samples))
+    backend = _backends.serve("random_mask", samples, "cuda", why_not)
     if backend == "reference":
         arrays = reference.random_mask(
             samples.cpu().numpy(),

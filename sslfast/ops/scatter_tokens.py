@@ -215,8 +215,7 @@ def _select_and_scatter(
         raise ValueError(
             f"position must have a row for each of {tokens} tokens or of {rows} rows in all, got {position.shape[0]}"
         )
-    preferred = "cuda" if x.device.type == "cuda" else "cpu"
-    backend = _backends.select("scatter_tokens", preferred, lambda name: why_not(name, x))
+    backend = _backends.serve("scatter_tokens", x, "cuda", why_not)
     if backend == "reference":
         return by_reference(x, index, token, position, prefix, passed)
     return torch.ops.sslfast.scatter_tokens(x, index, token, position, prefix, passed)

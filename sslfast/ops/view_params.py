@@ -100,8 +100,7 @@ def view_params(
         size = (whole_number("size", size[0], 1, MOST_SIDE), whole_number("size", size[1], 1, MOST_SIDE))
     flat = [number for of_view in numbers for number in of_view]
     sizes, fixed = (size, []) if isinstance(size, Tensor) else (None, list(size))
-    preferred = "cuda" if ids.device.type == "cuda" else "cpu"
-    backend = _backends.select("view_params", preferred, lambda name: why_not(name, ids))
+    backend = _backends.serve("view_params", ids, "cuda", why_not)
     if backend == "reference":
         return reference.view_params(ids, size, numbers, seed=seed, epoch=epoch, view=view)
     return _library.call("view_params", ids, sizes, fixed, seed, epoch, view, flat)

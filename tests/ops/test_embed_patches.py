@@ -117,8 +117,8 @@ def test_is_a_convolution_then_a_gather() -> None:
     found = embed_patches(frames, None, film.weight, film.bias, patch_size=(2, 4, 4))
     torch.testing.assert_close(found, film(frames).flatten(2).mT)
     composed = sslfast.ops.embed_patches._composed
-    arguments = (conv.weight.flatten(1), conv.bias, position[0], token[0], [1, 8, 8], [], [])
-    torch.testing.assert_close(composed(images, ids, *arguments), kept)
+    inputs = (images, ids, conv.weight.flatten(1), conv.bias, position[0], token[0], [1, 8, 8], [], [])
+    torch.testing.assert_close(composed(sslfast.ops.embed_patches.Inputs(*inputs)), kept)
 
 
 def test_every_subset_of_gradients() -> None:
