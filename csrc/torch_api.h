@@ -11,6 +11,7 @@
 #include <optional>
 #include <stdexcept>
 
+#include "common/each.h"
 #include "common/half.h"
 #ifdef USE_CUDA
 #include <cuda_runtime.h>
@@ -133,3 +134,11 @@ inline Parallel torch_parallel() {
 #endif
 
 }  // namespace sslfast
+
+// SSLFAST_REGISTER(CPU, scale, scale_backward) registers sslfast::scale_cpu and sslfast::scale_backward_cpu as what the
+// operators `scale` and `scale_backward` run on tensors of the CPU; with CUDA they are scale_cuda and
+// scale_backward_cuda.
+#define SSLFAST_REGISTER(device, ...) \
+  STABLE_TORCH_LIBRARY_IMPL(sslfast, device, m) { SSLFAST_EACH(SSLFAST_IMPL_##device, __VA_ARGS__) }
+#define SSLFAST_IMPL_CPU(op) m.impl(#op, TORCH_BOX(&sslfast::op##_cpu));
+#define SSLFAST_IMPL_CUDA(op) m.impl(#op, TORCH_BOX(&sslfast::op##_cuda));

@@ -187,5 +187,5 @@ Tensor augment_views_cpu(std::vector<Tensor> tensors, const Tensor& params_any, 
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) { m.impl("augment_views", TORCH_BOX(&sslfast::augment_views_cpu)); }
+SSLFAST_REGISTER(CPU, augment_views)
 #endif  // SSLFAST_CPU_DISPATCH

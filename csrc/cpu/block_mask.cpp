@@ -34,5 +34,5 @@ Tensor block_mask_cpu(const Tensor& samples_any, const Tensor& counts_any, std::
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) { m.impl("block_mask", TORCH_BOX(&sslfast::block_mask_cpu)); }
+SSLFAST_REGISTER(CPU, block_mask)
 #endif  // SSLFAST_CPU_DISPATCH

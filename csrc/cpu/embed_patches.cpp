@@ -150,8 +150,7 @@ struct Forward {
     if (memory != nullptr) forward.run(parallel);                                                        \
     return arena.bytes;                                                                                  \
   }
-SSLFAST_EMBED_PATCHES_DEFINE(float)
-SSLFAST_EMBED_PATCHES_DEFINE(double)
+SSLFAST_EACH(SSLFAST_EMBED_PATCHES_DEFINE, float, double)
 
 }  // namespace sslfast::SSLFAST_CPU_LEVEL
 
@@ -210,5 +209,5 @@ Tensor embed_patches_cpu(const Tensor& images, const Tensor& ids_any, const Tens
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) { m.impl("embed_patches", TORCH_BOX(&sslfast::embed_patches_cpu)); }
+SSLFAST_REGISTER(CPU, embed_patches)
 #endif  // SSLFAST_CPU_DISPATCH

@@ -35,6 +35,5 @@ struct EmbedPatchesBackward {
   int64_t embed_patches(const ::sslfast::Parallel&, const ::sslfast::EmbedPatches&, const ::sslfast::PixelScale<T>&, \
                         void* memory);                                                                               \
   int64_t embed_patches_backward(const ::sslfast::Parallel&, const ::sslfast::EmbedPatchesBackward&,                 \
-                                 const ::sslfast::PixelScale<T>&, void* memory)
-SSLFAST_DECLARE(SSLFAST_EMBED_PATCHES_SIGNATURES(float))
-SSLFAST_DECLARE(SSLFAST_EMBED_PATCHES_SIGNATURES(double))
+                                 const ::sslfast::PixelScale<T>&, void* memory);
+SSLFAST_DECLARE(SSLFAST_EACH(SSLFAST_EMBED_PATCHES_SIGNATURES, float, double))

@@ -155,8 +155,7 @@ struct Backward {
     if (memory != nullptr) backward.run(parallel);                                           \
     return arena.bytes;                                                                      \
   }
-SSLFAST_EMBED_PATCHES_BACKWARD_DEFINE(float)
-SSLFAST_EMBED_PATCHES_BACKWARD_DEFINE(double)
+SSLFAST_EACH(SSLFAST_EMBED_PATCHES_BACKWARD_DEFINE, float, double)
 
 }  // namespace sslfast::SSLFAST_CPU_LEVEL
 
@@ -216,7 +215,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> embed_patches_backward_cpu(
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) {
-  m.impl("embed_patches_backward", TORCH_BOX(&sslfast::embed_patches_backward_cpu));
-}
+SSLFAST_REGISTER(CPU, embed_patches_backward)
 #endif  // SSLFAST_CPU_DISPATCH

@@ -74,10 +74,7 @@ SSLFAST_GATHER_PATCHES_DEFINE(double, fp16)
                        const T* patches, T* images) {                                                                \
     scatter(parallel, of, affine, patches, images);                                                                  \
   }
-SSLFAST_SCATTER_PATCHES_DEFINE(float)
-SSLFAST_SCATTER_PATCHES_DEFINE(double)
-SSLFAST_SCATTER_PATCHES_DEFINE(bf16)
-SSLFAST_SCATTER_PATCHES_DEFINE(fp16)
+SSLFAST_EACH(SSLFAST_SCATTER_PATCHES_DEFINE, float, double, bf16, fp16)
 
 }  // namespace sslfast::SSLFAST_CPU_LEVEL
 
@@ -157,8 +154,5 @@ Tensor scatter_patches_cpu(const Tensor& patches_any, const MaybeTensor& ids_any
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) {
-  m.impl("gather_patches", TORCH_BOX(&sslfast::gather_patches_cpu));
-  m.impl("scatter_patches", TORCH_BOX(&sslfast::scatter_patches_cpu));
-}
+SSLFAST_REGISTER(CPU, gather_patches, scatter_patches)
 #endif  // SSLFAST_CPU_DISPATCH

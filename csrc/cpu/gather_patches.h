@@ -26,7 +26,7 @@ struct ScatterPatches {
                       A* buffers, T* rows)
 #define SSLFAST_SCATTER_PATCHES_SIGNATURE(T)                                         \
   void scatter_patches(const ::sslfast::Parallel&, const ::sslfast::ScatterPatches&, \
-                       const ::sslfast::PixelScale<::sslfast::Accumulator<T>>&, const T* patches, T* images)
+                       const ::sslfast::PixelScale<::sslfast::Accumulator<T>>&, const T* patches, T* images);
 SSLFAST_DECLARE(SSLFAST_GATHER_PATCHES_SIGNATURE(float, float))
 SSLFAST_DECLARE(SSLFAST_GATHER_PATCHES_SIGNATURE(float, ::sslfast::bf16))
 SSLFAST_DECLARE(SSLFAST_GATHER_PATCHES_SIGNATURE(float, ::sslfast::fp16))
@@ -34,7 +34,4 @@ SSLFAST_DECLARE(SSLFAST_GATHER_PATCHES_SIGNATURE(double, double))
 SSLFAST_DECLARE(SSLFAST_GATHER_PATCHES_SIGNATURE(double, float))
 SSLFAST_DECLARE(SSLFAST_GATHER_PATCHES_SIGNATURE(double, ::sslfast::bf16))
 SSLFAST_DECLARE(SSLFAST_GATHER_PATCHES_SIGNATURE(double, ::sslfast::fp16))
-SSLFAST_DECLARE(SSLFAST_SCATTER_PATCHES_SIGNATURE(float))
-SSLFAST_DECLARE(SSLFAST_SCATTER_PATCHES_SIGNATURE(double))
-SSLFAST_DECLARE(SSLFAST_SCATTER_PATCHES_SIGNATURE(::sslfast::bf16))
-SSLFAST_DECLARE(SSLFAST_SCATTER_PATCHES_SIGNATURE(::sslfast::fp16))
+SSLFAST_DECLARE(SSLFAST_EACH(SSLFAST_SCATTER_PATCHES_SIGNATURE, float, double, bf16, fp16))

@@ -152,10 +152,7 @@ void backward(const Parallel& parallel, const GatherTokens& call, const TokenRow
                               const Readers& readers, const GatherGradients<T>& out) {                             \
     backward(parallel, call, grad, readers, out);                                                                  \
   }
-SSLFAST_GATHER_TOKENS_DEFINE(float)
-SSLFAST_GATHER_TOKENS_DEFINE(double)
-SSLFAST_GATHER_TOKENS_DEFINE(bf16)
-SSLFAST_GATHER_TOKENS_DEFINE(fp16)
+SSLFAST_EACH(SSLFAST_GATHER_TOKENS_DEFINE, float, double, bf16, fp16)
 
 }  // namespace sslfast::SSLFAST_CPU_LEVEL
 
@@ -257,8 +254,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_tokens_backward_cpu(const Tens
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) {
-  m.impl("gather_tokens", TORCH_BOX(&sslfast::gather_tokens_cpu));
-  m.impl("gather_tokens_backward", TORCH_BOX(&sslfast::gather_tokens_backward_cpu));
-}
+SSLFAST_REGISTER(CPU, gather_tokens, gather_tokens_backward)
 #endif  // SSLFAST_CPU_DISPATCH

@@ -51,8 +51,5 @@ static inline int64_t tokens_per_piece(int64_t length) {
                              const ::sslfast::GatherInputs&, T* out);                      \
   void gather_tokens_backward(const ::sslfast::Parallel&, const ::sslfast::GatherTokens&,  \
                               const ::sslfast::TokenRows& grad, const ::sslfast::Readers&, \
-                              const ::sslfast::GatherGradients<T>&)
-SSLFAST_DECLARE(SSLFAST_GATHER_TOKENS_SIGNATURES(float))
-SSLFAST_DECLARE(SSLFAST_GATHER_TOKENS_SIGNATURES(double))
-SSLFAST_DECLARE(SSLFAST_GATHER_TOKENS_SIGNATURES(bf16))
-SSLFAST_DECLARE(SSLFAST_GATHER_TOKENS_SIGNATURES(fp16))
+                              const ::sslfast::GatherGradients<T>&);
+SSLFAST_DECLARE(SSLFAST_EACH(SSLFAST_GATHER_TOKENS_SIGNATURES, float, double, bf16, fp16))

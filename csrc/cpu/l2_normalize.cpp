@@ -19,11 +19,8 @@ struct NormalizeRows {
   void l2_normalize_forward(const ::sslfast::Parallel&, const ::sslfast::NormalizeRows&, const T* x, T* y,         \
                             ::sslfast::Accumulator<T>* inv_norm);                                                  \
   void l2_normalize_backward(const ::sslfast::Parallel&, const ::sslfast::NormalizeRows&, const T* dy, const T* x, \
-                             const ::sslfast::Accumulator<T>* inv_norm, T* dx)
-SSLFAST_DECLARE(SSLFAST_L2_NORMALIZE_SIGNATURES(float))
-SSLFAST_DECLARE(SSLFAST_L2_NORMALIZE_SIGNATURES(double))
-SSLFAST_DECLARE(SSLFAST_L2_NORMALIZE_SIGNATURES(bf16))
-SSLFAST_DECLARE(SSLFAST_L2_NORMALIZE_SIGNATURES(fp16))
+                             const ::sslfast::Accumulator<T>* inv_norm, T* dx);
+SSLFAST_DECLARE(SSLFAST_EACH(SSLFAST_L2_NORMALIZE_SIGNATURES, float, double, bf16, fp16))
 
 namespace sslfast::SSLFAST_CPU_LEVEL {
 namespace {
@@ -118,10 +115,7 @@ void backward(const Parallel& parallel, const NormalizeRows& size, const T* dy, 
                              const Accumulator<T>* inv_norm, T* dx) {                                      \
     backward(parallel, size, dy, x, inv_norm, dx);                                                         \
   }
-SSLFAST_L2_NORMALIZE_DEFINE(float)
-SSLFAST_L2_NORMALIZE_DEFINE(double)
-SSLFAST_L2_NORMALIZE_DEFINE(bf16)
-SSLFAST_L2_NORMALIZE_DEFINE(fp16)
+SSLFAST_EACH(SSLFAST_L2_NORMALIZE_DEFINE, float, double, bf16, fp16)
 
 }  // namespace sslfast::SSLFAST_CPU_LEVEL
 
@@ -171,8 +165,5 @@ Tensor l2_normalize_backward_cpu(const Tensor& dy_any, const Tensor& x_any, cons
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) {
-  m.impl("l2_normalize", TORCH_BOX(&sslfast::l2_normalize_cpu));
-  m.impl("l2_normalize_backward", TORCH_BOX(&sslfast::l2_normalize_backward_cpu));
-}
+SSLFAST_REGISTER(CPU, l2_normalize, l2_normalize_backward)
 #endif  // SSLFAST_CPU_DISPATCH

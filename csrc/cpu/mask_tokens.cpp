@@ -21,9 +21,8 @@ struct TokenBatch {
 
 #define SSLFAST_MASK_TOKENS_SIGNATURE(T)                                                                   \
   void mask_tokens(const ::sslfast::Parallel&, const ::sslfast::TokenBatch&, const ::sslfast::TokenRules&, \
-                   const T* ids, T* inputs, T* labels)
-SSLFAST_DECLARE(SSLFAST_MASK_TOKENS_SIGNATURE(int32_t))
-SSLFAST_DECLARE(SSLFAST_MASK_TOKENS_SIGNATURE(int64_t))
+                   const T* ids, T* inputs, T* labels);
+SSLFAST_DECLARE(SSLFAST_EACH(SSLFAST_MASK_TOKENS_SIGNATURE, int32_t, int64_t))
 
 namespace sslfast::SSLFAST_CPU_LEVEL {
 namespace {
@@ -118,5 +117,5 @@ std::tuple<Tensor, Tensor> mask_tokens_cpu(const Tensor& ids_any, const Tensor& 
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) { m.impl("mask_tokens", TORCH_BOX(&sslfast::mask_tokens_cpu)); }
+SSLFAST_REGISTER(CPU, mask_tokens)
 #endif  // SSLFAST_CPU_DISPATCH

@@ -68,10 +68,7 @@ void backward(const Parallel& parallel, const FeatureLoss& x, Accumulator<T> sca
   void masked_feature_loss_backward(const Parallel& parallel, const FeatureLoss& x, Accumulator<T> scale, T* dpred) {  \
     backward<T>(parallel, x, scale, dpred);                                                                            \
   }
-SSLFAST_MASKED_FEATURE_LOSS_DEFINE(float)
-SSLFAST_MASKED_FEATURE_LOSS_DEFINE(double)
-SSLFAST_MASKED_FEATURE_LOSS_DEFINE(bf16)
-SSLFAST_MASKED_FEATURE_LOSS_DEFINE(fp16)
+SSLFAST_EACH(SSLFAST_MASKED_FEATURE_LOSS_DEFINE, float, double, bf16, fp16)
 
 }  // namespace sslfast::SSLFAST_CPU_LEVEL
 
@@ -151,8 +148,5 @@ Tensor masked_feature_loss_backward_cpu(Tensor grad_loss, Tensor pred, Tensor te
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) {
-  m.impl("masked_feature_loss", TORCH_BOX(&sslfast::masked_feature_loss_cpu));
-  m.impl("masked_feature_loss_backward", TORCH_BOX(&sslfast::masked_feature_loss_backward_cpu));
-}
+SSLFAST_REGISTER(CPU, masked_feature_loss, masked_feature_loss_backward)
 #endif  // SSLFAST_CPU_DISPATCH

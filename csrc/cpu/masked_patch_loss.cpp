@@ -166,10 +166,7 @@ void backward(const Parallel& parallel, const PatchLoss& x, Accumulator<T> scale
   void masked_patch_loss_backward(const Parallel& parallel, const PatchLoss& x, Accumulator<T> scale, T* dpred) {  \
     backward<T>(parallel, x, scale, dpred);                                                                        \
   }
-SSLFAST_MASKED_PATCH_LOSS_DEFINE(float)
-SSLFAST_MASKED_PATCH_LOSS_DEFINE(double)
-SSLFAST_MASKED_PATCH_LOSS_DEFINE(bf16)
-SSLFAST_MASKED_PATCH_LOSS_DEFINE(fp16)
+SSLFAST_EACH(SSLFAST_MASKED_PATCH_LOSS_DEFINE, float, double, bf16, fp16)
 
 }  // namespace sslfast::SSLFAST_CPU_LEVEL
 
@@ -266,8 +263,5 @@ Tensor masked_patch_loss_backward_cpu(Tensor grad_loss, Tensor images, Tensor pr
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) {
-  m.impl("masked_patch_loss", TORCH_BOX(&sslfast::masked_patch_loss_cpu));
-  m.impl("masked_patch_loss_backward", TORCH_BOX(&sslfast::masked_patch_loss_backward_cpu));
-}
+SSLFAST_REGISTER(CPU, masked_patch_loss, masked_patch_loss_backward)
 #endif  // SSLFAST_CPU_DISPATCH

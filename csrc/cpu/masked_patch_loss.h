@@ -37,8 +37,5 @@ struct PatchLoss {
   void masked_patch_loss_forward(const ::sslfast::Parallel&, const ::sslfast::PatchLoss&,  \
                                  ::sslfast::Accumulator<T>* of_row, const T*);             \
   void masked_patch_loss_backward(const ::sslfast::Parallel&, const ::sslfast::PatchLoss&, \
-                                  ::sslfast::Accumulator<T> scale, T* dpred)
-SSLFAST_DECLARE(SSLFAST_MASKED_PATCH_LOSS_SIGNATURES(float))
-SSLFAST_DECLARE(SSLFAST_MASKED_PATCH_LOSS_SIGNATURES(double))
-SSLFAST_DECLARE(SSLFAST_MASKED_PATCH_LOSS_SIGNATURES(::sslfast::bf16))
-SSLFAST_DECLARE(SSLFAST_MASKED_PATCH_LOSS_SIGNATURES(::sslfast::fp16))
+                                  ::sslfast::Accumulator<T> scale, T* dpred);
+SSLFAST_DECLARE(SSLFAST_EACH(SSLFAST_MASKED_PATCH_LOSS_SIGNATURES, float, double, bf16, fp16))

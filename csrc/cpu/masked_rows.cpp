@@ -51,5 +51,5 @@ std::tuple<Tensor, Tensor, Tensor> masked_rows_cpu(const Tensor& mask_any, int64
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) { m.impl("masked_rows", TORCH_BOX(&sslfast::masked_rows_cpu)); }
+SSLFAST_REGISTER(CPU, masked_rows)
 #endif  // SSLFAST_CPU_DISPATCH

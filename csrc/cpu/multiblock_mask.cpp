@@ -35,5 +35,5 @@ std::tuple<Tensor, Tensor, Tensor> multiblock_mask_cpu(const Tensor& samples_any
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) { m.impl("multiblock_mask", TORCH_BOX(&sslfast::multiblock_mask_cpu)); }
+SSLFAST_REGISTER(CPU, multiblock_mask)
 #endif  // SSLFAST_CPU_DISPATCH

@@ -126,9 +126,9 @@ NtXentInput input_of(const Tensor& z0, const Tensor& z1, const Tensor& temperatu
       {z0.const_data_ptr(), type}, {z1.const_data_ptr(), type}, z0.size(0), z0.size(1), scalar(temperature), normalize};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nt_xent(const Tensor& z0_any, const Tensor& z1_any,
-                                                           const Tensor& temperature, bool normalize,
-                                                           int64_t tile_cache) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nt_xent_cpu(const Tensor& z0_any, const Tensor& z1_any,
+                                                               const Tensor& temperature, bool normalize,
+                                                               int64_t tile_cache) {
   const Tensor z0 = as_contiguous(z0_any), z1 = as_contiguous(z1_any);
   const NtXentInput input = input_of(z0, z1, temperature, normalize);
   const ScalarType kind = accumulator_type(z0);
@@ -145,10 +145,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nt_xent(const Tensor& z0_any,
   return {loss, inv_norm, row_max, row_sum, tiles};
 }
 
-std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, const Tensor& z0_any, const Tensor& z1_any,
-                                                    const Tensor& temperature, const Tensor& inv_norm,
-                                                    const Tensor& row_max, const Tensor& row_sum, const Tensor& tiles,
-                                                    bool normalize) {
+std::tuple<Tensor, Tensor, Tensor> nt_xent_backward_cpu(const Tensor& grad_loss, const Tensor& z0_any,
+                                                        const Tensor& z1_any, const Tensor& temperature,
+                                                        const Tensor& inv_norm, const Tensor& row_max,
+                                                        const Tensor& row_sum, const Tensor& tiles, bool normalize) {
   const Tensor z0 = as_contiguous(z0_any), z1 = as_contiguous(z1_any);
   const NtXentInput input = input_of(z0, z1, temperature, normalize);
   const ScalarType kind = accumulator_type(z0);
@@ -173,8 +173,5 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, con
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) {
-  m.impl("nt_xent", TORCH_BOX(&sslfast::nt_xent));
-  m.impl("nt_xent_backward", TORCH_BOX(&sslfast::nt_xent_backward));
-}
+SSLFAST_REGISTER(CPU, nt_xent, nt_xent_backward)
 #endif  // SSLFAST_CPU_DISPATCH

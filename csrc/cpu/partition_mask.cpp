@@ -42,5 +42,5 @@ std::tuple<Tensor, Tensor, Tensor> partition_mask_cpu(const Tensor& mask_any, in
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) { m.impl("partition_mask", TORCH_BOX(&sslfast::partition_mask_cpu)); }
+SSLFAST_REGISTER(CPU, partition_mask)
 #endif  // SSLFAST_CPU_DISPATCH

@@ -37,5 +37,5 @@ std::tuple<Tensor, Tensor, Tensor> random_mask_cpu(const Tensor& samples_any, st
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) { m.impl("random_mask", TORCH_BOX(&sslfast::random_mask_cpu)); }
+SSLFAST_REGISTER(CPU, random_mask)
 #endif  // SSLFAST_CPU_DISPATCH

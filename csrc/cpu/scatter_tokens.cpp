@@ -109,10 +109,7 @@ void backward(const Parallel& parallel, const ScatterTokens& call, const TokenRo
                                const ScatterGradients<T>& out) {                                                      \
     backward(parallel, call, grad, out);                                                                              \
   }
-SSLFAST_SCATTER_TOKENS_DEFINE(float)
-SSLFAST_SCATTER_TOKENS_DEFINE(double)
-SSLFAST_SCATTER_TOKENS_DEFINE(bf16)
-SSLFAST_SCATTER_TOKENS_DEFINE(fp16)
+SSLFAST_EACH(SSLFAST_SCATTER_TOKENS_DEFINE, float, double, bf16, fp16)
 
 }  // namespace sslfast::SSLFAST_CPU_LEVEL
 
@@ -219,8 +216,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scatter_tokens_backward_cpu(const Ten
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) {
-  m.impl("scatter_tokens", TORCH_BOX(&sslfast::scatter_tokens_cpu));
-  m.impl("scatter_tokens_backward", TORCH_BOX(&sslfast::scatter_tokens_backward_cpu));
-}
+SSLFAST_REGISTER(CPU, scatter_tokens, scatter_tokens_backward)
 #endif  // SSLFAST_CPU_DISPATCH

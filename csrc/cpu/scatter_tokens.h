@@ -55,8 +55,5 @@ static inline int64_t rows_per_piece(int64_t rows, int64_t width) {
   void scatter_tokens_forward(const ::sslfast::Parallel&, const ::sslfast::ScatterTokens&,  \
                               const ::sslfast::ScatterInputs&, T* out);                     \
   void scatter_tokens_backward(const ::sslfast::Parallel&, const ::sslfast::ScatterTokens&, \
-                               const ::sslfast::TokenRows& grad, const ::sslfast::ScatterGradients<T>&)
-SSLFAST_DECLARE(SSLFAST_SCATTER_TOKENS_SIGNATURES(float))
-SSLFAST_DECLARE(SSLFAST_SCATTER_TOKENS_SIGNATURES(double))
-SSLFAST_DECLARE(SSLFAST_SCATTER_TOKENS_SIGNATURES(bf16))
-SSLFAST_DECLARE(SSLFAST_SCATTER_TOKENS_SIGNATURES(fp16))
+                               const ::sslfast::TokenRows& grad, const ::sslfast::ScatterGradients<T>&);
+SSLFAST_DECLARE(SSLFAST_EACH(SSLFAST_SCATTER_TOKENS_SIGNATURES, float, double, bf16, fp16))

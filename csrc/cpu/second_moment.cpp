@@ -68,9 +68,9 @@ struct MomentArguments {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> second_moment(const Tensor& a, const MaybeTensor& b,
-                                                                         bool cross, bool center, int64_t scale,
-                                                                         double eps, bool dual, bool keep) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> second_moment_cpu(const Tensor& a, const MaybeTensor& b,
+                                                                             bool cross, bool center, int64_t scale,
+                                                                             double eps, bool dual, bool keep) {
   const MomentArguments arguments(a, b, cross, center, scale, eps, dual);
   const MomentInput& input = arguments.input;
   const int64_t views = input.view_count(), matrices = input.matrix_count();
@@ -95,11 +95,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> second_moment(const T
   return {off, diagonal, distance, mean, factor, moments};
 }
 
-std::tuple<Tensor, Tensor> second_moment_backward(const Tensor& grad_off, const Tensor& grad_diagonal,
-                                                  const Tensor& grad_distance, const Tensor& a, const MaybeTensor& b,
-                                                  const Tensor& diagonal, const Tensor& mean, const Tensor& factor,
-                                                  const Tensor& moments, bool cross, bool center, int64_t scale,
-                                                  double eps, bool dual, bool need_a, bool need_b) {
+std::tuple<Tensor, Tensor> second_moment_backward_cpu(const Tensor& grad_off, const Tensor& grad_diagonal,
+                                                      const Tensor& grad_distance, const Tensor& a,
+                                                      const MaybeTensor& b, const Tensor& diagonal, const Tensor& mean,
+                                                      const Tensor& factor, const Tensor& moments, bool cross,
+                                                      bool center, int64_t scale, double eps, bool dual, bool need_a,
+                                                      bool need_b) {
   const MomentArguments arguments(a, b, cross, center, scale, eps, dual);
   const MomentInput& input = arguments.input;
   const int64_t views = input.view_count(), matrices = input.matrix_count(), items = dual ? input.n : input.d;
@@ -136,8 +137,5 @@ std::tuple<Tensor, Tensor> second_moment_backward(const Tensor& grad_off, const 
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) {
-  m.impl("second_moment", TORCH_BOX(&sslfast::second_moment));
-  m.impl("second_moment_backward", TORCH_BOX(&sslfast::second_moment_backward));
-}
+SSLFAST_REGISTER(CPU, second_moment, second_moment_backward)
 #endif  // SSLFAST_CPU_DISPATCH

@@ -123,10 +123,11 @@ LogSigmoidResult similarity_logsigmoid(const CrossInput& input, double bias, Cro
 namespace sslfast {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_logsigmoid(const Tensor& q, const Tensor& k,
-                                                                         const Tensor& scale, const Tensor& bias,
-                                                                         const Tensor& row_ids, const Tensor& col_ids,
-                                                                         bool need_q, bool need_k) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_logsigmoid_cpu(const Tensor& q, const Tensor& k,
+                                                                             const Tensor& scale, const Tensor& bias,
+                                                                             const Tensor& row_ids,
+                                                                             const Tensor& col_ids, bool need_q,
+                                                                             bool need_k) {
   const CrossArguments given(q, k, scale, MaybeTensor(), row_ids, col_ids, MaybeTensor());
   check_tensor(bias, "bias", {}, given.kind, given.q);
   Tensor loss = given.number(), dscale = given.number(), dbias = given.number();
@@ -146,7 +147,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_logsigmoid(const T
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) {
-  m.impl("similarity_logsigmoid", TORCH_BOX(&sslfast::similarity_logsigmoid));
-}
+SSLFAST_REGISTER(CPU, similarity_logsigmoid)
 #endif  // SSLFAST_CPU_DISPATCH

@@ -208,7 +208,7 @@ void similarity_lse_backward(const CrossInput& input, const CrossSaved& saved, c
 namespace sslfast {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> similarity_lse(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> similarity_lse_cpu(
     const Tensor& q, const Tensor& k, const Tensor& scale, const MaybeTensor& bias, const MaybeTensor& row_ids,
     const MaybeTensor& col_ids, const MaybeTensor& positives, bool columns, bool hardest, int64_t tile_cache) {
   const CrossArguments given(q, k, scale, bias, row_ids, col_ids, positives);
@@ -239,7 +239,7 @@ void check_statistics(const Tensor& max, const Tensor& sum, const char* name, co
   SSLFAST_CHECK(max.is_contiguous() && sum.is_contiguous(), "maxima and sums must be as similarity_lse returned them");
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_lse_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_lse_backward_cpu(
     const MaybeTensor& grad_row_any, const MaybeTensor& grad_col_any, const MaybeTensor& grad_positive_any,
     const Tensor& q, const Tensor& k, const Tensor& scale, const MaybeTensor& bias, const MaybeTensor& row_ids,
     const MaybeTensor& col_ids, const MaybeTensor& positives, const Tensor& row_max, const Tensor& row_sum,
@@ -269,8 +269,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_lse_backward(
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) {
-  m.impl("similarity_lse", TORCH_BOX(&sslfast::similarity_lse));
-  m.impl("similarity_lse_backward", TORCH_BOX(&sslfast::similarity_lse_backward));
-}
+SSLFAST_REGISTER(CPU, similarity_lse, similarity_lse_backward)
 #endif  // SSLFAST_CPU_DISPATCH

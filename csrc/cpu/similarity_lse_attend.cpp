@@ -234,9 +234,9 @@ void similarity_lse_attend(const CrossInput& input, const AttendOutput& output, 
 namespace sslfast {
 namespace {
 
-std::tuple<Tensor, Tensor> similarity_lse_attend(const Tensor& q, const Tensor& k, const Tensor& scale,
-                                                 const MaybeTensor& bias, const MaybeTensor& row_ids,
-                                                 const MaybeTensor& col_ids) {
+std::tuple<Tensor, Tensor> similarity_lse_attend_cpu(const Tensor& q, const Tensor& k, const Tensor& scale,
+                                                     const MaybeTensor& bias, const MaybeTensor& row_ids,
+                                                     const MaybeTensor& col_ids) {
   const CrossArguments given(q, k, scale, bias, row_ids, col_ids, MaybeTensor());
   Tensor row_lse = given.vector(given.input.m), attended = given.gradient(given.q, true);
   const AttendOutput output{row_lse.mutable_data_ptr(), attended.mutable_data_ptr()};
@@ -249,7 +249,5 @@ std::tuple<Tensor, Tensor> similarity_lse_attend(const Tensor& q, const Tensor& 
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) {
-  m.impl("similarity_lse_attend", TORCH_BOX(&sslfast::similarity_lse_attend));
-}
+SSLFAST_REGISTER(CPU, similarity_lse_attend)
 #endif  // SSLFAST_CPU_DISPATCH

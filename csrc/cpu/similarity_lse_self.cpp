@@ -106,10 +106,11 @@ SelfInput input_of(const Tensor& z, const Tensor& scale, const MaybeTensor& ids,
           static_cast<const int64_t*>(data_or_null(positives))};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> similarity_lse_self(const Tensor& z_any, const Tensor& scale,
-                                                                               const MaybeTensor& ids_any,
-                                                                               const MaybeTensor& positives_any,
-                                                                               bool hardest, int64_t tile_cache) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> similarity_lse_self_cpu(const Tensor& z_any,
+                                                                                   const Tensor& scale,
+                                                                                   const MaybeTensor& ids_any,
+                                                                                   const MaybeTensor& positives_any,
+                                                                                   bool hardest, int64_t tile_cache) {
   const Tensor z = as_contiguous(z_any);
   const MaybeTensor ids = contiguous_or_none(ids_any), positives = contiguous_or_none(positives_any);
   const SelfInput input = input_of(z, scale, ids, positives);
@@ -126,11 +127,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> similarity_lse_self(c
   return {row_lse, positive, negative, row_max, row_sum, tiles};
 }
 
-std::tuple<Tensor, Tensor> similarity_lse_self_backward(const MaybeTensor& grad_row_any,
-                                                        const MaybeTensor& grad_positive_any, const Tensor& z_any,
-                                                        const Tensor& scale, const MaybeTensor& ids_any,
-                                                        const MaybeTensor& positives_any, const Tensor& row_max,
-                                                        const Tensor& row_sum, const Tensor& tiles) {
+std::tuple<Tensor, Tensor> similarity_lse_self_backward_cpu(const MaybeTensor& grad_row_any,
+                                                            const MaybeTensor& grad_positive_any, const Tensor& z_any,
+                                                            const Tensor& scale, const MaybeTensor& ids_any,
+                                                            const MaybeTensor& positives_any, const Tensor& row_max,
+                                                            const Tensor& row_sum, const Tensor& tiles) {
   const Tensor z = as_contiguous(z_any);
   const MaybeTensor ids = contiguous_or_none(ids_any), positives = contiguous_or_none(positives_any);
   const MaybeTensor grad_row = contiguous_or_none(grad_row_any);
@@ -158,8 +159,5 @@ std::tuple<Tensor, Tensor> similarity_lse_self_backward(const MaybeTensor& grad_
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) {
-  m.impl("similarity_lse_self", TORCH_BOX(&sslfast::similarity_lse_self));
-  m.impl("similarity_lse_self_backward", TORCH_BOX(&sslfast::similarity_lse_self_backward));
-}
+SSLFAST_REGISTER(CPU, similarity_lse_self, similarity_lse_self_backward)
 #endif  // SSLFAST_CPU_DISPATCH

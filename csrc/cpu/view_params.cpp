@@ -37,5 +37,5 @@ Tensor view_params_cpu(const Tensor& ids_any, std::optional<Tensor> sizes_any, s
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) { m.impl("view_params", TORCH_BOX(&sslfast::view_params_cpu)); }
+SSLFAST_REGISTER(CPU, view_params)
 #endif  // SSLFAST_CPU_DISPATCH

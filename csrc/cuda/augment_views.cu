@@ -230,4 +230,4 @@ Tensor augment_views_cuda(std::vector<Tensor> tensors, const Tensor& params_any,
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) { m.impl("augment_views", TORCH_BOX(&sslfast::augment_views_cuda)); }
+SSLFAST_REGISTER(CUDA, augment_views)

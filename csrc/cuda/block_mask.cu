@@ -140,4 +140,4 @@ Tensor block_mask_cuda(const Tensor& samples_any, const Tensor& counts_any, std:
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) { m.impl("block_mask", TORCH_BOX(&sslfast::block_mask_cuda)); }
+SSLFAST_REGISTER(CUDA, block_mask)

@@ -320,7 +320,4 @@ Tensor scatter_patches_cuda(const Tensor& patches_any, std::optional<Tensor> ids
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) {
-  m.impl("gather_patches", TORCH_BOX(&sslfast::gather_patches_cuda));
-  m.impl("scatter_patches", TORCH_BOX(&sslfast::scatter_patches_cuda));
-}
+SSLFAST_REGISTER(CUDA, gather_patches, scatter_patches)

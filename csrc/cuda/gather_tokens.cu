@@ -230,7 +230,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_tokens_backward_cuda(const Ten
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) {
-  m.impl("gather_tokens", TORCH_BOX(&sslfast::gather_tokens_cuda));
-  m.impl("gather_tokens_backward", TORCH_BOX(&sslfast::gather_tokens_backward_cuda));
-}
+SSLFAST_REGISTER(CUDA, gather_tokens, gather_tokens_backward)

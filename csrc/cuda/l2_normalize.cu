@@ -186,7 +186,4 @@ Tensor l2_normalize_backward_cuda(const Tensor& dy_any, const Tensor& x_any, con
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) {
-  m.impl("l2_normalize", TORCH_BOX(&sslfast::l2_normalize_cuda));
-  m.impl("l2_normalize_backward", TORCH_BOX(&sslfast::l2_normalize_backward_cuda));
-}
+SSLFAST_REGISTER(CUDA, l2_normalize, l2_normalize_backward)

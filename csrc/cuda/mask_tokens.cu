@@ -211,4 +211,4 @@ std::tuple<Tensor, Tensor> mask_tokens_cuda(const Tensor& ids_any, const Tensor&
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) { m.impl("mask_tokens", TORCH_BOX(&sslfast::mask_tokens_cuda)); }
+SSLFAST_REGISTER(CUDA, mask_tokens)

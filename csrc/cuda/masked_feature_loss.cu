@@ -92,7 +92,4 @@ Tensor masked_feature_loss_backward_cuda(Tensor grad_loss, Tensor pred, Tensor t
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) {
-  m.impl("masked_feature_loss", TORCH_BOX(&sslfast::masked_feature_loss_cuda));
-  m.impl("masked_feature_loss_backward", TORCH_BOX(&sslfast::masked_feature_loss_backward_cuda));
-}
+SSLFAST_REGISTER(CUDA, masked_feature_loss, masked_feature_loss_backward)

@@ -135,7 +135,4 @@ Tensor masked_patch_loss_backward_cuda(Tensor grad_loss, Tensor images, Tensor p
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) {
-  m.impl("masked_patch_loss", TORCH_BOX(&sslfast::masked_patch_loss_cuda));
-  m.impl("masked_patch_loss_backward", TORCH_BOX(&sslfast::masked_patch_loss_backward_cuda));
-}
+SSLFAST_REGISTER(CUDA, masked_patch_loss, masked_patch_loss_backward)

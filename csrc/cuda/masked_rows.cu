@@ -108,4 +108,4 @@ std::tuple<Tensor, Tensor, Tensor> masked_rows_cuda(const Tensor& mask_any, int6
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) { m.impl("masked_rows", TORCH_BOX(&sslfast::masked_rows_cuda)); }
+SSLFAST_REGISTER(CUDA, masked_rows)

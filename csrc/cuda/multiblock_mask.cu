@@ -136,4 +136,4 @@ std::tuple<Tensor, Tensor, Tensor> multiblock_mask_cuda(const Tensor& samples_an
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) { m.impl("multiblock_mask", TORCH_BOX(&sslfast::multiblock_mask_cuda)); }
+SSLFAST_REGISTER(CUDA, multiblock_mask)

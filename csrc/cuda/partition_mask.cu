@@ -26,4 +26,4 @@ std::tuple<Tensor, Tensor, Tensor> partition_mask_cuda(const Tensor& mask_any, i
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) { m.impl("partition_mask", TORCH_BOX(&sslfast::partition_mask_cuda)); }
+SSLFAST_REGISTER(CUDA, partition_mask)

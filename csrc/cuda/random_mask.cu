@@ -139,4 +139,4 @@ std::tuple<Tensor, Tensor, Tensor> random_mask_cuda(const Tensor& samples_any, s
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) { m.impl("random_mask", TORCH_BOX(&sslfast::random_mask_cuda)); }
+SSLFAST_REGISTER(CUDA, random_mask)

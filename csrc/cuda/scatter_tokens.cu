@@ -241,7 +241,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scatter_tokens_backward_cuda(const Te
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) {
-  m.impl("scatter_tokens", TORCH_BOX(&sslfast::scatter_tokens_cuda));
-  m.impl("scatter_tokens_backward", TORCH_BOX(&sslfast::scatter_tokens_backward_cuda));
-}
+SSLFAST_REGISTER(CUDA, scatter_tokens, scatter_tokens_backward)

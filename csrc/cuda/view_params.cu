@@ -63,4 +63,4 @@ Tensor view_params_cuda(const Tensor& ids_any, std::optional<Tensor> sizes_any, 
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) { m.impl("view_params", TORCH_BOX(&sslfast::view_params_cuda)); }
+SSLFAST_REGISTER(CUDA, view_params)

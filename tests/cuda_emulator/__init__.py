@@ -43,7 +43,9 @@ def operators() -> frozenset[str]:
 
 
 def registered(path: Path) -> list[str]:
-    return re.findall(r'\bm\.impl\(\s*"(\w+)"', path.read_text())
+    text = path.read_text()
+    listed = re.findall(r"SSLFAST_REGISTER\(\s*CUDA\s*,([^)]*)\)", text)
+    return re.findall(r"\w+", " ".join(listed)) + re.findall(r'\bm\.impl\(\s*"(\w+)"', text)
 
 
 @functools.cache

@@ -10,7 +10,8 @@ NAMESPACE = "sslfast_emulated"
 _DYNAMIC = re.compile(r"extern\s+__shared__\s+(?:__align__\(\d+\)\s+)?([\w: ]+?)\s+(\w+)\[\];")
 _STATIC = re.compile(r"(?<!extern )__shared__\s+([^;]+);")
 _DECLARATOR = re.compile(r"(.*?)\s*(\w+)\s*((?:\[.*\])?)", flags=re.DOTALL)
-_REGISTRATION = re.compile(r"STABLE_TORCH_LIBRARY_IMPL\(\s*sslfast\s*,\s*CUDA\s*,")
+_LIBRARY = re.compile(r"STABLE_TORCH_LIBRARY_IMPL\(\s*sslfast\s*,\s*CUDA\s*,")
+_OPERATORS = re.compile(r"SSLFAST_REGISTER\(\s*CUDA\s*,([^)]*)\)")
 
 
 def rewritten(source: Path, text: str) -> str:
@@ -23,7 +24,9 @@ def rewritten(source: Path, text: str) -> str:
     text = _DYNAMIC.sub(r"auto* \2 = ::emulator::dynamic_shared<\1>();", text)
     text = _STATIC.sub(lambda match: static_arrays(match[1]), text)
     text = launches(text)
-    text = _REGISTRATION.sub(f"STABLE_TORCH_LIBRARY_IMPL({NAMESPACE}, CPU,", text)
+    library = f"STABLE_TORCH_LIBRARY_IMPL({NAMESPACE}, CPU,"
+    text = _LIBRARY.sub(library, text)
+    text = _OPERATORS.sub(rf"{library} m) {{ SSLFAST_EACH(SSLFAST_IMPL_CUDA,\1) }}", text)
     for left in ("__shared__", "<<<", "asm", "CUDA,"):
         if re.search(rf"(?<!\w){re.escape(left)}(?!\w)", text):
             raise ValueError(f"{source}: {left!r} in a form that the emulator does not know")

@@ -154,6 +154,7 @@ void launch() {
          stream>>>(f(a, b), c);
   other<<<dim3(1, 2), 32>>>();
 }
+SSLFAST_REGISTER(CUDA, kernel, kernel_backward)
 STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) { m.impl("kernel", TORCH_BOX(&launch)); }
 """
     found = rewritten(Path("a/b.cu"), text).split("\n")
@@ -166,7 +167,8 @@ STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) { m.impl("kernel", TORCH_BOX(&launch
         "::emulator::configured(blocks(1, 2), 64, sizeof(T), stream)",
         "[&](auto&... given) { kernel<T, (2 > 1)>(given...); }, f(a, b), c)",
         "::emulator::configured(dim3(1, 2), 32), [&](auto&... given) { other(given...); } );",
-        "STABLE_TORCH_LIBRARY_IMPL(sslfast_emulated, CPU, m)",
+        "STABLE_TORCH_LIBRARY_IMPL(sslfast_emulated, CPU, m) { SSLFAST_EACH(SSLFAST_IMPL_CUDA, kernel, kernel_backward) }",
+        'STABLE_TORCH_LIBRARY_IMPL(sslfast_emulated, CPU, m) { m.impl("kernel"',
     ):
         assert part in whole, whole
     assert "comment" not in whole

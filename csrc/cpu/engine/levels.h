@@ -8,6 +8,7 @@
 // The kernel part must not use the C++ library's or torch's inline functions: the linker keeps one copy of those, and
 // it could be the one compiled for a processor that is not there.
 #pragma once
+#include "common/each.h"
 #include "common/parallel.h"
 
 #if defined(__x86_64__)
@@ -24,7 +25,8 @@ Level active_level();
 
 }  // namespace sslfast
 
-// Declares `signature` in the namespace of every level: SSLFAST_DECLARE(void scale(const float* x, float* y)).
+// Declares functions in the namespace of every level: SSLFAST_DECLARE(void scale(const float* x, float* y)), or with a
+// macro of signatures that end in semicolons SSLFAST_DECLARE(SSLFAST_EACH(SSLFAST_SCALE_SIGNATURES, float, double)).
 #ifdef SSLFAST_X86_LEVELS
 #define SSLFAST_DECLARE(...) \
   namespace sslfast {        \
