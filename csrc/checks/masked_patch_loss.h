@@ -51,5 +51,11 @@ PatchLossShape patch_loss_shape(const Tensor& images, const Tensor& pred, const 
   return shape;
 }
 
+// What comes to the backward: the gradient of the loss, and the number of masked rows.
+void check_patch_gradient(const Tensor& grad_loss, const Tensor& count, const Tensor& pred) {
+  check_tensor(grad_loss, "grad_loss", {}, accumulator_type(pred), pred);
+  check_tensor(count, "count", {}, accumulator_type(pred), pred);
+}
+
 }  // namespace
 }  // namespace sslfast

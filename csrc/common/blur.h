@@ -16,13 +16,7 @@ SSLFAST_INLINE int inside(int i, int size) {
   return i < 0 ? 0 : i;  // reached only where the filter is wider than the image allows
 }
 
-SSLFAST_INLINE float exp_of(float x) {
-#ifdef __CUDA_ARCH__
-  return expf(x);
-#else
-  return __builtin_expf(x);
-#endif
-}
+SSLFAST_INLINE float exp_of(float x) { return SSLFAST_DEVICE_OR_HOST(expf(x), __builtin_expf(x)); }
 
 // A Gaussian cut at `limit` pixels; what it weighs there in float32 beyond 5.5 σ (3e-7) is left out. weight[0 …
 // radius].
@@ -50,11 +44,8 @@ SSLFAST_INLINE Box3 box_of_sigma(float sigma) {
   constexpr float kWidest = kMaxBlurRadius / 3.0f;
   sigma = sigma < kWidest ? sigma : kWidest;
   const float variance = sigma * sigma / 3;
-#ifdef __CUDA_ARCH__
-  const float length = static_cast<float>(__dsqrt_rn(12.0 * variance + 1.0));
-#else
-  const float length = static_cast<float>(__builtin_sqrt(12.0 * variance + 1.0));
-#endif
+  const double square = 12.0 * variance + 1.0;
+  const float length = static_cast<float>(SSLFAST_DEVICE_OR_HOST(__dsqrt_rn(square), __builtin_sqrt(square)));
   const int l = static_cast<int>((length - 1) / 2);
   const float share = (2 * l + 1) * (l * (l + 1) - 3 * variance) / (6 * (variance - (l + 1) * (l + 1)));
   const float width = 2 * (l + share) + 1;

@@ -4,13 +4,8 @@
 #pragma once
 #include "philox.h"
 
-#ifdef __CUDA_ARCH__
-#define SSLFAST_MUL(a, b) __dmul_rn(a, b)
-#define SSLFAST_ADD(a, b) __dadd_rn(a, b)
-#else
-#define SSLFAST_MUL(a, b) ((a) * (b))
-#define SSLFAST_ADD(a, b) ((a) + (b))
-#endif
+#define SSLFAST_MUL(a, b) SSLFAST_DEVICE_OR_HOST(__dmul_rn(a, b), (a) * (b))
+#define SSLFAST_ADD(a, b) SSLFAST_DEVICE_OR_HOST(__dadd_rn(a, b), (a) + (b))
 
 namespace sslfast {
 
@@ -38,12 +33,6 @@ SSLFAST_INLINE double exponential(double x) {
   return sum;
 }
 
-SSLFAST_INLINE double root(double x) {
-#ifdef __CUDA_ARCH__
-  return __dsqrt_rn(x);
-#else
-  return __builtin_sqrt(x);
-#endif
-}
+SSLFAST_INLINE double root(double x) { return SSLFAST_DEVICE_OR_HOST(__dsqrt_rn(x), __builtin_sqrt(x)); }
 
 }  // namespace sslfast

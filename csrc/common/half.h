@@ -5,12 +5,19 @@
 // Hence `static` below, and no branch, so that a loop over a row still becomes vector code.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define SSLFAST_INLINE static __host__ __device__ __forceinline__
 #else
 #define SSLFAST_INLINE static inline __attribute__((always_inline))
+#endif
+// An expression for the device's code, and one for the host's.
+#ifdef __CUDA_ARCH__
+#define SSLFAST_DEVICE_OR_HOST(device, host) (device)
+#else
+#define SSLFAST_DEVICE_OR_HOST(device, host) (host)
 #endif
 
 namespace sslfast {
@@ -24,34 +31,19 @@ struct fp16 {
 
 // The type in which sums over elements of T are kept.
 template <typename T>
-struct AccumulatorOf {
-  using type = float;
-};
-template <>
-struct AccumulatorOf<double> {
-  using type = double;
-};
-template <typename T>
-using Accumulator = typename AccumulatorOf<T>::type;
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-SSLFAST_INLINE float bits_to_float(uint32_t bits) {
-#ifdef __CUDA_ARCH__
-  return __uint_as_float(bits);
-#else
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
-#endif
+template <typename To, typename From>
+SSLFAST_INLINE To same_bits(From from) {
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
 }
-
+SSLFAST_INLINE float bits_to_float(uint32_t bits) {
+  return SSLFAST_DEVICE_OR_HOST(__uint_as_float(bits), same_bits<float>(bits));
+}
 SSLFAST_INLINE uint32_t float_to_bits(float value) {
-#ifdef __CUDA_ARCH__
-  return __float_as_uint(value);
-#else
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
-  return bits;
-#endif
+  return SSLFAST_DEVICE_OR_HOST(__float_as_uint(value), same_bits<uint32_t>(value));
 }
 
 // ------------------------------------------------------------------------------------------------ to the accumulator

@@ -24,32 +24,23 @@ SSLFAST_INLINE V splat(float x) {
 
 #ifdef USE_CUDA
 // The smaller and the larger of two numbers; NaN where one of them is.
-SSLFAST_INLINE float smaller_of(float a, float b) {
 #ifdef __CUDA_ARCH__
+SSLFAST_INLINE float smaller_of(float a, float b) {
   float c;
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
   return c;
-#else
-  return a < b || a != a ? a : b;
-#endif
 }
 SSLFAST_INLINE float larger_of(float a, float b) {
-#ifdef __CUDA_ARCH__
   float c;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
   return c;
-#else
-  return a > b || a != a ? a : b;
-#endif
 }
+#else
+SSLFAST_INLINE float smaller_of(float a, float b) { return a < b || a != a ? a : b; }
+SSLFAST_INLINE float larger_of(float a, float b) { return a > b || a != a ? a : b; }
+#endif
 
-SSLFAST_INLINE float magnitude(float x) {
-#ifdef __CUDA_ARCH__
-  return fabsf(x);
-#else
-  return __builtin_fabsf(x);
-#endif
-}
+SSLFAST_INLINE float magnitude(float x) { return SSLFAST_DEVICE_OR_HOST(fabsf(x), __builtin_fabsf(x)); }
 
 // x held to 0 … 1, NaN as 0.
 SSLFAST_INLINE float saturate(float x) {

@@ -4,19 +4,7 @@
 
 namespace sslfast {
 
-SSLFAST_INLINE float square_root(float x) {
-#ifdef __CUDA_ARCH__
-  return sqrtf(x);
-#else
-  return __builtin_sqrtf(x);
-#endif
-}
-SSLFAST_INLINE double square_root(double x) {
-#ifdef __CUDA_ARCH__
-  return sqrt(x);
-#else
-  return __builtin_sqrt(x);
-#endif
-}
+SSLFAST_INLINE float square_root(float x) { return SSLFAST_DEVICE_OR_HOST(sqrtf(x), __builtin_sqrtf(x)); }
+SSLFAST_INLINE double square_root(double x) { return SSLFAST_DEVICE_OR_HOST(sqrt(x), __builtin_sqrt(x)); }
 
 }  // namespace sslfast

@@ -19,8 +19,8 @@ struct Workplace {
 Workplace lay_out(Arena& arena, const AugmentCall& call) {
   constexpr int L = kLanes<float>;
   Workplace w{};
-  w.pitch = rounded_up(call.width, L);
-  w.plane = w.pitch * rounded_up(call.height, L);
+  w.pitch = round_up(call.width, L);
+  w.plane = w.pitch * round_up(call.height, L);
   w.resampler = take_resampler(arena, call, w.pitch);
   w.finisher = take_finisher(arena, call.channels, w.pitch);
   w.planes = arena.take<float>(call.channels * w.plane);
@@ -81,7 +81,7 @@ void make_view(const AugmentCall& call, Workplace& w, int64_t v, int64_t b) {
 int64_t augment_scratch_bytes(const AugmentCall& call) {
   Arena arena{nullptr};
   lay_out(arena, call);
-  return arena.used;
+  return arena.bytes;
 }
 
 // The views of one image are neighbours, so that its pixels are read from memory once.

@@ -142,15 +142,7 @@ struct Forward {
 
 }  // namespace
 
-#define SSLFAST_EMBED_PATCHES_DEFINE(T)                                                                  \
-  int64_t embed_patches(const Parallel& parallel, const EmbedPatches& call, const PixelScale<T>& affine, \
-                        void* memory) {                                                                  \
-    Arena arena{static_cast<char*>(memory)};                                                             \
-    const Forward<T> forward(call, affine, parallel.threads, arena);                                     \
-    if (memory != nullptr) forward.run(parallel);                                                        \
-    return arena.bytes;                                                                                  \
-  }
-SSLFAST_EACH(SSLFAST_EMBED_PATCHES_DEFINE, float, double)
+SSLFAST_EMBED_PATCHES_DEFINE(embed_patches, EmbedPatches, Forward)
 
 }  // namespace sslfast::SSLFAST_CPU_LEVEL
 
@@ -198,11 +190,9 @@ Tensor embed_patches_cpu(const Tensor& images, const Tensor& ids_any, const Tens
                           data_or_null(prefix),
                           out.mutable_data_ptr()};
   const Parallel parallel = torch_parallel();
-  auto run = [&](auto accumulator) {
-    const auto affine = pixel_scale_of<decltype(accumulator)>(mean, std, layout, images.scalar_type());
-    with_scratch(weight, [&](void* memory) { return SSLFAST_CALL(embed_patches, parallel, call, affine, memory); });
-  };
-  with_accumulator(call.type, run);
+  with_pixel_scale(weight, call.type, mean, std, layout, images, [&](const auto& affine, void* memory) {
+    return SSLFAST_CALL(embed_patches, parallel, call, affine, memory);
+  });
   return out;
 }
 

@@ -147,15 +147,7 @@ struct Backward {
 
 }  // namespace
 
-#define SSLFAST_EMBED_PATCHES_BACKWARD_DEFINE(T)                                             \
-  int64_t embed_patches_backward(const Parallel& parallel, const EmbedPatchesBackward& call, \
-                                 const PixelScale<T>& affine, void* memory) {                \
-    Arena arena{static_cast<char*>(memory)};                                                 \
-    const Backward<T> backward(call, affine, parallel.threads, arena);                       \
-    if (memory != nullptr) backward.run(parallel);                                           \
-    return arena.bytes;                                                                      \
-  }
-SSLFAST_EACH(SSLFAST_EMBED_PATCHES_BACKWARD_DEFINE, float, double)
+SSLFAST_EMBED_PATCHES_DEFINE(embed_patches_backward, EmbedPatchesBackward, Backward)
 
 }  // namespace sslfast::SSLFAST_CPU_LEVEL
 
@@ -203,12 +195,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> embed_patches_backward_cpu(
                                   data_or_null(position),
                                   data_or_null(prefix)};
   const Parallel parallel = torch_parallel();
-  auto run = [&](auto accumulator) {
-    const auto affine = pixel_scale_of<decltype(accumulator)>(mean, std, layout, images.scalar_type());
-    with_scratch(grad,
-                 [&](void* memory) { return SSLFAST_CALL(embed_patches_backward, parallel, call, affine, memory); });
-  };
-  with_accumulator(call.type, run);
+  with_pixel_scale(grad, call.type, mean, std, layout, images, [&](const auto& affine, void* memory) {
+    return SSLFAST_CALL(embed_patches_backward, parallel, call, affine, memory);
+  });
   return {weight, bias, position, prefix};
 }
 

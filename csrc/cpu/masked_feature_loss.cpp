@@ -61,14 +61,7 @@ void backward(const Parallel& parallel, const FeatureLoss& x, Accumulator<T> sca
 
 }  // namespace
 
-#define SSLFAST_MASKED_FEATURE_LOSS_DEFINE(T)                                                                          \
-  void masked_feature_loss_forward(const Parallel& parallel, const FeatureLoss& x, Accumulator<T>* of_row, const T*) { \
-    forward<T>(parallel, x, of_row);                                                                                   \
-  }                                                                                                                    \
-  void masked_feature_loss_backward(const Parallel& parallel, const FeatureLoss& x, Accumulator<T> scale, T* dpred) {  \
-    backward<T>(parallel, x, scale, dpred);                                                                            \
-  }
-SSLFAST_EACH(SSLFAST_MASKED_FEATURE_LOSS_DEFINE, float, double, bf16, fp16)
+SSLFAST_DEFINE_ROW_LOSS(masked_feature_loss, FeatureLoss)
 
 }  // namespace sslfast::SSLFAST_CPU_LEVEL
 

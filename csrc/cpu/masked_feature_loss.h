@@ -19,9 +19,4 @@ struct FeatureLoss {
 
 }  // namespace sslfast
 
-#define SSLFAST_MASKED_FEATURE_LOSS_SIGNATURES(T)                                              \
-  void masked_feature_loss_forward(const ::sslfast::Parallel&, const ::sslfast::FeatureLoss&,  \
-                                   ::sslfast::Accumulator<T>* of_row, const T*);               \
-  void masked_feature_loss_backward(const ::sslfast::Parallel&, const ::sslfast::FeatureLoss&, \
-                                    ::sslfast::Accumulator<T> scale, T* dpred);
-SSLFAST_DECLARE(SSLFAST_EACH(SSLFAST_MASKED_FEATURE_LOSS_SIGNATURES, float, double, bf16, fp16))
+SSLFAST_DECLARE_ROW_LOSS(masked_feature_loss, FeatureLoss)

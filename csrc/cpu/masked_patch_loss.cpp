@@ -159,14 +159,7 @@ void backward(const Parallel& parallel, const PatchLoss& x, Accumulator<T> scale
 
 }  // namespace
 
-#define SSLFAST_MASKED_PATCH_LOSS_DEFINE(T)                                                                        \
-  void masked_patch_loss_forward(const Parallel& parallel, const PatchLoss& x, Accumulator<T>* of_row, const T*) { \
-    forward<T>(parallel, x, of_row);                                                                               \
-  }                                                                                                                \
-  void masked_patch_loss_backward(const Parallel& parallel, const PatchLoss& x, Accumulator<T> scale, T* dpred) {  \
-    backward<T>(parallel, x, scale, dpred);                                                                        \
-  }
-SSLFAST_EACH(SSLFAST_MASKED_PATCH_LOSS_DEFINE, float, double, bf16, fp16)
+SSLFAST_DEFINE_ROW_LOSS(masked_patch_loss, PatchLoss)
 
 }  // namespace sslfast::SSLFAST_CPU_LEVEL
 
@@ -247,8 +240,7 @@ Tensor masked_patch_loss_backward_cpu(Tensor grad_loss, Tensor images, Tensor pr
                                       std::vector<int64_t> patch, int64_t kind, int64_t target,
                                       std::vector<double> mean, std::vector<double> std, bool channels_inner) {
   const Arguments arguments(images, pred, index, patch, kind, target, mean, std, channels_inner);
-  check_tensor(grad_loss, "grad_loss", {}, accumulator_type(pred), pred);
-  check_tensor(count, "count", {}, accumulator_type(pred), pred);
+  check_patch_gradient(grad_loss, count, pred);
   Tensor dpred = allocate(pred, {pred.size(0), pred.size(1), pred.size(2)});
   advise_huge_pages(dpred.mutable_data_ptr(), dpred.numel() * static_cast<int64_t>(dpred.element_size()));
   dispatch_float(pred, "pred", [&](auto element) {

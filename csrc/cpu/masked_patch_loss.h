@@ -33,9 +33,4 @@ struct PatchLoss {
 
 }  // namespace sslfast
 
-#define SSLFAST_MASKED_PATCH_LOSS_SIGNATURES(T)                                            \
-  void masked_patch_loss_forward(const ::sslfast::Parallel&, const ::sslfast::PatchLoss&,  \
-                                 ::sslfast::Accumulator<T>* of_row, const T*);             \
-  void masked_patch_loss_backward(const ::sslfast::Parallel&, const ::sslfast::PatchLoss&, \
-                                  ::sslfast::Accumulator<T> scale, T* dpred);
-SSLFAST_DECLARE(SSLFAST_EACH(SSLFAST_MASKED_PATCH_LOSS_SIGNATURES, float, double, bf16, fp16))
+SSLFAST_DECLARE_ROW_LOSS(masked_patch_loss, PatchLoss)

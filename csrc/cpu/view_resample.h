@@ -5,6 +5,7 @@
 #include "augment_views.h"
 #include "common/pixel.h"
 #include "common/resample.h"
+#include "cpu/engine/arena.h"
 #include "cpu/engine/transpose.h"
 
 namespace sslfast {
@@ -12,15 +13,7 @@ namespace SSLFAST_CPU_LEVEL {
 
 // What is summed: floats, or in PIL's semantics bytes times weights in fixed point.
 template <bool kPil>
-struct SumOf {
-  using type = float;
-};
-template <>
-struct SumOf<true> {
-  using type = int32_t;
-};
-template <bool kPil>
-using Sum = typename SumOf<kPil>::type;
+using Sum = std::conditional_t<kPil, int32_t, float>;
 
 // The filters of one axis: weight[i · most + t] belongs to pixel first[i] + t. `exact` is room for one filter.
 struct Filters {
@@ -29,20 +22,6 @@ struct Filters {
   double* exact;
   void* weight;
 };
-
-// The memory that one worker lays its buffers out in. Without a base it only counts.
-struct Arena {
-  char* base;
-  int64_t used = 0;
-  template <typename T>
-  T* take(int64_t size) {
-    T* begin = reinterpret_cast<T*>(base + used);
-    used += (size * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return begin;
-  }
-};
-
-static inline int64_t rounded_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
 
 static Filters take_filters(Arena& arena, int64_t in, int out, bool cubic) {
   // A crop may be of any size up to `in`; the filters of the largest are the widest.
@@ -132,7 +111,7 @@ struct Resampler {
 
 static Resampler take_resampler(Arena& arena, const AugmentCall& call, int64_t pitch) {
   constexpr int L = kLanes<float>;
-  const int64_t row = rounded_up(call.channels * call.crop_width, 16);
+  const int64_t row = round_up(call.channels * call.crop_width, 16);
   return {take_filters(arena, call.crop_height, call.height, call.cubic),
           take_filters(arena, call.crop_width, call.width, call.cubic), arena.take<float>(L * row),
           arena.take<float>(L * row), arena.take<float>(call.channels * L * pitch)};

@@ -122,8 +122,7 @@ Tensor masked_patch_loss_backward_cuda(Tensor grad_loss, Tensor images, Tensor p
                                        std::vector<int64_t> patch, int64_t kind, int64_t target,
                                        std::vector<double> mean, std::vector<double> std, bool channels_inner) {
   const Arguments x(images, pred, index, patch, kind, target, mean, std, channels_inner);
-  check_tensor(grad_loss, "grad_loss", {}, accumulator_type(pred), pred);
-  check_tensor(count, "count", {}, accumulator_type(pred), pred);
+  check_patch_gradient(grad_loss, count, pred);
   const torch::stable::accelerator::DeviceGuard guard(pred.get_device_index());
   Tensor dpred = allocate(pred, {pred.size(0), pred.size(1), pred.size(2)});
   dispatch_float(pred, "pred", [&](auto element) {

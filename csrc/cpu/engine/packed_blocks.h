@@ -41,19 +41,6 @@ struct Blocks {
   int64_t length(int64_t i) const { return rows - first(i) < height ? rows - first(i) : height; }
 };
 
-// Hands out pieces of one allocation, each aligned to 64 bytes; with no memory it only counts.
-struct Arena {
-  char* memory;
-  int64_t bytes = 0;
-
-  template <typename P>
-  P* take(int64_t count) {
-    P* pointer = reinterpret_cast<P*>(memory + bytes);
-    bytes += round_up(count * static_cast<int64_t>(sizeof(P)), 64);
-    return pointer;
-  }
-};
-
 template <typename T>
 static inline void read_source(const RowSource& source, int64_t index, int64_t d, T* out) {
   if (index < source.split)

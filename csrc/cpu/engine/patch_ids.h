@@ -49,4 +49,16 @@ inline void with_scratch(const Tensor& like, Kernel&& kernel) {
   kernel(aligned(memory));
 }
 
+// The same for kernel(affine, memory), affine being the scale of the pixels in the accumulator of `type`.
+template <typename Kernel>
+inline void with_pixel_scale(const Tensor& like, ElementType type, const std::vector<double>& mean,
+                             const std::vector<double>& std, const PatchLayout& layout, const Tensor& images,
+                             Kernel&& kernel) {
+  auto run = [&](auto accumulator) {
+    const auto affine = pixel_scale_of<decltype(accumulator)>(mean, std, layout, images.scalar_type());
+    with_scratch(like, [&](void* memory) { return kernel(affine, memory); });
+  };
+  with_accumulator(type, run);
+}
+
 }  // namespace sslfast

@@ -96,3 +96,24 @@ void each_row(const Parallel& parallel, int64_t rows, int64_t pieces, F row) {
 
 }  // namespace
 }  // namespace sslfast::SSLFAST_CPU_LEVEL
+
+// The functions op_forward and op_backward of a loss of rows for every element type, which the last pointer tells:
+// declared, and defined by templates forward<T> and backward<T> of the same arguments.
+#define SSLFAST_ROW_LOSS_SIGNATURES(op, Call, T)                                                                      \
+  void op##_forward(const ::sslfast::Parallel&, const ::sslfast::Call&, ::sslfast::Accumulator<T>* of_row, const T*); \
+  void op##_backward(const ::sslfast::Parallel&, const ::sslfast::Call&, ::sslfast::Accumulator<T> scale, T* dpred);
+#define SSLFAST_ROW_LOSS_FUNCTIONS(op, Call, T)                                                  \
+  void op##_forward(const Parallel& parallel, const Call& x, Accumulator<T>* of_row, const T*) { \
+    forward<T>(parallel, x, of_row);                                                             \
+  }                                                                                              \
+  void op##_backward(const Parallel& parallel, const Call& x, Accumulator<T> scale, T* dpred) {  \
+    backward<T>(parallel, x, scale, dpred);                                                      \
+  }
+#define SSLFAST_DECLARE_ROW_LOSS(op, Call)                                                                   \
+  SSLFAST_DECLARE(SSLFAST_ROW_LOSS_SIGNATURES(op, Call, float) SSLFAST_ROW_LOSS_SIGNATURES(op, Call, double) \
+                      SSLFAST_ROW_LOSS_SIGNATURES(op, Call, bf16) SSLFAST_ROW_LOSS_SIGNATURES(op, Call, fp16))
+#define SSLFAST_DEFINE_ROW_LOSS(op, Call)      \
+  SSLFAST_ROW_LOSS_FUNCTIONS(op, Call, float)  \
+  SSLFAST_ROW_LOSS_FUNCTIONS(op, Call, double) \
+  SSLFAST_ROW_LOSS_FUNCTIONS(op, Call, bf16)   \
+  SSLFAST_ROW_LOSS_FUNCTIONS(op, Call, fp16)

@@ -12,6 +12,7 @@
 #pragma once
 #include <cstdint>
 
+#include "arena.h"
 #include "vec.h"
 
 namespace sslfast {
@@ -24,8 +25,6 @@ inline constexpr int kRows = kManyRegisters ? 12 : 6;
 inline constexpr int kVectors = 2;
 template <typename T>
 inline constexpr int kColumns = kVectors * kLanes<T>;
-
-static inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 // Numbers in one block of either layout.
 template <typename T>

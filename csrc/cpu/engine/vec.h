@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace sslfast {
 namespace SSLFAST_CPU_LEVEL {
@@ -23,30 +24,10 @@ inline constexpr bool kManyRegisters = false;
 
 // Vec<T>::type holds kLanes<T> numbers; Vec<T>::mask is the signed integer vector of the same shape.
 template <typename T>
-struct Vec;
-template <>
-struct Vec<float> {
-  typedef float type __attribute__((vector_size(kVectorBytes)));
-  typedef float loose __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
-  typedef int32_t mask __attribute__((vector_size(kVectorBytes)));
-};
-template <>
-struct Vec<double> {
-  typedef double type __attribute__((vector_size(kVectorBytes)));
-  typedef double loose __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
-  typedef int64_t mask __attribute__((vector_size(kVectorBytes)));
-};
-template <>
-struct Vec<uint32_t> {
-  typedef uint32_t type __attribute__((vector_size(kVectorBytes)));
-  typedef uint32_t loose __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
-  typedef int32_t mask __attribute__((vector_size(kVectorBytes)));
-};
-template <>
-struct Vec<int32_t> {
-  typedef int32_t type __attribute__((vector_size(kVectorBytes)));
-  typedef int32_t loose __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
-  typedef int32_t mask __attribute__((vector_size(kVectorBytes)));
+struct Vec {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+  typedef T loose __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
+  typedef std::conditional_t<sizeof(T) == 8, int64_t, int32_t> mask __attribute__((vector_size(kVectorBytes)));
 };
 template <typename T>
 using vec = typename Vec<T>::type;
