@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -67,6 +68,22 @@ def dot_precision(dtype: torch.dtype) -> str:
 def upcast(dtype: torch.dtype) -> bool:
     """Whether a kernel must widen its input right after the load: the interpreter cannot compute in bfloat16."""
     return triton.knobs.runtime.interpret and dtype == torch.bfloat16
+
+
+def launch_options(config: Config, z: Tensor) -> dict[str, Any]:
+    """What a kernel over tiles of rows like ``z`` [·, D] is compiled with, ``BLOCK_D`` where it owns such a part."""
+    owned = {"BLOCK_D": config.block_d} if config.block_d else {}
+    return {
+        "D": z.shape[1],
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        **owned,
+        "PRECISION": dot_precision(z.dtype),
+        "UPCAST": upcast(z.dtype),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
 
 
 def multiprocessors(z: Tensor) -> int:

@@ -80,6 +80,15 @@ def band_buffer(z: Tensor, rows: int, columns: int, block: int) -> Tensor | None
     return None
 
 
+def multiply_band(w: Tensor, q: Tensor, k: Tensor, first: int, dq: Tensor | None, dk: Tensor | None) -> None:
+    """``dq[band] = W k`` and ``dk += Wᵀ q[band]`` for the band of rows from ``first`` on; ``None``: not wanted."""
+    rows = slice(first, first + len(w))
+    if dq is not None:
+        product(dq[rows], w, k)
+    if dk is not None:
+        product(dk, w.T, q[rows], add=first > 0)
+
+
 def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
     """``out = a @ b``, or ``out += a @ b``, summed in float32 whatever the dtype of a and b."""
     beta = 1.0 if add else 0.0  # with 0, what stands in out is not read

@@ -26,9 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Config, architecture, best_split, dot_precision, multiprocessors, upcast
-from ._configs import NT_XENT_BACKWARD, NT_XENT_FORWARD, config_for
-from ._gradient_forms import gradient_form
+from ._common import architecture, launch_options, multiprocessors
+from ._configs import NT_XENT_FORWARD, config_for
 from ._tiles import (
     BOUND_FROM,
     EXACT,
@@ -37,6 +36,7 @@ from ._tiles import (
     PLAIN_LIMIT,
     accumulate,
     accumulate_bounded,
+    dot_products,
     finite_or_zero,
     fold,
     largest_norm,
@@ -44,9 +44,10 @@ from ._tiles import (
     log1p,
     overlap,
     padded,
-    wide_products,
 )
-from .similarity_bands import Terms, band_gradients, finish
+from .nt_xent_backward import nt_xent_backward
+
+__all__ = ["nt_xent_backward", "nt_xent_forward"]
 
 # Row blocks of one band. Column partials take 8 bytes for each row of z and block of the band: COLUMN_BYTES in all, or
 # 512 bytes a row (BAND blocks; as much as float32 rows of 128 features). Row partials take 8·band·block_m·runs with
@@ -55,11 +56,8 @@ from .similarity_bands import Terms, band_gradients, finish
 BAND = 64
 COLUMN_BYTES = 64 * 2**20
 # The forward makes its runs of tiles as long as FORWARD_PROGRAMS for each multiprocessor allow, so that the last wave
-# is a small part of the time. The backward splits the columns of one row block among up to MAX_SPLIT programs, as long
-# as two waves hold all of them: their dz partials take 4·split·M·D ≤ 8·slots·block_m·block_d, 26 MB on an H200.
+# is a small part of the time.
 FORWARD_PROGRAMS = 8
-BACKWARD_WAVES = 2
-MAX_SPLIT = 8
 MERGE_ROWS = 32
 
 
@@ -74,14 +72,9 @@ def _nt_xent_forward_kernel(
     M,
     first_block,
     run_length,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BOUNDED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """Program (b, r): rows of block ``first_block + b`` against the r-th run of ``run_length`` blocks of columns.
 
     A block is BLOCK_M rows or columns; it is crossed in tiles of BLOCK_N columns. With Norm, only one of the kernels
@@ -100,8 +93,7 @@ def _nt_xent_forward_kernel(
     row0 = block * BLOCK_M
     rows = row0 + tl.arange(0, BLOCK_M)
     partner = tl.where(rows < N, rows + N, rows - N)
-    if D <= BLOCK_K:
-        zi = load_rows(Z, rows, 0, M, D, BLOCK_K, UPCAST)
+    zi = load_rows(Z, rows, 0, M, D, BLOCK_K, UPCAST)
     if Norm is not None:  # by Cauchy–Schwarz, with room for rounding; NaN is not bounded
         norm = tl.load(Norm)
         bounded = norm * norm * tl.abs(scale) < 0.99 * PLAIN_LIMIT
@@ -111,11 +103,8 @@ def _nt_xent_forward_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     for col0 in range(begin, tl.minimum(end, M), BLOCK_N):
         cols = col0 + tl.arange(0, BLOCK_N)
-        if D <= BLOCK_K:
-            zj = load_rows(Z, cols, 0, M, D, BLOCK_K, UPCAST)
-            s = tl.dot(zi, tl.trans(zj), input_precision=PRECISION) * scale
-        else:
-            s = wide_products(Z, Z, rows, cols, M, M, D, BLOCK_K, PRECISION, UPCAST) * scale
+        zj = load_rows(Z, cols, 0, M, D, BLOCK_K, UPCAST)
+        s = dot_products(zi, zj, Z, Z, rows, cols, M, M, D, BLOCK_K, PRECISION, UPCAST) * scale
 
         # Only tiles of the diagonal block, on the line of positives j − i = N and at the ragged edge need masks. Rows
         # are ragged in the last block alone, which meets no other block than itself.
@@ -207,107 +196,6 @@ def _nt_xent_merge_kernel(
     tl.store(RowSum + rows, tl.where(done, whole, total), mask=rows < M)
 
 
-@triton.jit(do_not_specialize=["M"])
-def _nt_xent_stats_kernel(
-    RowMax,  # [M]
-    RowSum,  # [M]
-    Stats,  # [2, M]: 1/sum, and 2^(−max)/sum
-    InRange,  # [blocks]: 1 where |max| ≤ PLAIN_LIMIT in the whole block
-    M,
-    BLOCK: tl.constexpr,
-):
-    """What the backward needs of each column, once instead of once a tile."""
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    top = tl.load(RowMax + rows, mask=rows < M, other=0.0)
-    inverse = 1.0 / tl.load(RowSum + rows, mask=rows < M, other=1.0)
-    tl.store(Stats + rows, inverse, mask=rows < M)
-    tl.store(Stats + M + rows, tl.exp2(-top) * inverse, mask=rows < M)
-    tl.store(InRange + tl.program_id(0), tl.min((tl.abs(top) <= PLAIN_LIMIT).to(tl.int32), 0))
-
-
-@triton.jit(do_not_specialize=["M"])
-def _nt_xent_backward_kernel(
-    GradLoss,  # []
-    Z,  # [M, D]
-    Temperature,  # []
-    RowMax,  # [M]
-    Stats,  # [2, M]
-    InRange,  # [cdiv(M, BLOCK_N)]
-    RowRest,  # [M]: 1 − P_ip
-    DZ,  # [splits, M, D]
-    RowDot,  # [splits, chunks, M]: z_i·dz_i over this program's features and columns
-    M,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Program (b, c, h): row block b, features [c·BLOCK_D, (c+1)·BLOCK_D) of dz, the h-th part of the columns.
-
-    W is formed without its factor g/M, which float16 could not hold for many rows, and for float16 times 2^14: |W| ≤ 2
-    then fills its range, and P stays normal down to 4e-9. Both factors come in at the end, in float32.
-    """
-    W_SCALE: tl.constexpr = 16384.0 if Z.dtype.element_ty == tl.float16 else 1.0
-    N = M // 2
-    temperature = tl.load(Temperature)
-    scale = tl.full((), LOG2E, tl.float32) / temperature
-    row0 = tl.program_id(0) * BLOCK_M
-    rows = row0 + tl.arange(0, BLOCK_M)
-    partner = tl.where(rows < N, rows + N, rows - N)
-    chunk = tl.program_id(1) * BLOCK_D
-    top_i = tl.load(RowMax + rows, mask=rows < M, other=0.0)
-    inverse_i = tl.load(Stats + rows, mask=rows < M, other=0.0) * W_SCALE
-    weight_i = tl.load(Stats + M + rows, mask=rows < M, other=0.0) * W_SCALE
-    rest_i = tl.load(RowRest + rows, mask=rows < M, other=0.0) * W_SCALE
-    rows_in_range = tl.min((tl.abs(top_i) <= PLAIN_LIMIT).to(tl.int32), 0) != 0
-    if D <= BLOCK_K:
-        zi = load_rows(Z, rows, 0, M, D, BLOCK_K, UPCAST)
-    dz = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-
-    tiles = tl.cdiv(M, BLOCK_N)
-    share = tl.cdiv(tiles, tl.num_programs(2))
-    begin = tl.program_id(2) * share
-    for tile in range(begin, tl.minimum(begin + share, tiles)):
-        col0 = tile * BLOCK_N
-        cols = col0 + tl.arange(0, BLOCK_N)
-        zj = load_rows(Z, cols, chunk, M, D, BLOCK_D, UPCAST)
-        if D <= BLOCK_K:
-            s = tl.dot(zi, tl.trans(zj), input_precision=PRECISION) * scale
-        else:
-            s = wide_products(Z, Z, rows, cols, M, M, D, BLOCK_K, PRECISION, UPCAST) * scale
-
-        plain = rows_in_range & (tl.load(InRange + tile) != 0) & (col0 + BLOCK_N <= M)
-        plain = plain & (overlap(row0, BLOCK_M, col0, BLOCK_N) == 0)
-        plain = plain & (overlap(row0 + N, BLOCK_M, col0, BLOCK_N) == 0)
-        plain = plain & (overlap(row0 - N, BLOCK_M, col0, BLOCK_N) == 0)
-        if plain:
-            # P_ij + P_ji = 2^s (2^(−max_i)/sum_i + 2^(−max_j)/sum_j): one exponential for two probabilities. s is at
-            # most either maximum, so nothing overflows, and where 2^s underflows both probabilities are below 2^−66.
-            weight_j = tl.load(Stats + M + cols) * W_SCALE
-            w = tl.exp2(s) * (weight_i[:, None] + weight_j[None, :])
-        else:
-            # The exact form. Where P_ip is nearly 1, P_ip − 1 would be rounding: the share of all others is known.
-            top_j = tl.load(RowMax + cols, mask=cols < M, other=0.0)
-            inverse_j = tl.load(Stats + cols, mask=cols < M, other=0.0) * W_SCALE
-            rest = rest_i[:, None] + (tl.load(RowRest + cols, mask=cols < M, other=0.0) * W_SCALE)[None, :]
-            w = tl.exp2(s - top_i[:, None]) * inverse_i[:, None] + tl.exp2(s - top_j[None, :]) * inverse_j[None, :]
-            w = tl.where(cols[None, :] == partner[:, None], -rest, w)
-            w = tl.where((rows[:, None] != cols[None, :]) & (cols[None, :] < M), w, 0.0)
-        dz = tl.dot(w.to(zj.dtype), zj, dz, input_precision=PRECISION)
-
-    dz = dz * (tl.load(GradLoss) / (temperature * M * W_SCALE))
-    features = chunk + tl.arange(0, BLOCK_D)
-    offsets = (tl.program_id(2).to(tl.int64) * M + rows)[:, None] * D + features[None, :]
-    tl.store(DZ + offsets, dz, mask=(rows[:, None] < M) & (features[None, :] < D))
-    # Rows and features outside z are zero there, so they add nothing.
-    z = load_rows(Z, rows, chunk, M, D, BLOCK_D, UPCAST).to(tl.float32)
-    at = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * M + rows
-    tl.store(RowDot + at, tl.sum(z * dz, 1), mask=rows < M)
-
-
 def nt_xent_forward(z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss and row statistics.
 
@@ -340,9 +228,7 @@ def nt_xent_forward(z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Ten
             for bounded in (True, False) if norm is not None else (False,):
                 _nt_xent_forward_kernel[(band, runs)](
                     z, temperature, norm, row_partial, col_partial, positive, m, first, run_length,
-                    D=d, BLOCK_M=block, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-                    BOUNDED=bounded, PRECISION=dot_precision(z.dtype), UPCAST=upcast(z.dtype),
-                    num_warps=config.num_warps, num_stages=config.num_stages, **EXACT,
+                    BOUNDED=bounded, **launch_options(config, z), **EXACT,
                 )  # fmt: skip
             _nt_xent_merge_kernel[(triton.cdiv(m - first * block, MERGE_ROWS),)](
                 row_partial, col_partial, positive, row_max, row_sum, row_rest, row_loss, m, first, band, runs,
@@ -350,72 +236,3 @@ def nt_xent_forward(z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Ten
                 BLOCK=block, ROWS=MERGE_ROWS, PARTS=64, num_warps=4, **EXACT,
             )  # fmt: skip
     return row_loss.mean(), row_max, row_sum, row_rest
-
-
-def nt_xent_backward(
-    grad_loss: Tensor, z: Tensor, temperature: Tensor, row_max: Tensor, row_sum: Tensor, row_rest: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the loss.
-
-    Args:
-        grad_loss: [] float32.
-        z, temperature: as given to :func:`nt_xent_forward`; row_max, row_sum, row_rest: [M] float32, what it returned.
-
-    Returns:
-        dz [M, D] and dtemperature [], float32.
-    """
-    features = z.shape[1]
-    z = padded(z)
-    config = config_for(NT_XENT_BACKWARD, architecture(z), z.element_size(), z.shape[1])
-    found = None
-    with torch.cuda.device_of(z):
-        if gradient_form(z, 1, config) == "banded":
-            found = _banded(grad_loss, z, temperature, row_max, row_sum, row_rest)
-        if found is None:
-            found = _streamed(grad_loss, z, temperature, (row_max, row_sum, row_rest), config)
-    dz, dtemperature = found
-    return dz[:, :features].contiguous(), dtemperature
-
-
-def _banded(
-    grad_loss: Tensor, z: Tensor, temperature: Tensor, row_max: Tensor, row_sum: Tensor, row_rest: Tensor
-) -> tuple[Tensor, Tensor] | None:
-    """``None`` where memory has no room for a band."""
-    # As W_SCALE in the streamed kernel: float16 cannot hold the factor g/M, which comes in at the end.
-    w_scale = 16384.0 if z.dtype == torch.float16 else 1.0
-    factor = z.new_full((), w_scale, dtype=torch.float32) if w_scale != 1.0 else None
-    terms = Terms(None, row_max, row_sum, None, row_max, row_sum, grad_positive=row_rest, factor=factor, pairs=True)
-    found = band_gradients(z, z, temperature, terms, True, False, False)
-    if found is None:
-        return None
-    dz = found[0]
-    assert dz is not None
-    multiplier = grad_loss / (temperature * (len(z) * w_scale))
-    dots = finish(z, dz, multiplier)
-    return dz, dots * multiplier * (-0.5 / temperature)
-
-
-def _streamed(
-    grad_loss: Tensor, z: Tensor, temperature: Tensor, rows: tuple[Tensor, Tensor, Tensor], config: Config
-) -> tuple[Tensor, Tensor]:
-    row_max, row_sum, row_rest = rows
-    m, d = z.shape
-    row_blocks, chunks = triton.cdiv(m, config.block_m), triton.cdiv(d, config.block_d)
-    col_blocks = triton.cdiv(m, config.block_n)
-    programs, slots = row_blocks * chunks, config.resident * multiprocessors(z)
-    most = min(MAX_SPLIT, BACKWARD_WAVES * slots // programs, col_blocks)
-    split = best_split(programs, slots, most)
-    stats = z.new_empty((2, m), dtype=torch.float32)
-    in_range = z.new_empty(col_blocks, dtype=torch.int32)
-    dz = z.new_empty((split, m, d), dtype=torch.float32)
-    row_dot = z.new_empty((split, chunks, m), dtype=torch.float32)
-    _nt_xent_stats_kernel[(col_blocks,)](
-        row_max, row_sum, stats, in_range, m, BLOCK=config.block_n, num_warps=1, **EXACT
-    )
-    _nt_xent_backward_kernel[(row_blocks, chunks, split)](
-        grad_loss, z, temperature, row_max, stats, in_range, row_rest, dz, row_dot, m,
-        D=d, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_D=config.block_d,
-        PRECISION=dot_precision(z.dtype), UPCAST=upcast(z.dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages, **EXACT,
-    )  # fmt: skip
-    return dz[0] if split == 1 else dz.sum(0), row_dot.sum() * (-0.5 / temperature)

@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import architecture, dot_precision, upcast
+from ._common import architecture, launch_options
 from ._configs import SIMILARITY_FORWARD, SIMILARITY_WEIGHTS, config_for
-from ._gradient_forms import band_buffer, product
+from ._gradient_forms import band_buffer, multiply_band
 from ._tiles import EXACT, LOG2E, PLAIN_LIMIT, block_ranges, finite_or_zero, load_positives, overlap, wide_products
 
 # Tiles of a band are taken GROUP row blocks at a time, so that the programs of a wave share rows and columns in L2.
@@ -185,14 +185,9 @@ def _similarity_band_kernel(
     N,
     first_block,
     stride,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PAIRS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PAIRS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """Program t: the t-th tile of the band that starts with row block ``first_block``.
 
     PAIRS: the rows are NT-Xent's, with themselves: row i leaves itself out, and its positive is (i + M/2) mod M, whose
@@ -328,15 +323,9 @@ def band_gradients(
         _similarity_band_kernel[(blocks * tiles,)](
             q, k, scale, terms.factor, *rows, terms.row_max, *columns, terms.bias, terms.row_ids, terms.col_ids,
             terms.positives, terms.grad_positive, ranges, band, sums, m, n, first // config.block_m, band.stride(0),
-            D=d, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-            PAIRS=terms.pairs, PRECISION=dot_precision(q.dtype), UPCAST=upcast(q.dtype),
-            num_warps=config.num_warps, num_stages=config.num_stages, **EXACT,
+            PAIRS=terms.pairs, **launch_options(config, q), **EXACT,
         )  # fmt: skip
-        w = band[:present]
-        if dq is not None:
-            product(dq[first : first + present], w, k)
-        if dk is not None:
-            product(dk, w.T, q[first : first + present], add=first > 0)
+        multiply_band(band[:present], q, k, first, dq, dk)
         if dbias is not None and sums is not None:
             dbias += sums.sum(0)
     return dq, dk, dbias

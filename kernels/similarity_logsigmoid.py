@@ -15,15 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import architecture, best_split, dot_precision, multiprocessors, upcast
+from ._common import architecture, launch_options
 from ._configs import SIMILARITY_OWNER, config_for
 from ._gradient_forms import gradient_form
+from ._owner import load_tile_rows, owner_grid, store_gradient, tiles_of_part
 from ._tiles import block_ranges, contiguous, dot_products, load_rows, padded
 from .similarity_logsigmoid_bands import logsigmoid_bands, softplus_and_sigmoid
-
-# The other side is split as long as WAVES waves hold all programs; their partial gradients take 4·split·rows·D ≤
-# 4·WAVES·slots·block_m·block_d, 17 MB on an H200.
-WAVES = 2
 
 
 @triton.jit(do_not_specialize=["R", "C"])
@@ -41,14 +38,9 @@ def _similarity_logsigmoid_kernel(
     Dots,  # [splits, chunks, R], with DA: a_i·(W b)_i over this program's features and rows of B
     R,
     C,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """Program (b, c, h): row block b, features [c·BLOCK_D, (c+1)·BLOCK_D) of dA, the h-th part of the rows of B."""
     # |W| ≤ 1; times 2^14 it fills float16's range and stays a normal number down to 4e-9.
     W_SCALE: tl.constexpr = 16384.0 if A.dtype.element_ty == tl.float16 else 1.0
@@ -63,13 +55,9 @@ def _similarity_logsigmoid_kernel(
     loss = tl.zeros((BLOCK_M,), tl.float32)
     sums = tl.zeros((BLOCK_M,), tl.float32)
 
-    tiles = tl.cdiv(C, BLOCK_N)
-    share = tl.cdiv(tiles, tl.num_programs(2))
-    begin = tl.program_id(2) * share
-    for tile in range(begin, tl.minimum(begin + share, tiles)):
-        col0 = tile * BLOCK_N
-        cols = col0 + tl.arange(0, BLOCK_N)
-        bj = load_rows(B, cols, chunk, C, D, BLOCK_D, UPCAST)
+    tiles, begin, end = tiles_of_part(C, BLOCK_N)
+    for tile in range(begin, end):
+        col0, cols, bj = load_tile_rows(B, tile, chunk, C, D, BLOCK_N, BLOCK_D, UPCAST)
         t = dot_products(ai, bj, A, B, rows, cols, R, C, D, BLOCK_K, PRECISION, UPCAST) * scale + bias
         special = (low_id <= tl.load(BRanges + tiles + tile)) & (high_id >= tl.load(BRanges + tile))
         special |= col0 + BLOCK_N > C
@@ -89,20 +77,14 @@ def _similarity_logsigmoid_kernel(
         if DA is not None:
             da = tl.dot(w.to(bj.dtype), bj, da, input_precision=PRECISION)
 
-    part = tl.program_id(2).to(tl.int64)
     if Loss is not None:
         first = (rows < R) & (tl.program_id(1) == 0)
-        tl.store(Loss + part * R + rows, loss, mask=first)
-        tl.store(Sums + part * R + rows, sums * (1.0 / W_SCALE), mask=first)
+        at = tl.program_id(2).to(tl.int64) * R + rows
+        tl.store(Loss + at, loss, mask=first)
+        tl.store(Sums + at, sums * (1.0 / W_SCALE), mask=first)
     if DA is not None:
         da = da * (1.0 / W_SCALE)
-        features = chunk + tl.arange(0, BLOCK_D)
-        offsets = (part * R + rows)[:, None] * D + features[None, :]
-        tl.store(DA + offsets, da * scale, mask=(rows[:, None] < R) & (features[None, :] < D))
-        # Rows and features outside A are zero there, so they add nothing.
-        a = load_rows(A, rows, chunk, R, D, BLOCK_D, UPCAST).to(tl.float32)
-        at = (part * tl.num_programs(1) + tl.program_id(1)) * R + rows
-        tl.store(Dots + at, tl.sum(a * da, 1), mask=rows < R)
+        store_gradient(DA, Dots, A, da * scale, da, rows, chunk, R, D, BLOCK_D, UPCAST)
 
 
 def _launch(
@@ -111,29 +93,23 @@ def _launch(
     """loss [], ΣW [], scale·(W b) [R, D], Σ a·(W b) []; zeros, or an empty gradient, where not asked for."""
     (r, d), c = a.shape, b.shape[0]
     config = config_for(SIMILARITY_OWNER, architecture(a), a.element_size(), d)
-    blocks, tiles = triton.cdiv(r, config.block_m), triton.cdiv(c, config.block_n)
-    chunks = triton.cdiv(d, config.block_d) if gradient else 1
-    programs, slots = blocks * chunks, config.resident * multiprocessors(a)
-    split = best_split(programs, slots, min(tiles, WAVES * slots // programs))
+    grid = owner_grid(a, c, config, owns_features=gradient)
 
     def empty(*shape: int) -> Tensor:
         return a.new_empty(shape, dtype=torch.float32)
 
-    losses, sums = (empty(split, r), empty(split, r)) if loss else (None, None)
-    da, dots = (empty(split, r, d), empty(split, chunks, r)) if gradient else (None, None)
+    losses, sums = (empty(grid.parts, r), empty(grid.parts, r)) if loss else (None, None)
+    da, dots = (empty(grid.parts, r, d), empty(grid.parts, grid.chunks, r)) if gradient else (None, None)
     with torch.cuda.device_of(a):
-        _similarity_logsigmoid_kernel[(blocks, chunks, split)](
+        _similarity_logsigmoid_kernel[grid](
             a, b, scale, bias, a_ids, b_ids, block_ranges(b_ids, None, 0, config.block_n), losses, sums, da, dots,
-            r, c, D=d,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_D=config.block_d,
-            PRECISION=dot_precision(a.dtype), UPCAST=upcast(a.dtype),
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            r, c, **launch_options(config, a),
         )  # fmt: skip
     zero = a.new_zeros((), dtype=torch.float32)
     return (
         zero if losses is None else losses.sum(),
         zero if sums is None else sums.sum(),
-        empty(0) if da is None else da[0] if split == 1 else da.sum(0),
+        empty(0) if da is None else da[0] if grid.parts == 1 else da.sum(0),
         zero if dots is None else dots.sum(),
     )
 
@@ -165,7 +141,7 @@ def similarity_logsigmoid(
     config = config_for(SIMILARITY_OWNER, architecture(q), q.element_size(), q.shape[1])
     sides = need_q + need_k
     if sides and gradient_form(q, sides, config) == "banded":
-        found = logsigmoid_bands(q, k, scale, bias, row_ids, col_ids, need_q, need_k)
+        found = logsigmoid_bands(q, k, scale, bias, (row_ids, col_ids), (need_q, need_k))
         if found is not None:
             loss, *gradients, dscale, dbias = found
             dq, dk = (dk if g is None else g[:, :features].contiguous() for g in gradients)

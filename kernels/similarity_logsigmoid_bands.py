@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import architecture, dot_precision, upcast
+from ._common import architecture, launch_options
 from ._configs import SIMILARITY_WEIGHTS, config_for
-from ._gradient_forms import band_buffer, product
+from ._gradient_forms import band_buffer, multiply_band
 from ._tiles import LOG2E, block_ranges, log1p, wide_products
 from .similarity_bands import GROUP, finish
 
@@ -91,13 +91,9 @@ def _similarity_logsigmoid_band_kernel(
     N,
     first_block,
     stride,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """Program t: the t-th tile of the band that starts with row block ``first_block``."""
     stride = tl.multiple_of(stride, 8)  # see band_buffer
     tiles = tl.cdiv(N, BLOCK_N)
@@ -125,20 +121,14 @@ def _similarity_logsigmoid_band_kernel(
 
 
 def logsigmoid_bands(
-    q: Tensor,
-    k: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    row_ids: Tensor,
-    col_ids: Tensor,
-    need_q: bool,
-    need_k: bool,
+    q: Tensor, k: Tensor, scale: Tensor, bias: Tensor, ids: tuple[Tensor, Tensor], needs: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor] | None:
     """Loss [], dq [M, D], dk [N, D], dscale [], dbias []; ``None`` where memory has no room for a band.
 
-    q and k are padded; at least one gradient is wanted.
+    q and k are padded; ids: of rows [M] and columns [N]; needs: whether dq and dk are wanted, at least one of them.
     """
     (m, d), n = q.shape, k.shape[0]
+    (row_ids, col_ids), (need_q, need_k) = ids, needs
     config = config_for(SIMILARITY_WEIGHTS, architecture(q), q.element_size(), d)
     band = band_buffer(q, m, n, config.block_m)
     if band is None:
@@ -154,15 +144,9 @@ def logsigmoid_bands(
             _similarity_logsigmoid_band_kernel[(triton.cdiv(present, config.block_m) * tiles,)](
                 q, k, scale, bias, row_ids, col_ids, ranges, band, losses, sums, m, n,
                 first // config.block_m, band.stride(0),
-                D=d, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-                PRECISION=dot_precision(q.dtype), UPCAST=upcast(q.dtype),
-                num_warps=config.num_warps, num_stages=config.num_stages,
+                **launch_options(config, q),
             )  # fmt: skip
-            w = band[:present]
-            if dq is not None:
-                product(dq[first : first + present], w, k)
-            if dk is not None:
-                product(dk, w.T, q[first : first + present], add=first > 0)
+            multiply_band(band[:present], q, k, first, dq, dk)
         w_scale = 16384.0 if q.dtype == torch.float16 else 1.0  # as in the kernel
         dots = scale
         for z, gradient in ((k, dk), (q, dq)):

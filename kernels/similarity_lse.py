@@ -22,9 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import architecture, dot_precision, multiprocessors, upcast
+from ._common import architecture, launch_options, multiprocessors
 from ._configs import SIMILARITY_FORWARD, SIMILARITY_OWNER, config_for
 from ._gradient_forms import gradient_form
+from ._owner import load_tile_rows
 from ._tiles import (
     BOUND_FROM,
     EXACT,
@@ -134,14 +135,9 @@ def _similarity_forward_kernel(
     N,
     first_block,
     run_length,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BOUNDED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """Program (b, r): rows of block ``first_block + b`` against the r-th run of ``run_length`` tiles of columns.
 
     With QNorm, only one of the kernels BOUNDED and not BOUNDED does anything: which one is known on the device alone,
@@ -168,9 +164,7 @@ def _similarity_forward_kernel(
     top, total, hardest = nothing, tl.zeros((BLOCK_M,), tl.float32), nothing
     tiles = tl.cdiv(N, BLOCK_N)
     for tile in range(run * run_length, tl.minimum((run + 1) * run_length, tiles)):
-        col0 = tile * BLOCK_N
-        cols = col0 + tl.arange(0, BLOCK_N)
-        kj = load_rows(K, cols, 0, N, D, BLOCK_K, UPCAST)
+        col0, cols, kj = load_tile_rows(K, tile, 0, N, D, BLOCK_N, BLOCK_K, UPCAST)
         x = dot_products(qi, kj, Q, K, rows, cols, M, N, D, BLOCK_K, PRECISION, UPCAST) * scale
         if Bias is not None:
             x += (tl.load(Bias + cols, mask=cols < N, other=0.0) * LOG2E)[None, :]
@@ -242,9 +236,7 @@ def similarity_forward(
                 _similarity_forward_kernel[(present, runs)](
                     q, k, scale, bias, row_ids, col_ids, ranges, positives, q_norm, k_norm,
                     row_partial, col_partial, positive, rivals, m, n, first, run_length,
-                    D=d, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-                    BOUNDED=bounded, PRECISION=dot_precision(q.dtype), UPCAST=upcast(q.dtype),
-                    num_warps=config.num_warps, num_stages=config.num_stages, **EXACT,
+                    BOUNDED=bounded, **launch_options(config, q), **EXACT,
                 )  # fmt: skip
             if col_partial is not None:
                 merge(col_partial, col_max, col_sum, col_lse, resume=first > 0)
@@ -263,14 +255,14 @@ def similarity_attend(
     """
     features = q.shape[1]
     q, k = padded(q), padded(k)
-    bias, row_ids, col_ids = contiguous(bias, row_ids, col_ids)
+    vectors = contiguous(bias, row_ids, col_ids)
     config = config_for(SIMILARITY_OWNER, architecture(q), q.element_size(), q.shape[1])
     found = None
     with torch.cuda.device_of(q):
         if gradient_form(q, 1, config, after_forward=False) == "banded":
-            found = _banded_attend(q, k, scale, bias, row_ids, col_ids)
+            found = _banded_attend(q, k, scale, *vectors)
         if found is None:
-            found = streamed_attend(q, k, scale, bias, row_ids, col_ids, config)
+            found = streamed_attend(q, k, scale, vectors, config)
     row_lse, attended = found
     return row_lse, attended[:, :features].contiguous()
 

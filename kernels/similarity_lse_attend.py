@@ -13,12 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Config, best_split, dot_precision, multiprocessors, upcast
+from ._common import Config, launch_options
+from ._owner import load_tile_rows, owner_grid, tiles_of_part
 from ._tiles import EXACT, LOG2E, block_ranges, dot_products, finite_or_zero, load_rows, merge
-
-# The columns are split as long as WAVES waves hold all programs; their partial results take 4·split·M·D ≤
-# 4·WAVES·slots·block_m·block_d, 17 MB on an H200.
-WAVES = 2
 
 
 @triton.jit(do_not_specialize=["M", "N"])
@@ -34,14 +31,9 @@ def _similarity_attend_kernel(
     Partial,  # [splits, M, D]: Σ_j 2^(x_ij − max_i) k_j
     M,
     N,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """Program (b, c, h): row block b, features [c·BLOCK_D, (c+1)·BLOCK_D) of the mean, the h-th part of the columns."""
     # Weights are at most 1; times 2^14 they fill float16's range and stay normal numbers down to 4e-9.
     SHIFT: tl.constexpr = 14.0 if K.dtype.element_ty == tl.float16 else 0.0
@@ -57,13 +49,9 @@ def _similarity_attend_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     attended = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
-    tiles = tl.cdiv(N, BLOCK_N)
-    share = tl.cdiv(tiles, tl.num_programs(2))
-    begin = tl.program_id(2) * share
-    for tile in range(begin, tl.minimum(begin + share, tiles)):
-        col0 = tile * BLOCK_N
-        cols = col0 + tl.arange(0, BLOCK_N)
-        kj = load_rows(K, cols, chunk, N, D, BLOCK_D, UPCAST)
+    tiles, begin, end = tiles_of_part(N, BLOCK_N)
+    for tile in range(begin, end):
+        col0, cols, kj = load_tile_rows(K, tile, chunk, N, D, BLOCK_N, BLOCK_D, UPCAST)
         x = dot_products(qi, kj, Q, K, rows, cols, M, N, D, BLOCK_K, PRECISION, UPCAST) * scale
         if Bias is not None:
             x += (tl.load(Bias + cols, mask=cols < N, other=0.0) * LOG2E)[None, :]
@@ -125,38 +113,25 @@ def _similarity_attend_merge_kernel(
 
 
 def streamed_attend(
-    q: Tensor,
-    k: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    config: Config,
+    q: Tensor, k: Tensor, scale: Tensor, vectors: list[Tensor | None], config: Config
 ) -> tuple[Tensor, Tensor]:
-    """Row LSE [M] and attended mean [M, D] of padded q and k; the arguments are those of ``similarity_forward``."""
+    """Row LSE [M] and attended mean [M, D] of padded q and k; vectors: bias, row_ids, col_ids of ``similarity_lse``."""
+    bias, row_ids, col_ids = vectors
     (m, d), n = q.shape, k.shape[0]
-    blocks, chunks, tiles = (
-        triton.cdiv(m, config.block_m),
-        triton.cdiv(d, config.block_d),
-        triton.cdiv(n, config.block_n),
-    )
-    programs, slots = blocks * chunks, config.resident * multiprocessors(q)
-    split = best_split(programs, slots, min(tiles, WAVES * slots // programs))
-    row_partial = q.new_empty((2, split, m), dtype=torch.float32)
-    partial = q.new_empty((split, m, d), dtype=torch.float32)
+    grid = owner_grid(q, n, config)
+    row_partial = q.new_empty((2, grid.parts, m), dtype=torch.float32)
+    partial = q.new_empty((grid.parts, m, d), dtype=torch.float32)
     attended = q.new_empty((m, d), dtype=torch.float32)
     row_max, row_sum, row_lse = (q.new_empty(m, dtype=torch.float32) for _ in range(3))
     ranges = None if row_ids is None else block_ranges(col_ids, None, 0, config.block_n)
-    _similarity_attend_kernel[(blocks, chunks, split)](
+    _similarity_attend_kernel[grid](
         q, k, scale, bias, row_ids, col_ids, ranges, row_partial, partial, m, n,
-        D=d, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_D=config.block_d,
-        PRECISION=dot_precision(q.dtype), UPCAST=upcast(q.dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages, **EXACT,
+        **launch_options(config, q), **EXACT,
     )  # fmt: skip
     merge(row_partial, row_max, row_sum, row_lse)
     block = min(128, triton.next_power_of_2(d))
     _similarity_attend_merge_kernel[(m, triton.cdiv(d, block))](
-        row_partial, partial, row_max, row_sum, attended, m, split, D=d, PARTS=16, BLOCK_D=block,
+        row_partial, partial, row_max, row_sum, attended, m, grid.parts, D=d, PARTS=16, BLOCK_D=block,
         num_warps=4, **EXACT,
     )  # fmt: skip
     return row_lse, attended

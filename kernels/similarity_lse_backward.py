@@ -9,15 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Config, architecture, best_split, dot_precision, multiprocessors, upcast
+from ._common import Config, architecture, launch_options
 from ._configs import SIMILARITY_OWNER, config_for
 from ._gradient_forms import gradient_form
+from ._owner import load_tile_rows, owner_grid, store_gradient, tiles_of_part
 from ._tiles import EXACT, LOG2E, block_ranges, contiguous, dot_products, load_positives, load_rows, padded
 from .similarity_bands import Terms, band_gradients, finish, weights_of
-
-# Where there are few rows, the other side is split among several programs, as long as WAVES waves hold all of them:
-# their partial results take 4·split·rows·D ≤ 4·WAVES·slots·block_m·block_d, 17 MB on an H200, for any shape.
-WAVES = 2
 
 
 @triton.jit(do_not_specialize=["R", "C"])
@@ -41,14 +38,9 @@ def _similarity_backward_kernel(
     Sums,  # [splits, R] or None: Σ_j W_ij
     R,
     C,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """Program (b, c, h): row block b, features [c·BLOCK_D, (c+1)·BLOCK_D) of dA, the h-th part of the rows of B."""
     scale, factor = tl.load(Scale), 1.0
     if Factor is not None:
@@ -72,13 +64,9 @@ def _similarity_backward_kernel(
     da = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     sums = tl.zeros((BLOCK_M,), tl.float32)
 
-    tiles = tl.cdiv(C, BLOCK_N)
-    share = tl.cdiv(tiles, tl.num_programs(2))
-    begin = tl.program_id(2) * share
-    for tile in range(begin, tl.minimum(begin + share, tiles)):
-        col0 = tile * BLOCK_N
-        cols = col0 + tl.arange(0, BLOCK_N)
-        bj = load_rows(B, cols, chunk, C, D, BLOCK_D, UPCAST)
+    tiles, begin, end = tiles_of_part(C, BLOCK_N)
+    for tile in range(begin, end):
+        col0, cols, bj = load_tile_rows(B, tile, chunk, C, D, BLOCK_N, BLOCK_D, UPCAST)
         x = dot_products(ai, bj, A, B, rows, cols, R, C, D, BLOCK_K, PRECISION, UPCAST) * (scale * LOG2E)
         if ABias is not None:
             x += bias_i[:, None]
@@ -118,16 +106,10 @@ def _similarity_backward_kernel(
         da = tl.dot(w.to(bj.dtype), bj, da, input_precision=PRECISION)
 
     da = da * (1.0 / factor)
-    features = chunk + tl.arange(0, BLOCK_D)
-    part = tl.program_id(2).to(tl.int64)
-    offsets = (part * R + rows)[:, None] * D + features[None, :]
-    tl.store(DA + offsets, da * scale, mask=(rows[:, None] < R) & (features[None, :] < D))
-    # Rows and features outside A are zero there, so they add nothing.
-    a = load_rows(A, rows, chunk, R, D, BLOCK_D, UPCAST).to(tl.float32)
-    at = (part * tl.num_programs(1) + tl.program_id(1)) * R + rows
-    tl.store(Dots + at, tl.sum(a * da, 1), mask=rows < R)
+    store_gradient(DA, Dots, A, da * scale, da, rows, chunk, R, D, BLOCK_D, UPCAST)
     if Sums is not None:
-        tl.store(Sums + part * R + rows, sums / factor, mask=(rows < R) & (tl.program_id(1) == 0))
+        at = tl.program_id(2).to(tl.int64) * R + rows
+        tl.store(Sums + at, sums / factor, mask=(rows < R) & (tl.program_id(1) == 0))
 
 
 class Side(NamedTuple):
@@ -151,24 +133,16 @@ def _gradient(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """scale·(W b) [R, D], its dots a·(W b) summed [], and the row sums of W [R] if asked."""
     (r, d), c = a.z.shape, b.z.shape[0]
-    blocks, chunks, tiles = (
-        triton.cdiv(r, config.block_m),
-        triton.cdiv(d, config.block_d),
-        triton.cdiv(c, config.block_n),
-    )
-    programs, slots = blocks * chunks, config.resident * multiprocessors(a.z)
-    split = best_split(programs, slots, min(tiles, WAVES * slots // programs))
-    da = a.z.new_empty((split, r, d), dtype=torch.float32)
-    dots = a.z.new_empty((split, chunks, r), dtype=torch.float32)
-    row_sums = a.z.new_empty((split, r), dtype=torch.float32) if sums else None
-    _similarity_backward_kernel[(blocks, chunks, split)](
+    grid = owner_grid(a.z, c, config)
+    da = a.z.new_empty((grid.parts, r, d), dtype=torch.float32)
+    dots = a.z.new_empty((grid.parts, grid.chunks, r), dtype=torch.float32)
+    row_sums = a.z.new_empty((grid.parts, r), dtype=torch.float32) if sums else None
+    _similarity_backward_kernel[grid](
         a.z, b.z, scale, factor, a.weights, b.weights, a.bias, b.bias, a.ids, b.ids, a.positives, b.positives,
         grad_positive, block_ranges(b.ids, b.positives, r, config.block_n), da, dots, row_sums, r, c,
-        D=d, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_D=config.block_d,
-        PRECISION=dot_precision(a.z.dtype), UPCAST=upcast(a.z.dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages, **EXACT,
+        **launch_options(config, a.z), **EXACT,
     )  # fmt: skip
-    return da[0] if split == 1 else da.sum(0), dots.sum(), None if row_sums is None else row_sums.sum(0)
+    return da[0] if grid.parts == 1 else da.sum(0), dots.sum(), None if row_sums is None else row_sums.sum(0)
 
 
 def _float16_factor(grads: list[Tensor]) -> Tensor:

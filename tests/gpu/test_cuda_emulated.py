@@ -167,7 +167,7 @@ STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) { m.impl("kernel", TORCH_BOX(&launch
         "::emulator::configured(blocks(1, 2), 64, sizeof(T), stream)",
         "[&](auto&... given) { kernel<T, (2 > 1)>(given...); }, f(a, b), c)",
         "::emulator::configured(dim3(1, 2), 32), [&](auto&... given) { other(given...); } );",
-        "STABLE_TORCH_LIBRARY_IMPL(sslfast_emulated, CPU, m) { SSLFAST_EACH(SSLFAST_IMPL_CUDA, kernel, kernel_backward) }",
+        "IMPL(sslfast_emulated, CPU, m) { SSLFAST_EACH(SSLFAST_IMPL_CUDA, kernel, kernel_backward) }",
         'STABLE_TORCH_LIBRARY_IMPL(sslfast_emulated, CPU, m) { m.impl("kernel"',
     ):
         assert part in whole, whole

@@ -28,8 +28,8 @@ class Sweep:
     """Numbers of features to compile a kernel for, by dtype.
 
     ``quick``: of its first launch, on Hopper in every run; ``first``, ``others``: of its first launch and of its other
-    ones on every architecture. Where the kernel does not know D when it is compiled, the table of its tiles has rows
-    for small results and for large ones, and the numbers are 0 and 1.
+    ones on every architecture, see :func:`full`. Where the kernel does not know D when it is compiled, the table of its
+    tiles has rows for small results and for large ones, and the numbers are 0 and 1.
     """
 
     quick: dict[str, tuple[int, ...]]
@@ -38,27 +38,16 @@ class Sweep:
     knows_features: bool = True
 
 
-# Both halves of the tables (NARROW in kernels/_configs.py), whole and with a masked tail.
-NT_XENT = Sweep(
-    quick={"bf16": (128, 512)},
-    first={"bf16": (8, 64, 104, 128, 304, 512, 768), "fp16": (128, 304), "fp32": (32, 56, 304, 512)},
-    others={"bf16": (128, 512), "fp32": (32, 304)},
-)
-SIMILARITY = Sweep(
-    quick={"bf16": (128, 512)},
-    first={"bf16": (64, 128, 304, 512, 768), "fp16": (128, 304, 512), "fp32": (32, 304, 512)},
-    others={"bf16": (128, 304, 512, 768), "fp32": (32, 304)},
-)
+# Both rows of each dtype in the tables (NARROW in kernels/_configs.py); bfloat16 has whole tiles and float16 a masked
+# tail, and so has float32 in its wide row. Other numbers of features change how often a loop runs.
+FEATURES = {"bf16": (128, 512), "fp16": (104, 304), "fp32": (32, 304)}
+SIMILARITY = Sweep(quick={"bf16": (128, 512)}, first=FEATURES, others={"bf16": (512,), "fp32": (304,)})
 # Weights of bands: wide rows first of all, which the narrow ones rarely reach.
-BANDS = Sweep(
-    quick={"bf16": (512,)},
-    first={"bf16": (128, 512), "fp16": (304,), "fp32": (32, 304)},
-    others={"bf16": (128, 768), "fp32": (304,)},
-)
+BANDS = Sweep(quick={"bf16": (512,)}, first=FEATURES, others={"bf16": (512,), "fp32": (304,)})
 SECOND_MOMENT = Sweep(
     quick={"bf16": (0, 1)},
     first={"bf16": (0, 1), "fp16": (0, 1), "fp32": (0, 1)},
-    others={"bf16": (0, 1), "fp32": (0, 1)},
+    others={"bf16": (1,), "fp32": (1,)},
     knows_features=False,
 )
 
@@ -91,10 +80,32 @@ class Kernel:
     explicit_fma: bool = False
 
 
-# Of second_moment's columns: what no launch of ours changes, and the two kinds of tiles.
-COLUMNS = {"CENTER": True, "TRANSPOSED": False, "UPCAST": False, "CHUNKS": 16}
-SPECTRAL = {"CROSS": True, "CENTER": False, "SCALE": 2, "PENALTY": 3, "TRANSPOSED": True}
-MOMENT_TILES = {"wide": {"ROWS": 32, "COLS": 64}, "narrow": {"ROWS": 128, "COLS": 16}}
+def kind(flags: str, **numbers: int) -> dict[str, int]:
+    """Constants of second_moment's columns for one kind of losses: which flags are set, and SCALE, PENALTY, PHASE."""
+    names = ("CROSS", "DUAL", "CENTER", "DISTANCE", "TRANSPOSED", "DX_TRANSPOSED")
+    return {**{name: name in flags.split() for name in names}, "UPCAST": False, "CHUNKS": 16, "VIEWS": 2, **numbers}
+
+
+# By kinds of losses, and by how a launch has its rows: all of a column, or those of one chunk.
+COLUMNS = {
+    "barlow": ("Partial", kind("CROSS DUAL CENTER", SCALE=1, PENALTY=1, PHASE=0)),
+    "vibcreg": ("Partial", kind("DUAL CENTER", SCALE=2, PENALTY=2, PHASE=0)),
+    "partial": ("", kind("CROSS CENTER", SCALE=1, PENALTY=1, PHASE=1)),
+    "rest": ("", kind("CROSS CENTER", SCALE=1, PENALTY=1, PHASE=2)),
+    "spectral": ("Partial", kind("CROSS TRANSPOSED", SCALE=2, PENALTY=3, PHASE=0)),
+    "one": ("B Partial", kind("DUAL CENTER", SCALE=0, PENALTY=0, PHASE=0)),
+}
+APART = "GradOff GradDiagonal GradDistance"  # which the gradient of a loss as a whole has not
+GRADIENT = {
+    "barlow": (f"Partial {APART}", kind("CROSS DUAL CENTER", SCALE=1, PENALTY=1, PHASE=0)),
+    "vibcreg": (f"Partial {APART}", kind("DUAL CENTER DISTANCE", SCALE=2, PENALTY=2, PHASE=0)),
+    "sums": ("Partial GradLoss", kind("DUAL CENTER DISTANCE", SCALE=2, PENALTY=0, PHASE=0)),
+    "partial": (APART, kind("CROSS CENTER", SCALE=1, PENALTY=1, PHASE=1)),
+    "rest": (APART, kind("CENTER DISTANCE", SCALE=2, PENALTY=2, PHASE=2)),
+    "spectral": (f"Partial {APART}", kind("CROSS TRANSPOSED DX_TRANSPOSED", SCALE=2, PENALTY=3, PHASE=0)),
+    "without sums": (f"Partial {APART}", kind("CROSS DUAL TRANSPOSED DX_TRANSPOSED", SCALE=0, PENALTY=3, PHASE=2)),
+}
+MOMENT_TILES = {"wide": ("bf16", {"ROWS": 32, "COLS": 64}), "narrow": ("fp32", {"ROWS": 128, "COLS": 16})}
 
 # What follows a "/" tells kernels apart that are one function by two tables, or by other constants. Kernels that
 # subtract no maximum are not exact: a fused multiply-add does no harm in the pairwise sigmoid loss and in second
@@ -104,11 +115,11 @@ KERNELS = {
         "nt_xent",
         launches={"maxima": "BOUNDED=0", "bounded": "BOUNDED=1"},
         table="_configs.NT_XENT_FORWARD",
-        sweep=NT_XENT,
+        sweep=SIMILARITY,
     ),
-    "nt_xent_backward": Kernel("nt_xent", table="_configs.NT_XENT_BACKWARD", sweep=NT_XENT),
+    "nt_xent_backward": Kernel("nt_xent_backward", table="_configs.NT_XENT_BACKWARD", sweep=SIMILARITY),
     "nt_xent_merge": Kernel("nt_xent", constants={"BLOCK": 128, "ROWS": 32, "PARTS": 64}, explicit_fma=True),
-    "nt_xent_stats": Kernel("nt_xent", constants={"BLOCK": 64}, num_warps=1),
+    "nt_xent_stats": Kernel("nt_xent_backward", constants={"BLOCK": 64}, num_warps=1),
     "similarity_forward": Kernel(
         "similarity_lse",
         launches={
@@ -184,73 +195,21 @@ KERNELS = {
         sweep=SECOND_MOMENT,
         exact=False,
     ),
-    # By kinds of losses, and by how a launch has its rows: all of a column, or those of one chunk.
     **{
-        f"second_moment_columns/{name}": Kernel(
-            "second_moment_columns",
+        f"{kernel}/{name} {tile_name}": Kernel(
+            module,
             launches={"": absent},
-            constants={**COLUMNS, **kind, **tile},
+            constants={**kind, **tile},
             num_warps=8,
-            dtypes=("bf16",) if tile_name == "wide" else ("fp32",),
+            dtypes=(dtype,),
             exact=False,
         )
-        for tile_name, tile in MOMENT_TILES.items()
-        for name, absent, kind in (
-            (f"barlow {tile_name}", "Partial", {"CROSS": True, "SCALE": 1, "PENALTY": 1, "PHASE": 0, "DUAL": True}),
-            (f"vibcreg {tile_name}", "Partial", {"CROSS": False, "SCALE": 2, "PENALTY": 2, "PHASE": 0, "DUAL": True}),
-            (f"partial {tile_name}", "", {"CROSS": True, "SCALE": 1, "PENALTY": 1, "PHASE": 1, "DUAL": False}),
-            (f"rest {tile_name}", "", {"CROSS": True, "SCALE": 1, "PENALTY": 1, "PHASE": 2, "DUAL": False}),
-            (f"spectral {tile_name}", "Partial", {**SPECTRAL, "PHASE": 0, "DUAL": False}),
-            (f"one {tile_name}", "B Partial", {"CROSS": False, "SCALE": 0, "PENALTY": 0, "PHASE": 0, "DUAL": True}),
+        for kernel, module, kinds in (
+            ("second_moment_columns", "second_moment_columns", COLUMNS),
+            ("second_moment_gradient", "second_moment_backward", GRADIENT),
         )
-    },
-    **{
-        f"second_moment_gradient/{name}": Kernel(
-            "second_moment_backward",
-            launches={"": absent},
-            constants={**COLUMNS, "VIEWS": 2, "DX_TRANSPOSED": False, **kind, **tile},
-            num_warps=8,
-            dtypes=("bf16",) if tile_name == "wide" else ("fp32",),
-            exact=False,
-        )
-        for tile_name, tile in MOMENT_TILES.items()
-        for name, absent, kind in (
-            (
-                f"barlow {tile_name}",
-                "Partial GradOff GradDiagonal GradDistance",
-                {"CROSS": True, "SCALE": 1, "PENALTY": 1, "PHASE": 0, "DUAL": True, "DISTANCE": False},
-            ),
-            (
-                f"vibcreg {tile_name}",
-                "Partial GradOff GradDiagonal GradDistance",
-                {"CROSS": False, "SCALE": 2, "PENALTY": 2, "PHASE": 0, "DUAL": True, "DISTANCE": True},
-            ),
-            (
-                f"sums {tile_name}",
-                "Partial GradLoss",
-                {"CROSS": False, "SCALE": 2, "PENALTY": 0, "PHASE": 0, "DUAL": True, "DISTANCE": True},
-            ),
-            (
-                f"partial {tile_name}",
-                "GradOff GradDiagonal GradDistance",
-                {"CROSS": True, "SCALE": 1, "PENALTY": 1, "PHASE": 1, "DUAL": False, "DISTANCE": False},
-            ),
-            (
-                f"rest {tile_name}",
-                "GradOff GradDiagonal GradDistance",
-                {"CROSS": False, "SCALE": 2, "PENALTY": 2, "PHASE": 2, "DUAL": False, "DISTANCE": True},
-            ),
-            (
-                f"spectral {tile_name}",
-                "Partial GradOff GradDiagonal GradDistance",
-                {**SPECTRAL, "PHASE": 0, "DUAL": False, "DISTANCE": False, "DX_TRANSPOSED": True},
-            ),
-            (
-                f"without sums {tile_name}",
-                "Partial GradOff GradDiagonal GradDistance",
-                {**SPECTRAL, "SCALE": 0, "PHASE": 2, "DUAL": True, "DISTANCE": False, "DX_TRANSPOSED": True},
-            ),
-        )
+        for tile_name, (dtype, tile) in MOMENT_TILES.items()
+        for name, (absent, kind) in kinds.items()
     },
     **{
         f"second_moment_off_diagonal/{name}": Kernel(
@@ -323,7 +282,7 @@ def _products(
     launches: list[str],
     sizes: dict[str, tuple[int, ...]],
     architecture: int,
-    precisions: tuple[str, ...] = ("tf32x3", "tf32"),
+    precisions: tuple[str, ...] = ("tf32x3",),
 ) -> list[Case]:
     return [
         Case(kernel, launch, architecture, dtype, features, precision)
@@ -348,19 +307,30 @@ def quick(every_launch: bool) -> list[Case]:
 
 
 def full(architecture: int) -> list[Case]:
-    """Beside the quick ones: three products of TF32 need more registers than one, which is left to the first launches;
-    without products 8.6 is as 8.0."""
+    """Every kernel in every dtype by every row of its table, without a case that would prove what another one proves.
+
+    - The first launch has most of everything: it alone is compiled in every dtype and by every row. The other launches,
+      which leave arguments out, take bfloat16 and float32 by their wide rows, and on Hopper what ``quick`` has.
+    - Three products of TF32 contain one, and need more registers. One alone is compiled on Hopper, where each ``wgmma``
+      is looked at.
+    - 8.6 has the instructions of 8.0, and tables of its own: the first launch by every row.
+    - Without products it is the same code everywhere: compiled for the oldest, for the newest, and in the quick tests
+      for Hopper.
+    """
     cases = []
     for name, kernel in KERNELS.items():
         if kernel.sweep:
             first, *others = kernel.launches
-            cases += _products(name, [first], kernel.sweep.first, architecture)
-            cases += _products(name, others, kernel.sweep.others, architecture, ("tf32x3",))
+            precisions = ("tf32x3", "tf32") if architecture == 90 else ("tf32x3",)
+            cases += _products(name, [first], kernel.sweep.first, architecture, precisions)
+            if architecture != 86:
+                cases += _products(name, others, kernel.sweep.others, architecture)
         elif architecture in (80, 100):
             cases += _plain(name, architecture)
-    return cases
+    cases += [case for case in EVERY_LAUNCH if case.architecture == architecture]
+    return [case for case in dict.fromkeys(cases) if case not in QUICK]
 
 
-# In every run of the tests, in every run under another Triton, and in every full run.
+# In every run of the tests, in every run under another Triton, and beside the former in every full run.
 QUICK, EVERY_LAUNCH = quick(every_launch=False), quick(every_launch=True)
 FULL = [case for architecture in ARCHITECTURES for case in full(architecture)]

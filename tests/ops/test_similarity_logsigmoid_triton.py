@@ -85,11 +85,11 @@ def test_tiny_losses_are_not_lost_beside_one() -> None:
 
 
 def test_few_and_many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sslfast.kernels import similarity_logsigmoid as kernel
+    from sslfast.kernels import _owner
 
     a = make(40, 110, 6)
     for split in (1, 2, 4):
-        monkeypatch.setattr(kernel, "best_split", lambda programs, slots, most, split=split: split)
+        monkeypatch.setattr(_owner, "best_split", lambda programs, slots, most, split=split: split)
         check(a, 0.7, -1.0, name=f"{split} programs ")
 
 

@@ -227,18 +227,18 @@ def test_attend(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
 
 
 def test_attend_with_few_and_many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sslfast.kernels import similarity_lse_attend as kernel
+    from sslfast.kernels import _owner
 
     arguments = make(20, 700, 6)
     del arguments["positives"]
     for split in (1, 3, 22):
-        monkeypatch.setattr(kernel, "best_split", lambda programs, slots, most, split=split: split)
+        monkeypatch.setattr(_owner, "best_split", lambda programs, slots, most, split=split: split)
         attend(arguments, 2.0, name=f"{split} programs ")
 
 
 def test_several_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     """More row blocks than a band holds, runs of several tiles, the last one ragged, parts in the backward."""
-    from sslfast.kernels import similarity_lse as kernel, similarity_lse_backward as backward
+    from sslfast.kernels import _owner, similarity_lse as kernel
 
     block = kernel.config_for(
         kernel.SIMILARITY_FORWARD, kernel.architecture(torch.empty(0, device=DEVICE)), 4, 16
@@ -249,7 +249,7 @@ def test_several_bands(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernel, "BAND", band)
         monkeypatch.setattr(kernel, "multiprocessors", lambda q: 1)
         monkeypatch.setattr(kernel, "FORWARD_PROGRAMS", programs)
-        monkeypatch.setattr(backward, "best_split", lambda programs, slots, most, parts=parts: parts)
+        monkeypatch.setattr(_owner, "best_split", lambda programs, slots, most, parts=parts: parts)
         values = check(arguments, 0.2, name=f"bands of {band} ")
         torch.testing.assert_close(values, whole, rtol=1e-5, atol=2e-5)
 
