@@ -37,21 +37,33 @@ MIN_STEPS = 3
 
 @dataclass(frozen=True)
 class Script:
-    """One script of ``examples/dropin``: the module that it needs, and what is named in the table."""
+    """One script of ``examples/dropin``, by name; the module that it needs; what is named in the table; its method."""
 
+    script: str
     module: str
     loss: str
+    method: str | None = None
     has_data: bool = True
 
+    def flags(self, data: str) -> list[str]:
+        """What it is told beside what every script is told."""
+        return [*(["--method", self.method] if self.method else []), *(["--data", data] if self.has_data else [])]
 
+
+# By the name under which each reports itself.
 SCRIPTS = {
-    "lightly_simclr": Script("lightly", "lightly `NTXentLoss`, D = 128"),
-    "lightly_barlow_twins": Script("lightly", "lightly `BarlowTwinsLoss`, D = 2048"),
-    "lightly_vicreg": Script("lightly", "lightly `VICRegLoss`, D = 2048"),
-    "open_clip_two_towers": Script("open_clip", "open_clip `ClipLoss`, D = 512"),
-    "metric_learning": Script("pytorch_metric_learning", "pytorch-metric-learning `NTXentLoss`, ten classes, D = 128"),
+    "lightly_simclr": Script("lightly_views", "lightly", "lightly `NTXentLoss`, D = 128", "simclr"),
+    "lightly_barlow_twins": Script("lightly_views", "lightly", "lightly `BarlowTwinsLoss`, D = 2048", "barlow_twins"),
+    "lightly_vicreg": Script("lightly_views", "lightly", "lightly `VICRegLoss`, D = 2048", "vicreg"),
+    "open_clip_two_towers": Script("open_clip_two_towers", "open_clip", "open_clip `ClipLoss`, D = 512"),
+    "metric_learning": Script(
+        "metric_learning", "pytorch_metric_learning", "pytorch-metric-learning `NTXentLoss`, ten classes, D = 128"
+    ),
     "sentence_pairs": Script(
-        "sentence_transformers", "sentence-transformers `MultipleNegativesRankingLoss`, D = 512", has_data=False
+        "sentence_pairs",
+        "sentence_transformers",
+        "sentence-transformers `MultipleNegativesRankingLoss`, D = 512",
+        has_data=False,
     ),
 }
 Run = dict[str, Any]
@@ -70,7 +82,8 @@ def run(name: str, side: str, flags: Sequence[str]) -> Run:
     Raises:
         Failed: it ended with an error, took too long, or sslfast left a call to the package.
     """
-    command = [sys.executable, "-m", f"examples.dropin.{name}", *flags, *(["--sslfast"] if side == "with" else [])]
+    module = f"examples.dropin.{SCRIPTS[name].script}"
+    command = [sys.executable, "-m", module, *flags, *(["--sslfast"] if side == "with" else [])]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired as error:
@@ -214,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results, errors = [], []
     with tqdm(total=len(names) * options.repeats * len(SIDES), unit="run") as bar:
         for name in names:
-            flags = ["--steps", str(options.steps), *(["--data", options.data] if SCRIPTS[name].has_data else [])]
+            flags = ["--steps", str(options.steps), *SCRIPTS[name].flags(options.data)]
             flags += ["--batch-size", str(options.batch_size)] if options.batch_size else []
             try:
                 results.append(summary(name, repeated(name, options.repeats, flags, run, bar)))

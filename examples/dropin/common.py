@@ -8,7 +8,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -22,18 +22,27 @@ T = TypeVar("T")
 
 
 def parse(
-    arguments: Sequence[str] | None, text: str, batch_size: int, data: str | None = "fashion-mnist"
+    arguments: Sequence[str] | None, text: str, batch_size: int | Mapping[str, int], data: str | None = "fashion-mnist"
 ) -> argparse.Namespace:
-    """The flags of every script; ``data=None``: it brings its own and has no ``--data``."""
+    """The flags of every script; ``data=None``: it brings its own and has no ``--data``.
+
+    ``batch_size``: that of each method, where the script has several and so ``--method``, whose default is the first.
+    """
     head = text.splitlines()[0]
     parser = argparse.ArgumentParser(description=head, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--sslfast", action="store_true", help="call sslfast.patch first; nothing else changes")
     parser.add_argument("--steps", type=int, default=20, help="of training")
-    parser.add_argument("--batch-size", type=int, default=batch_size, help="images or pairs a step")
+    several = isinstance(batch_size, Mapping)
+    usual, text = (argparse.SUPPRESS, " (default: the method's)") if several else (batch_size, "")
+    parser.add_argument("--batch-size", type=int, default=usual, help=f"images or pairs a step{text}")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and views")
     if data is not None:
         parser.add_argument("--data", default=data, help="digits, fashion-mnist, or a folder of images")
+    if several:
+        parser.add_argument("--method", choices=batch_size, default=next(iter(batch_size)), help="what it trains")
     options = parser.parse_args(arguments)
+    if several and "batch_size" not in options:
+        options.batch_size = batch_size[options.method]
     for name, least in (("steps", 1), ("batch_size", 2)):
         if getattr(options, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")

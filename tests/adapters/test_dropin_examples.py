@@ -31,15 +31,14 @@ def script(request: pytest.FixtureRequest) -> Iterator[tuple[str, Any]]:
     """Its name and its ``main``; what it patches is taken back."""
     package = scripts.SCRIPTS[request.param].module
     peer(package)
-    module = importlib.import_module(f"examples.dropin.{request.param}")
+    module = importlib.import_module(f"examples.dropin.{scripts.SCRIPTS[request.param].script}")
     yield request.param, module.main
     if package in sslfast.adapters._patch._active:
         sslfast.unpatch(package)
 
 
 def flags(name: str) -> list[str]:
-    data = ["--data", "digits"] if scripts.SCRIPTS[name].has_data else []
-    return ["--steps", str(STEPS), "--batch-size", str(BATCH), *data]
+    return ["--steps", str(STEPS), "--batch-size", str(BATCH), *scripts.SCRIPTS[name].flags("digits")]
 
 
 def test_the_line_changes_who_computes_and_nothing_else(
@@ -69,7 +68,7 @@ def test_the_line_changes_who_computes_and_nothing_else(
 
 def test_the_same_seed_is_the_same_run() -> None:
     peer("lightly")
-    main = importlib.import_module("examples.dropin.lightly_simclr").main
+    main = importlib.import_module("examples.dropin.lightly_views").main
     run = [main([*flags("lightly_simclr"), "--seed", seed])["losses"] for seed in ("0", "0", "1")]
     assert run[0] == run[1] != run[2]
 
@@ -85,6 +84,14 @@ def test_a_flag_that_makes_no_sense_is_told(capsys: pytest.CaptureFixture[str]) 
     options = common.parse(["--batch-size", "5000", "--data", "digits"], "text", batch_size=8)
     with pytest.raises(SystemExit, match="digits has 1198 training images"):
         common.images(options)
+
+
+def test_each_method_has_its_batch_size() -> None:
+    sizes = {"one": 8, "other": 2}
+    for arguments, expected in (([], 8), (["--method", "other"], 2), (["--method", "other", "--batch-size", "5"], 5)):
+        assert common.parse(arguments, "text", sizes).batch_size == expected
+    with pytest.raises(SystemExit, match="2"):
+        common.parse(["--batch-size", "0"], "text", sizes)
 
 
 def test_batches_cover_each_epoch_once() -> None:
@@ -139,7 +146,7 @@ def test_the_clock_of_the_loss_leaves_the_encoder_out(monkeypatch: pytest.Monkey
 
 def test_a_script_is_a_command() -> None:
     peer("lightly")
-    command = [sys.executable, "-m", "examples.dropin.lightly_simclr", *flags("lightly_simclr"), "--sslfast"]
+    command = [sys.executable, "-m", "examples.dropin.lightly_views", *flags("lightly_simclr"), "--sslfast"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "sslfast.patch: lightly" in done.stderr
