@@ -153,7 +153,7 @@ def quick(items: list[pytest.Item], seconds: dict[str, float]) -> set[pytest.Ite
 
 
 # What a test of the inner loop does without: other processes, compilers, Triton's interpreter.
-HEAVY = ("subprocess", "run_with(", "run_at_level(", "compile_all(", "torch.compile(", "opcheck(", '"triton"')
+HEAVY = ("subprocess", "run_with(", "compile_all(", "torch.compile(", "opcheck(", '"triton"')
 
 
 def is_heavy(item: pytest.Item) -> bool:

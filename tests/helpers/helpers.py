@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,9 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6, torch.float16: 2e-3, tor
 SHAPES = [(64, 64), (100, 48), (127, 61), (3, 5), (1, 8), (33, 1), (200, 130), (301, 257)]
 
 
-# Of the CPU kernels, narrowest first.
-LEVELS = ["baseline", "avx2", "avx512"]
-
-
-def run_at_level(level: str, file: str, chosen: str, marked: str = "not gpu") -> None:
-    """Those tests of a file or a folder again, in a process that is held to one instruction-set level."""
-    if LEVELS.index(level) > LEVELS.index(torch.ops.sslfast.cpu_level_widest()):
-        pytest.skip(f"this processor has no {level}")
-    if os.environ.get("SSLFAST_CPU_CAPABILITY"):
-        pytest.skip("already inside a run of one level")
-    if level == torch.ops.sslfast.cpu_level():
-        pytest.skip("the level of this run, which has these tests too")
-    run_with({"SSLFAST_CPU_CAPABILITY": level}, [file], chosen, marked)
+def at_levels(values: Iterable[Any], chosen: Sequence[Any]) -> list[Any]:
+    """The values of a parameter; tests of the chosen ones are marked ``levels``."""
+    return [pytest.param(value, marks=pytest.mark.levels) if value in chosen else value for value in values]
 
 
 def run_with(environment: dict[str, str], files: Sequence[str | Path], chosen: str, marked: str) -> None:

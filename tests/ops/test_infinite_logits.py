@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import sslfast
-from helpers import LEVELS, run_at_level, same_nonfinite
+from helpers import same_nonfinite
 
 # Of one part in the kernels' dtype, and of two: products of either with an infinite sum must not cancel.
 SCALES = [0.25, 1.0, 0.7, 3.3, -1.0, 1 / 0.07]
@@ -38,6 +38,7 @@ def inputs(dtype: torch.dtype, scale: float, rows: int) -> tuple[Tensor, Tensor]
     return q.to(dtype), k.to(dtype)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("rows", [7, 250])
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -58,8 +59,3 @@ def test_as_the_reference(form: str, dtype: torch.dtype, scale: float, rows: int
             torch.testing.assert_close(kernel, reference, rtol=2e-2, atol=1e-3, equal_nan=True)
         else:
             same_nonfinite(f"{form}, {number}", kernel, reference)
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_level(level: str) -> None:
-    run_at_level(level, __file__, "test_as_the_reference")

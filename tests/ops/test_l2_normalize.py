@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sslfast
-from helpers import LEVELS, SHAPES, TOLERANCE, roundings, run_at_level, within_budget
+from helpers import SHAPES, TOLERANCE, roundings, within_budget
 from sslfast import reference
 
 pytestmark = pytest.mark.sanitize
@@ -32,6 +32,7 @@ def value_and_gradient(function: object, x: Tensor, grad_y: Tensor) -> tuple[Ten
     return y.detach(), grad_x
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", SHAPES + LONG_SHAPES, ids=str)
@@ -51,16 +52,13 @@ def test_value_and_gradient(shape: tuple[int, int], dtype: torch.dtype, device: 
         within_budget("grad_x", grad_x, expected[1], truth[1], dtype)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_cpu_level(level: str) -> None:
-    run_at_level(level, __file__, "level_in_use or value_and_gradient or half or nonfinite or eps")
-
-
+@pytest.mark.levels
 def test_level_in_use() -> None:
     wanted = os.environ.get("SSLFAST_CPU_CAPABILITY") or torch.ops.sslfast.cpu_level_widest()
     assert torch.ops.sslfast.cpu_level() == wanted
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_eps_and_zero_rows(dtype: torch.dtype, device: str) -> None:
@@ -81,6 +79,7 @@ def test_eps_and_zero_rows(dtype: torch.dtype, device: str) -> None:
     torch.testing.assert_close(grad_zero, grad_y[:1].float() / 1e-12)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=name_of)
 def test_nonfinite_rows_are_as_in_pytorch(dtype: torch.dtype, device: str) -> None:
@@ -111,6 +110,7 @@ def test_float16_norm_beyond_its_range_is_exact(device: str) -> None:
     assert (y[3] == 0).all()
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
 def test_half_conversions_round_to_nearest_even(dtype: torch.dtype, device: str) -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import sslfast
 from benchmarks import Unavailable, peers
-from helpers import LEVELS, SHAPES, roundings, run_at_level, same_nonfinite, within_budget
+from helpers import SHAPES, roundings, same_nonfinite, within_budget
 from sslfast import reference
 
 pytestmark = pytest.mark.sanitize
@@ -60,18 +60,21 @@ def check(z0: Tensor, z1: Tensor, temperature: float, **options) -> None:
         within_budget(name, k.double() / size, p.double().div(size), t / size, z0.dtype, 1.0)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (700, 33), (1700, 16)], ids=str)  # the last two: several groups of blocks
 def test_value_and_gradients(shape: tuple[int, int], dtype: torch.dtype) -> None:
     check(*two_views(*shape, dtype), 0.5)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("temperature", [0.01, 0.02, 0.03, 0.1, 100.0, -0.5, -0.01])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_temperatures(temperature: float, dtype: torch.dtype) -> None:
     check(*two_views(127, 61, dtype), temperature)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("temperature", [0.5, 20.0])  # similarities beyond and within what needs no running maximum
 def test_without_normalisation(temperature: float, dtype: torch.dtype) -> None:
@@ -104,12 +107,6 @@ def test_equals_lightly(shape: tuple[int, int], temperature: float) -> None:
     gradients = torch.autograd.grad(loss, (z0, z1)), torch.autograd.grad(expected, (z0, z1))
     for ours, their in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, their, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_cpu_level(level: str) -> None:
-    chosen = "value_and_gradients or temperatures or without_normalisation or tile_cache"
-    run_at_level(level, __file__, chosen)
 
 
 @pytest.mark.parametrize("wanted", [w for w in itertools.product([True, False], repeat=3) if any(w)], ids=str)
@@ -171,6 +168,7 @@ def test_one_pair() -> None:
     assert all(g.abs().max() <= 1e-5 for g in gradients)
 
 
+@pytest.mark.levels
 def test_tile_cache_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """No tile kept, some, all: the backward recomputes the very same numbers."""
     z0, z1 = two_views(900, 24)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import sslfast
-from helpers import LEVELS, reference_moment, roundings, run_at_level, within_budget
+from helpers import at_levels, reference_moment, roundings, within_budget
 from sslfast.ops.types import dual_is_cheaper
 
 pytestmark = pytest.mark.sanitize
@@ -72,12 +72,13 @@ def check(a: Tensor, b: Tensor | None, kind: Kind, dtype: torch.dtype, **options
 
 @pytest.mark.parametrize("form", ["primal", "dual"])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", at_levels(SHAPES, [(61, 127)]), ids=str)
 def test_sums_and_gradients(shape: tuple[int, int], kind: Kind, form: str) -> None:
     a, b = batches(*shape, kind, torch.float32)
     check(a, b, kind, torch.float32, form=form)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", ["primal", "dual"])
 @pytest.mark.parametrize("kind", KINDS[:3], ids=str)
@@ -112,6 +113,7 @@ def test_moments_that_were_not_kept(kind: Kind, form: str, monkeypatch: pytest.M
             )
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("form", ["primal", "dual"])
 def test_every_subset_of_gradients(form: str) -> None:
     for cross in (True, False):
@@ -206,11 +208,6 @@ def test_second_order_opcheck_and_compile() -> None:
     compiled = torch.compile(lambda x, y: sum(t.sum() for t in sslfast.second_moment(x, y)), fullgraph=True)
     found = torch.autograd.grad(compiled(x, y), (x, y))
     torch.testing.assert_close(found, torch.autograd.grad(sum(t.sum() for t in sslfast.second_moment(x, y)), (x, y)))
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_cpu_level(level: str) -> None:
-    run_at_level(level, __file__, "dtypes or 61 or subset")
 
 
 def test_extra_memory() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import sslfast
-from helpers import LEVELS, roundings, run_at_level, within_budget
+from helpers import at_levels, roundings, within_budget
 from sslfast import reference
 
 pytestmark = pytest.mark.sanitize
@@ -89,7 +89,7 @@ def check(learn: list[Tensor], rest: dict[str, Any], dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("options", at_levels(OPTIONS.values(), [OPTIONS["everything"]]), ids=OPTIONS.keys())
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_value_and_gradients(shape: tuple[int, int, int], options: dict[str, bool], dtype: torch.dtype) -> None:
     check(*inputs(*shape, dtype, **options), dtype)
@@ -119,9 +119,12 @@ def test_bias_as_large_as_distances() -> None:
 # ---------------------------------------------------------------------------------------------- z against itself
 
 
+SQUARE = [(101, 30), (64, 64), (3, 5), (600, 20), (2, 1)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("ids", ["none", "itself", "pairs"])
-@pytest.mark.parametrize("shape", [(64, 64), (101, 30), (3, 5), (600, 20), (2, 1)], ids=str)
+@pytest.mark.parametrize("shape", at_levels(SQUARE, SQUARE[:1]), ids=str)
 def test_against_itself(shape: tuple[int, int], ids: str, dtype: torch.dtype) -> None:
     """The symmetric path: no columns of their own, half the work."""
     m, d = shape
@@ -175,9 +178,12 @@ def test_well_separated_positives_do_not_cancel() -> None:
 # ------------------------------------------------------------------------------------------------- only q learns
 
 
+ROWS_ALONE = [(90, 2500, 17), (5, 700, 30), (200, 3, 8), (1, 1, 1)]
+
+
 @pytest.mark.parametrize("scale", [2.0, 80.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(5, 700, 30), (200, 3, 8), (90, 2500, 17), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("shape", at_levels(ROWS_ALONE, ROWS_ALONE[:1]), ids=str)
 def test_only_rows_learn(shape: tuple[int, int, int], dtype: torch.dtype, scale: float) -> None:
     """The path of queues and frozen towers: the gradient comes along in the forward."""
     m, n, d = shape
@@ -365,8 +371,3 @@ def test_extra_memory() -> None:
     """The matrix would be 256 MiB; a step of any path stays below 64 MiB and the gradients (4 MiB)."""
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 72
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_cpu_level(level: str) -> None:
-    run_at_level(level, __file__, "value_and_gradients and everything or itself and 101 or only_rows and 90")
