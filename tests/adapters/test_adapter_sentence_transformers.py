@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import sslfast
-from adapter_common import left_to_package, peer, same_as_package, values_and_gradients
+from adapter_common import left_to_package, peer, same_as_package, served_runs_agree, values_and_gradients
 from helpers import GRAD_LOSS, roundings, within_budget
 
 PACKAGE = "sentence_transformers"
@@ -101,12 +101,7 @@ def test_backward_inside(losses):
         assert not value.requires_grad
         return [value, *(part.grad for minibatches in reps for part in minibatches)]
 
-    own = run()
-    with sslfast.patch(PACKAGE), warnings.catch_warnings():
-        warnings.filterwarnings("error", message="sslfast does not serve")
-        mine = run()
-    for fast, plain_ in zip(mine, own, strict=True):
-        torch.testing.assert_close(fast, plain_, rtol=1e-9, atol=1e-12)
+    served_runs_agree(PACKAGE, run, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -288,9 +283,4 @@ def test_training_runs_as_before(losses, kind):
             found.append(value.detach())
         return [*found, *(p.detach() for p in model.parameters())]
 
-    own = run()
-    with sslfast.patch(PACKAGE), warnings.catch_warnings():
-        warnings.filterwarnings("error", message="sslfast does not serve")
-        mine = run()
-    for fast, package in zip(mine, own, strict=True):
-        torch.testing.assert_close(fast, package, rtol=1e-8, atol=1e-10)
+    served_runs_agree(PACKAGE, run, rtol=1e-8, atol=1e-10)

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .case import Case, difference, same_bits
+from .case import Case, difference, number_wrong, same_bits
 from .images import losses, patches, views
 from .masks import lists, masks, words
 from .rows import gathered_tokens, normalized_rows, scattered_tokens
 
-__all__ = ["Case", "cases", "difference", "same_bits"]
+__all__ = ["Case", "cases", "cases_with", "difference", "number_wrong", "same_bits"]
 
 
 def cases() -> Iterator[Case]:
@@ -29,3 +29,8 @@ def cases() -> Iterator[Case]:
         *(patches, losses, views),
     ):
         yield from family()
+
+
+def cases_with(text: str) -> list[Case]:
+    """Those with ``text`` in their name or in that of an operator."""
+    return [case for case in cases() if any(text in name for name in (case.name, *case.operators))]

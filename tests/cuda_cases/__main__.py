@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-import traceback
 
 import torch
 
-from . import Case, cases, difference, same_bits
+from . import Case, cases_with, difference, number_wrong, same_bits
 
 
 def fault_of(case: Case, device: str) -> str | None:
@@ -27,20 +26,13 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name or operators contain it")
     parser.add_argument("--list", action="store_true", help="print names and operators, run nothing")
     options = parser.parse_args()
-    chosen = [c for c in cases() if options.only in c.name or any(options.only in name for name in c.operators)]
+    chosen = cases_with(options.only)
     if options.list:
         for case in chosen:
             print(f"{case.name}  [{', '.join(case.operators)}]")
         return 0
-    begin, wrong = time.monotonic(), 0
-    for case in chosen:
-        try:
-            fault = fault_of(case, options.device)
-        except Exception:
-            fault = traceback.format_exc()
-        if fault is not None:
-            wrong += 1
-            print(f"WRONG {case.name}: {fault}", flush=True)
+    begin = time.monotonic()
+    wrong = number_wrong(chosen, lambda case: fault_of(case, options.device))
     if torch.device(options.device).type == "cuda":
         torch.cuda.synchronize()
     operators = {name for case in chosen for name in case.operators}

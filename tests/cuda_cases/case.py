@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -128,6 +129,20 @@ def difference(case: Case, actual: Sequence[Tensor], expected: Sequence[Tensor])
             at = tuple(int(k) for k in wrong.nonzero()[0])
             return f"result {i}: {int(wrong.sum())} of {a.numel()} differ, first at {at}: {a[at]}, expected {b[at]}"
     return None
+
+
+def number_wrong(cases: Sequence[Case], fault_of: Callable[[Case], str | None]) -> int:
+    """How many cases have a fault, or raise; a line is printed for each."""
+    wrong = 0
+    for case in cases:
+        try:
+            fault = fault_of(case)
+        except Exception:
+            fault = traceback.format_exc()
+        if fault is not None:
+            wrong += 1
+            print(f"WRONG {case.name}: {fault}", flush=True)
+    return wrong
 
 
 def same_bits(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:

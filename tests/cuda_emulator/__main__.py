@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-import traceback
 
 import torch
 
-from cuda_cases import cases
+from cuda_cases import cases_with, number_wrong
 
 from . import RUNS, SANITIZERS, fault_of, selftest
 from .sanitize import reports, run_under
@@ -33,20 +32,10 @@ def main() -> int:
             print(f"selftest {name}", flush=True)  # before what a sanitizer says of it
             selftest(name, torch.ones(256), "random")
         return 0
-    begin, count, wrong = time.monotonic(), 0, 0
-    for case in cases():
-        if options.only not in case.name and not any(options.only in name for name in case.operators):
-            continue
-        count += 1
-        try:
-            fault = fault_of(case, options.runs)
-        except Exception:
-            fault = traceback.format_exc()
-        if fault is not None:
-            wrong += 1
-            print(f"WRONG {case.name}: {fault}", flush=True)
-    print(f"{count} cases, emulated: {wrong} wrong, {time.monotonic() - begin:.1f} s")
-    return int(wrong > 0 or not count)
+    begin, chosen = time.monotonic(), cases_with(options.only)
+    wrong = number_wrong(chosen, lambda case: fault_of(case, options.runs))
+    print(f"{len(chosen)} cases, emulated: {wrong} wrong, {time.monotonic() - begin:.1f} s")
+    return int(wrong > 0 or not chosen)
 
 
 if __name__ == "__main__":

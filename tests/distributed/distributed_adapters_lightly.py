@@ -97,13 +97,17 @@ def barlow_twins_of_lightly_with_uneven_batches(rank: int, world: int) -> None:
     if world != 2:
         return
     loss = _loss("barlow_twins_loss", "BarlowTwinsLoss")
-    inputs = batch([5, 3], torch.float64, 6)[1][rank][:2]
+    left_to_lightly(loss, batch([5, 3], torch.float64, 6)[1][rank][:2], "different numbers of rows")
+
+
+def left_to_lightly(loss: Callable[..., Tensor], inputs: list[Tensor], why: str) -> None:
+    """Under the patch its bits are lightly's, and a warning says why."""
     own = value_and_gradients(loss, inputs)
     with sslfast.patch("lightly"), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         _serve._told.clear()
         found = value_and_gradients(loss, inputs)
-    assert any("different numbers of rows" in str(w.message) for w in told)
+    assert any(why in str(w.message) for w in told)
     for mine, theirs in zip(found, own, strict=True):
         assert torch.equal(mine, theirs)
 
@@ -116,14 +120,7 @@ def losses_of_lightly_that_gather_place_by_place(rank: int, world: int) -> None:
     vicreg = _loss("vicreg_loss", "VICRegLoss")
     inputs = batch([ROWS] * world, torch.float64, 6)[1][rank][:2]
     for call in (_vicregl, lambda a, b: vicreg(a.view(-1, 2, 3), b.view(-1, 2, 3))):
-        own = value_and_gradients(call, inputs)
-        with sslfast.patch("lightly"), warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            _serve._told.clear()
-            found = value_and_gradients(call, inputs)
-        assert any("a collective for each place" in str(w.message) for w in told)
-        for mine, theirs in zip(found, own, strict=True):
-            assert torch.equal(mine, theirs)
+        left_to_lightly(call, inputs, "a collective for each place")
 
 
 def _of_all_rows(name: str, sizes: tuple[int, ...], x: Tensor, y: Tensor) -> Tensor:

@@ -94,6 +94,16 @@ def same_as_package(package: str, call: Call, *inputs: Tensor, floor: float = 1.
         within_budget(f"result {i}" if i < results else f"gradient {i - results}", mine, plain, true, dtype, size)
 
 
+def served_runs_agree(package: str, run: Callable[[], Sequence[Tensor]], rtol: float, atol: float) -> None:
+    """The tensors of a run with ``package`` patched, which sslfast must serve, are close to those of one without."""
+    own = run()
+    with sslfast.patch(package), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="sslfast does not serve")
+        mine = run()
+    for fast, plain in zip(mine, own, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=rtol, atol=atol)
+
+
 def left_to_package(package: str, call: Call, *inputs: Tensor, reason: str) -> None:
     """Under the patch the package's own code computes ``call`` bit for bit, and one warning gives the reason."""
     from sslfast.adapters import _serve

@@ -10,16 +10,12 @@ from torch import Tensor
 
 import sslfast
 from helpers import reference_moment, roundings, same_nonfinite, within_budget
-from sslfast import _native
 from sslfast.ops.second_moment import second_moment
 from sslfast.ops.types import SCALES, dual_is_cheaper
+from triton_common import DEVICE, MARKS
 
 op = sslfast.ops.second_moment
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-REASON = _native.why_no_triton(DEVICE)
-pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON))]
-if torch.cuda.is_available():  # else these tests run in the interpreter
-    pytestmark.append(pytest.mark.gpu)
+pytestmark = MARKS
 
 FORMS = ("primal", "dual")
 PRODUCTS = ("library", "tiles")

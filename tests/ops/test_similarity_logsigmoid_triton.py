@@ -11,13 +11,10 @@ from torch import Tensor
 
 import sslfast
 from helpers import roundings, same_nonfinite, within_budget
-from sslfast import _native, reference
+from sslfast import reference
+from triton_common import DEVICE, MARKS
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-REASON = _native.why_no_triton(DEVICE)
-pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON))]
-if torch.cuda.is_available():  # else these tests run in the interpreter
-    pytestmark.append(pytest.mark.gpu)
+pytestmark = MARKS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (rows, columns, features): one row; one column; one feature; several ragged tiles; two products (more than 128

@@ -11,14 +11,11 @@ from torch import Tensor
 
 import sslfast
 from helpers import roundings, same_nonfinite, within_budget
-from sslfast import _native, reference
+from sslfast import reference
 from sslfast.ops.similarity_lse import similarity_terms
+from triton_common import DEVICE, MARKS
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-REASON = _native.why_no_triton(DEVICE)
-pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON))]
-if torch.cuda.is_available():  # else these tests run in the interpreter
-    pytestmark.append(pytest.mark.gpu)
+pytestmark = MARKS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (rows, columns, features): one row; one column; one feature; ragged; several blocks and tiles; two products (more than

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 from PIL import Image
 from rich.console import Console
 
+from example_common import numbers
 from examples.common import measure
 from examples.common.data import load
 from examples.mae import costs, run as mae
@@ -138,7 +138,7 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = json.loads((tmp_path / "mae_digits.json").read_text())
     fused, plain = content["curves"]["fused"], content["curves"]["plain"]
     assert len(fused) == content["settings"]["steps"] and fused == pytest.approx(plain, rel=5e-3)
-    assert all(math.isfinite(number) for number in _numbers(content))
+    assert all(math.isfinite(number) for number in numbers(content))
     for kind in content["accuracies"].values():
         assert set(kind) == {"fused", "plain", "untrained", "raw pixels"}
         assert all(0.2 < accuracy <= 1 for accuracy in kind.values())
@@ -158,13 +158,3 @@ def test_ranks_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     with pytest.raises(SystemExit, match="2"):
         demo.main(["--method", "mae"])
     assert "runs on one process" in capsys.readouterr().err
-
-
-def _numbers(content: Any) -> Iterator[float]:
-    if isinstance(content, dict):
-        content = list(content.values())
-    if isinstance(content, list):
-        for each in content:
-            yield from _numbers(each)
-    elif isinstance(content, (int, float)):
-        yield content

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from rich.console import Console
 from sklearn.datasets import load_sample_images
 
 import sslfast
+from example_common import numbers
 from examples.common import augment, evaluate, measure, ranks
 from examples.common.data import FASHION_DIR, Dataset, load
 from examples.pretrain import __main__ as demo
@@ -37,16 +37,6 @@ from examples.pretrain.train import Schedule, embedded_views, train
 from sslfast.augment import MultiViewTransform, recipe
 
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
-
-
-def _numbers(content: Any) -> Iterator[float]:
-    if isinstance(content, dict):
-        content = list(content.values())
-    if isinstance(content, list):
-        for each in content:
-            yield from _numbers(each)
-    elif isinstance(content, (int, float)):
-        yield content
 
 
 @pytest.fixture
@@ -87,7 +77,7 @@ def test_digits_end_to_end(method: Method, tmp_path: Path, monkeypatch: pytest.M
     assert content["curves"] == {"fused": fused, "plain": plain}
     assert content["backend"] == content["backend_alone"] in ("cpu", "reference")
     assert [(cost["pairs"], cost["width"]) for cost in content["costs"]] == [(128, method.width), size]
-    assert all(math.isfinite(number) for number in _numbers(content))
+    assert all(math.isfinite(number) for number in numbers(content))
     for cost in content["costs"]:
         assert cost["gradient_difference"] <= measure.AGREEMENT
         assert all(cost["seconds"][name] > 0 for name in ("fused", "plain"))

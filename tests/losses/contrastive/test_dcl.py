@@ -10,10 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import Unavailable, peers
-from helpers import roundings, within_budget
+from helpers import roundings, value_and_gradients, within_budget
 from sslfast.losses.contrastive.dcl import DCLLoss, DCLWLoss, dcl, dclw
-
-GRAD_LOSS = 3.0  # not 1: a backward that forgets it fails
 
 
 def lightly(name: str, **options):
@@ -41,12 +39,6 @@ def plain(z0: Tensor, z1: Tensor, tau: Tensor, sigma: float | None = None) -> Te
     if sigma is not None:
         weights = 2 - n * ((z0 * z1).sum(1) / sigma).softmax(0).detach()
     return (lse - weights.repeat(2) * positive).mean()
-
-
-def value_and_gradients(function, *inputs: Tensor) -> list[Tensor]:
-    leaves = [t.detach().clone().requires_grad_() for t in inputs]
-    loss = function(*leaves)
-    return [loss.detach(), *torch.autograd.grad(loss, leaves, torch.full_like(loss, GRAD_LOSS))]
 
 
 def distance(out0: Tensor, out1: Tensor) -> Tensor:

@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import Unavailable, peers
-from helpers import roundings, within_budget
+from helpers import GRAD_LOSS, roundings, value_and_gradients, within_budget
 from sslfast.losses.contrastive.hypersphere import HypersphereLoss, alignment, hypersphere, uniformity
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-GRAD_LOSS = 3.0  # not 1: a backward that forgets it fails
 
 
 def uniformity_by_formula(x: Tensor, t: float) -> Tensor:
@@ -39,12 +38,6 @@ def two_views(n: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tenso
     """Rows of norms near 1, exactly representable in ``dtype``."""
     z_a = torch.randn(n, d, dtype=torch.float64) / d**0.5
     return z_a.to(dtype), (z_a + 0.5 * torch.randn(n, d, dtype=torch.float64) / d**0.5).to(dtype)
-
-
-def value_and_gradients(function, *inputs: Tensor) -> list[Tensor]:
-    leaves = [t.detach().clone().requires_grad_() for t in inputs]
-    loss = function(*leaves)
-    return [loss.detach(), *torch.autograd.grad(loss, leaves, torch.full_like(loss, GRAD_LOSS))]
 
 
 def check(

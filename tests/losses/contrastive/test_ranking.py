@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from helpers import roundings, within_budget
+from helpers import roundings, value_and_gradients, within_budget
 from sslfast.losses.contrastive.ranking import DIRECTIONS, MultipleNegativesRankingLoss, multiple_negatives_ranking
 
-GRAD_LOSS = 3.0  # not 1: a backward that forgets it fails
 N, D = 13, 10
 
 
@@ -34,12 +33,6 @@ def plain(q: Tensor, d: Tensor, scale: Tensor, negatives: Tensor | None, directi
     else:
         log_z = torch.stack([s.logsumexp(1) for s in chosen]).mean(0)
     return (log_z - scale * (q * d).sum(1)).mean()
-
-
-def value_and_gradients(function, *inputs: Tensor) -> list[Tensor]:
-    leaves = [t.detach().clone().requires_grad_() for t in inputs]
-    loss = function(*leaves)
-    return [loss.detach(), *torch.autograd.grad(loss, leaves, torch.full_like(loss, GRAD_LOSS))]
 
 
 ALL = [("query_to_doc", *rest) for n in range(4) for rest in itertools.combinations(DIRECTIONS[1:], n)]

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from helpers import roundings, within_budget
+from helpers import GRAD_LOSS, roundings, value_and_gradients, within_budget
 from sslfast.losses.contrastive.sig_lip import SigLipLoss, sig_lip
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-GRAD_LOSS = 3.0  # not 1: a backward that forgets it fails
 
 
 def by_formula(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -25,12 +24,6 @@ def towers(n: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, 
     image = torch.randn(n, d, dtype=torch.float64)
     text = image + 0.7 * torch.randn(n, d, dtype=torch.float64)
     return F.normalize(image).to(dtype), F.normalize(text).to(dtype)
-
-
-def value_and_gradients(function, *inputs: Tensor) -> list[Tensor]:
-    leaves = [t.detach().clone().requires_grad_() for t in inputs]
-    loss = function(*leaves)
-    return [loss.detach(), *torch.autograd.grad(loss, leaves, torch.full_like(loss, GRAD_LOSS))]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from helpers import roundings, within_budget
+from helpers import GRAD_LOSS, roundings, value_and_gradients, within_budget
 from sslfast.losses.contrastive.sup_con import SupConLoss, sup_con
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-GRAD_LOSS = 3.0  # not 1: a backward that forgets it fails
 
 
 def by_formula(
@@ -45,12 +44,6 @@ def views_of(batch: int, views: int, d: int, dtype: torch.dtype = torch.float32)
     """Unit rows [B, V, D], the views of a sample similar, exactly representable in ``dtype``."""
     sample = torch.randn(batch, 1, d, dtype=torch.float64)
     return F.normalize(sample + torch.randn(batch, views, d, dtype=torch.float64), dim=2).to(dtype)
-
-
-def value_and_gradients(function, *inputs: Tensor) -> list[Tensor]:
-    leaves = [t.detach().clone().requires_grad_() for t in inputs]
-    loss = function(*leaves)
-    return [loss.detach(), *torch.autograd.grad(loss, leaves, torch.full_like(loss, GRAD_LOSS))]
 
 
 def check(features: Tensor, temperature: float = 0.07, labels: Tensor | None = None, **options) -> None:

@@ -8,10 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import Unavailable, peers
-from helpers import roundings, within_budget
+from helpers import roundings, value_and_gradients, within_budget
 from sslfast.losses.decorrelation.frossl import FroSSLLoss, frossl
 
-GRAD_LOSS = 3.0  # not 1: a backward that forgets it fails
 SHAPES = [(64, 32), (20, 50), (33, 33), (7, 5), (1, 8), (4, 1)]  # (20, 50): fewer rows than features
 
 
@@ -36,12 +35,6 @@ def plain(*z_views: Tensor, weight: float = 1.0) -> Tensor:
         loss = loss + 2 * (torch.linalg.matrix_norm(moment) / moment.trace().detach()).log()
         loss = loss + weight * len(unit) / len(z) * (z - mean).square().sum()
     return loss
-
-
-def value_and_gradients(function, *inputs: Tensor) -> list[Tensor]:
-    leaves = [t.detach().clone().requires_grad_() for t in inputs]
-    loss = function(*leaves)
-    return [loss.detach(), *torch.autograd.grad(loss, leaves, torch.full_like(loss, GRAD_LOSS))]
 
 
 def check(function, formula, inputs: list[Tensor]) -> None:

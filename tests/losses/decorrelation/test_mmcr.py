@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import Unavailable, peers
-from helpers import roundings, within_budget
+from helpers import GRAD_LOSS, roundings, value_and_gradients, within_budget
 from sslfast.losses.decorrelation.mmcr import MMCRLoss, mmcr
 
-GRAD_LOSS = 3.0  # not 1: a backward that forgets it fails
 # [B, k, D]: centroids wide and tall, views wide and tall, one sample, one view, one feature, one direction only.
 SHAPES = [(5, 2, 30), (40, 2, 8), (9, 3, 4), (1, 2, 7), (6, 1, 5), (7, 2, 1), (12, 4, 8)]
 
@@ -30,12 +29,6 @@ def networks(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, T
 def plain(online: Tensor, momentum: Tensor, lmda: float = 0.3) -> Tensor:
     z = torch.cat([online, momentum], dim=1)
     return lmda * torch.linalg.svdvals(z).sum() / len(z) - torch.linalg.svdvals(z.mean(1)).sum()
-
-
-def value_and_gradients(function, *inputs: Tensor) -> list[Tensor]:
-    leaves = [t.detach().clone().requires_grad_() for t in inputs]
-    loss = function(*leaves)
-    return [loss.detach(), *torch.autograd.grad(loss, leaves, torch.full_like(loss, GRAD_LOSS))]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -11,17 +11,13 @@ from torch import Tensor
 
 import sslfast
 from helpers import check_loss, reference_moment, two_views, value_and_gradients, within_budget
-from sslfast import _native
 from sslfast.ops._second_moment_operators import loss_by_reference
 from sslfast.ops.moment_losses import Loss
 from sslfast.ops.types import MomentOptions
+from triton_common import DEVICE, MARKS
 
 op = sslfast.ops.second_moment
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-REASON = _native.why_no_triton(DEVICE)
-pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON))]
-if torch.cuda.is_available():  # else these tests run in the interpreter
-    pytestmark.append(pytest.mark.gpu)
+pytestmark = MARKS
 
 LossOfViews = Callable[[Tensor, Tensor], Tensor]
 # What each loss adds up can be larger than what is left of it.

@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from helpers import roundings, within_budget
+from helpers import GRAD_LOSS, roundings, value_and_gradients, within_budget
 from sslfast.losses.decorrelation.spectral_contrastive import SpectralContrastiveLoss, spectral_contrastive
-
-GRAD_LOSS = 3.0  # not 1: a backward that forgets it fails
 
 
 def two_views(n: int, d: int, dtype: torch.dtype, norm: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -29,12 +27,6 @@ def plain(z_a: Tensor, z_b: Tensor, mu: float | None) -> Tensor:
     others = ~torch.eye(n, dtype=torch.bool)
     loss = s[others].square().sum() / (n * (n - 1)) - 2 * s.diagonal().mean()
     return loss if mu is None else loss / mu
-
-
-def value_and_gradients(function, *inputs: Tensor) -> list[Tensor]:
-    leaves = [t.detach().clone().requires_grad_() for t in inputs]
-    loss = function(*leaves)
-    return [loss.detach(), *torch.autograd.grad(loss, leaves, torch.full_like(loss, GRAD_LOSS))]
 
 
 @pytest.mark.parametrize("shape", [(64, 8), (12, 40), (30, 30), (2, 3), (7, 1), (201, 17)], ids=str)

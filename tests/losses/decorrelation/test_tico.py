@@ -8,10 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import Unavailable, peers
-from helpers import roundings, within_budget
+from helpers import GRAD_LOSS, roundings, value_and_gradients, within_budget
 from sslfast.losses.decorrelation.tico import TiCoLoss, tico
 
-GRAD_LOSS = 3.0  # not 1: a backward that forgets it fails
 SHAPES = [(64, 32), (7, 40), (33, 17), (2, 3), (5, 1)]
 
 
@@ -31,12 +30,6 @@ def plain(z_a: Tensor, z_b: Tensor, covariance: Tensor, beta: float = 0.9, rho: 
     a, b = F.normalize(z_a), F.normalize(z_b)
     c = beta * covariance + (1 - beta) * (a.T @ a).detach() / len(a)
     return 1 - (a * b).sum(1).mean() + rho * torch.einsum("ni,ij,nj->n", a, c, a).mean(), c
-
-
-def value_and_gradients(function, *inputs: Tensor) -> list[Tensor]:
-    leaves = [t.detach().clone().requires_grad_() for t in inputs]
-    loss = function(*leaves)
-    return [loss.detach(), *torch.autograd.grad(loss, leaves, torch.full_like(loss, GRAD_LOSS))]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

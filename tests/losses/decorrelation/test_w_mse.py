@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import Unavailable, peers
-from helpers import roundings, within_budget
+from helpers import roundings, value_and_gradients, within_budget
 from sslfast.losses.decorrelation.w_mse import Whitening2d, WMSELoss, norm_mse_loss
 
-GRAD_LOSS = 3.0  # not 1: a backward that forgets it fails
 TOLERANCE = {torch.float64: {"rtol": 1e-9, "atol": 1e-11}, torch.float32: {"rtol": 1e-4, "atol": 1e-5}}
 
 
@@ -34,12 +33,6 @@ def seeded(function, seed: int = 5):
         return function(*inputs)
 
     return call
-
-
-def value_and_gradients(function, *inputs: Tensor) -> list[Tensor]:
-    leaves = [t.detach().clone().requires_grad_() for t in inputs]
-    loss = function(*leaves)
-    return [loss.detach(), *torch.autograd.grad(loss, leaves, torch.full_like(loss, GRAD_LOSS))]
 
 
 def by_order(x0: Tensor, x1: Tensor) -> Tensor:
