@@ -8,7 +8,7 @@ from torch import Tensor
 import sslfast
 
 from . import peers
-from .redundancy import Redundancy, sizes, views
+from .redundancy import two_views
 
 LAMBDA = 0.005
 
@@ -20,19 +20,11 @@ def _plain(z_a: Tensor, z_b: Tensor) -> Tensor:
     return (on - 1).square().sum() + LAMBDA * (c.square().sum() - on.square().sum())
 
 
-BENCHMARK = Redundancy(
-    op="barlow_twins",
-    sweep=[
-        {"N": n, "D": d} for n, d in ((256, 8192), (1024, 8192), (256, 2048), (1024, 2048), (4096, 2048), (4096, 512))
-    ],
-    gpu_sweep=[{"N": n, "D": 8192} for n in (256, 1024)],
-    inputs=views,
+BENCHMARK = two_views(
+    "barlow_twins",
+    [(256, 8192), (1024, 8192), (256, 2048), (1024, 2048), (4096, 2048), (4096, 512)],
     plain=lambda case: _plain,
     fused=lambda case: lambda z_a, z_b: sslfast.barlow_twins(z_a, z_b, LAMBDA),
-    pairs=sizes,
-    share=3.0,
-    forward=1.0,
-    tiny={"N": 32, "D": 64},
     peers={"lightly": lambda case: peers.lightly_loss("barlow_twins_loss", "BarlowTwinsLoss", lambda_param=LAMBDA)},
 )
 PROVIDERS, TINY = BENCHMARK.providers, BENCHMARK.tiny

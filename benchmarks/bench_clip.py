@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import sslfast
 
 from . import chunked, pair_peers
-from .contrastive import Benchmark, Loss, number, views
+from .contrastive import Loss, number, two_towers, views
 from .harness import Case
 
 SCALE = 1 / 0.07
@@ -25,17 +25,12 @@ def _plain(case: Case) -> Loss:
     return clip
 
 
-BENCHMARK = Benchmark(
-    op="clip",
-    sweep=[{"N": n, "D": d} for n, d in ((256, 512), (1024, 512), (4096, 512), (8192, 128))],
-    gpu_sweep=[{"N": n, "D": d} for n, d in ((4096, 512), (32768, 512), (65536, 512), (65536, 768))],
+BENCHMARK = two_towers(
+    "clip",
     inputs=lambda case: (*views(case), number(case, SCALE)),
     plain=_plain,
     fused=lambda case: sslfast.clip,
-    pairs=lambda shape: (shape["N"], shape["N"]),
     share=4.0,
-    forward=1.0,
-    tiny={"N": 64, "D": 32},
     chunked=lambda case: chunked.clip,
     peers={
         "open_clip_torch": pair_peers.open_clip_clip,

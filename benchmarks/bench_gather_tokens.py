@@ -11,26 +11,31 @@ from torch import Tensor
 from sslfast.masking import gather_tokens
 
 from .harness import Case
-from .masking import Benchmark, Function, Problem, leaf, masks, noise, normal, tokens, visible_tokens
+from .masking import (
+    Function,
+    Problem,
+    masks,
+    noise,
+    normal,
+    of_tokens,
+    position_of,
+    problem_with_position,
+    tokens,
+    visible_tokens,
+)
 
 
 def _problem(case: Case) -> Problem:
-    b, k, d, length = case.shape["B"], case.shape["K"], case.shape["D"], tokens(case)
-    learn, given = [normal(case, b, length, d), normal(case, 1, 1, d)], {"noise": noise(case)}
-    position = normal(case, 1, 1 + length, d)
-    if case.shape["learned"]:
-        learn.append(position)
-    else:
-        given["position"] = position
-    return Problem(tuple(map(leaf, learn)), given, normal(case, b, 1 + k, d))
+    b, d = case.shape["B"], case.shape["D"]
+    learn, given = [normal(case, b, tokens(case), d), normal(case, 1, 1, d)], {"noise": noise(case)}
+    return problem_with_position(case, learn, given, 1 + case.shape["K"])
 
 
 def _published(case: Case) -> Function:
     kept = case.shape["K"]
 
     def function(given: dict[str, Tensor], x: Tensor, cls_token: Tensor, *learned: Tensor) -> tuple[Tensor, ...]:
-        position = learned[0] if learned else given["position"]
-        return visible_tokens(x, cls_token, position, kept, given["noise"])
+        return visible_tokens(x, cls_token, position_of(given, learned), kept, given["noise"])
 
     return function
 
@@ -39,8 +44,7 @@ def _fused(case: Case) -> Function:
     chosen = masks(case)
 
     def function(given: dict[str, Tensor], x: Tensor, cls_token: Tensor, *learned: Tensor) -> tuple[Tensor, ...]:
-        position = learned[0] if learned else given["position"]
-        made = chosen(given["noise"])
+        position, made = position_of(given, learned), chosen(given["noise"])
         kept = gather_tokens(x, made.ids_keep, position=position[:, 1:], prefix=cls_token + position[:, :1])
         return kept, made.mask, made.ids_restore
 
@@ -53,19 +57,7 @@ def _cost(case: Case) -> tuple[float, float]:
     return 0.0, float(b * d * (k + 2 * (1 + k) + tokens(case)) * case.torch_dtype.itemsize)
 
 
-_VIT_B = {"B": 64, "L": 196, "D": 768, "K": 49}
-
-BENCHMARK = Benchmark(
-    op="gather_tokens",
-    own="mae",
-    sweep=[{**_VIT_B, "learned": learned} for learned in (0, 1)],
-    problem=_problem,
-    published=_published,
-    fused=_fused,
-    whole_cost=_cost,
-    tiny={"B": 3, "L": 11, "D": 20, "K": 4, "learned": 0},
-    pictures=False,
-)
+BENCHMARK = of_tokens("gather_tokens", 768, problem=_problem, published=_published, fused=_fused, whole_cost=_cost)
 PROVIDERS, BASELINES, TINY = BENCHMARK.providers, BENCHMARK.baselines, BENCHMARK.tiny
 cases, setup, truth = BENCHMARK.cases, BENCHMARK.setup, BENCHMARK.truth
 cost, why_skip = BENCHMARK.cost, BENCHMARK.why_skip

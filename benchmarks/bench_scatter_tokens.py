@@ -11,31 +11,35 @@ from torch import Tensor
 from sslfast.masking import scatter_tokens
 
 from .harness import Case
-from .masking import Benchmark, Function, Problem, decoder_input, leaf, normal, shuffle, tokens
+from .masking import (
+    Function,
+    Problem,
+    decoder_input,
+    normal,
+    of_tokens,
+    position_of,
+    problem_with_position,
+    shuffle,
+    tokens,
+)
 
 
 def _problem(case: Case) -> Problem:
-    b, k, d, length = case.shape["B"], case.shape["K"], case.shape["D"], tokens(case)
-    learn, given = [normal(case, b, 1 + k, d), normal(case, 1, 1, d)], {"ids_restore": shuffle(case)[1]}
-    position = normal(case, 1, 1 + length, d)
-    if case.shape["learned"]:
-        learn.append(position)
-    else:
-        given["position"] = position
-    return Problem(tuple(map(leaf, learn)), given, normal(case, b, 1 + length, d))
+    b, k, d = case.shape["B"], case.shape["K"], case.shape["D"]
+    learn = [normal(case, b, 1 + k, d), normal(case, 1, 1, d)]
+    return problem_with_position(case, learn, {"ids_restore": shuffle(case)[1]}, 1 + tokens(case))
 
 
 def _published(case: Case) -> Function:
     def function(given: dict[str, Tensor], x: Tensor, mask_token: Tensor, *learned: Tensor) -> tuple[Tensor, ...]:
-        position = learned[0] if learned else given["position"]
-        return (decoder_input(x, mask_token, position, given["ids_restore"]),)
+        return (decoder_input(x, mask_token, position_of(given, learned), given["ids_restore"]),)
 
     return function
 
 
 def _fused(case: Case) -> Function:
     def function(given: dict[str, Tensor], x: Tensor, mask_token: Tensor, *learned: Tensor) -> tuple[Tensor, ...]:
-        position = learned[0] if learned else given["position"]
+        position = position_of(given, learned)
         return (scatter_tokens(x, given["ids_restore"], mask_token, position=position, passed=1),)
 
     return function
@@ -47,19 +51,7 @@ def _cost(case: Case) -> tuple[float, float]:
     return 0.0, 2.0 * b * d * (1 + k + 1 + tokens(case)) * case.torch_dtype.itemsize
 
 
-_DECODER = {"B": 64, "L": 196, "D": 512, "K": 49}
-
-BENCHMARK = Benchmark(
-    op="scatter_tokens",
-    own="mae",
-    sweep=[{**_DECODER, "learned": learned} for learned in (0, 1)],
-    problem=_problem,
-    published=_published,
-    fused=_fused,
-    whole_cost=_cost,
-    tiny={"B": 3, "L": 11, "D": 20, "K": 4, "learned": 0},
-    pictures=False,
-)
+BENCHMARK = of_tokens("scatter_tokens", 512, problem=_problem, published=_published, fused=_fused, whole_cost=_cost)
 PROVIDERS, BASELINES, TINY = BENCHMARK.providers, BENCHMARK.baselines, BENCHMARK.tiny
 cases, setup, truth = BENCHMARK.cases, BENCHMARK.setup, BENCHMARK.truth
 cost, why_skip = BENCHMARK.cost, BENCHMARK.why_skip

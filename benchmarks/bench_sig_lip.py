@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import sslfast
 
 from . import chunked, pair_peers
-from .contrastive import Benchmark, Loss, number, views
+from .contrastive import Loss, number, two_towers, views
 from .harness import Case
 
 
@@ -22,17 +22,12 @@ def _plain(case: Case) -> Loss:
     return sig_lip
 
 
-BENCHMARK = Benchmark(
-    op="sig_lip",
-    sweep=[{"N": n, "D": d} for n, d in ((256, 512), (1024, 512), (4096, 512), (8192, 128))],
-    gpu_sweep=[{"N": n, "D": d} for n, d in ((4096, 512), (32768, 512), (65536, 512), (65536, 768))],
+BENCHMARK = two_towers(
+    "sig_lip",
     inputs=lambda case: (*views(case), number(case, 10.0), number(case, -10.0)),
     plain=_plain,
     fused=lambda case: sslfast.sig_lip,
-    pairs=lambda shape: (shape["N"], shape["N"]),
     share=3.0,
-    forward=1.0,
-    tiny={"N": 64, "D": 32},
     chunked=lambda case: chunked.sig_lip,
     peers={"open_clip_torch": pair_peers.open_clip_sig_lip, "siglip-kernel": pair_peers.siglip_kernel},
 )

@@ -8,7 +8,7 @@ from torch import Tensor
 import sslfast
 
 from . import peers
-from .redundancy import Redundancy, sizes, views
+from .redundancy import two_views
 
 EPS = 1e-4
 
@@ -24,19 +24,11 @@ def _plain(z_a: Tensor, z_b: Tensor) -> Tensor:
     return loss
 
 
-BENCHMARK = Redundancy(
-    op="vicreg",
-    sweep=[
-        {"N": n, "D": d} for n, d in ((256, 8192), (1024, 8192), (256, 2048), (1024, 2048), (2048, 2048), (4096, 512))
-    ],
-    gpu_sweep=[{"N": n, "D": 8192} for n in (256, 1024)],
-    inputs=views,
+BENCHMARK = two_views(
+    "vicreg",
+    [(256, 8192), (1024, 8192), (256, 2048), (1024, 2048), (2048, 2048), (4096, 512)],
     plain=lambda case: _plain,
     fused=lambda case: lambda z_a, z_b: sslfast.vicreg(z_a, z_b, eps=EPS),
-    pairs=sizes,
-    share=3.0,
-    forward=1.0,
-    tiny={"N": 32, "D": 64},
     peers={"lightly": lambda case: peers.lightly_loss("vicreg_loss", "VICRegLoss", eps=EPS)},
 )
 PROVIDERS, TINY = BENCHMARK.providers, BENCHMARK.tiny

@@ -112,13 +112,31 @@ class Benchmark:
         if provider == "chunked":
             return "a baseline for GPUs" if case.device == "cpu" else None
         rows, columns = self.pairs(case.shape)
-        stored = MATRICES * rows * columns * case.torch_dtype.itemsize
-        size = f"its matrices take about {stored / 2**30:.1f} GiB"
-        if case.device == "cpu" and metric == "time_ms" and stored > MATRIX_BYTES_TIMED:
-            return f"{size}; timed up to {MATRIX_BYTES_TIMED / 2**30:.1f} GiB"
-        if case.device == "cpu" and stored > 0.5 * available_bytes():
-            return f"{size}, more than is free"
-        return None
+        return too_large(case, metric, rows * columns)
+
+
+def too_large(case: Case, metric: str, entries: int) -> str | None:
+    """Why a plain formula, whose matrices have so many entries each, is left out on a CPU."""
+    stored = MATRICES * entries * case.torch_dtype.itemsize
+    size = f"its matrices take about {stored / 2**30:.1f} GiB"
+    if case.device == "cpu" and metric == "time_ms" and stored > MATRIX_BYTES_TIMED:
+        return f"{size}; timed up to {MATRIX_BYTES_TIMED / 2**30:.1f} GiB"
+    if case.device == "cpu" and stored > 0.5 * available_bytes():
+        return f"{size}, more than is free"
+    return None
+
+
+def two_towers(op: str, **options: Any) -> Benchmark:
+    """A loss of N images and their N texts, at the sizes of CLIP's trainings."""
+    return Benchmark(
+        op=op,
+        sweep=[{"N": n, "D": d} for n, d in ((256, 512), (1024, 512), (4096, 512), (8192, 128))],
+        gpu_sweep=[{"N": n, "D": d} for n, d in ((4096, 512), (32768, 512), (65536, 512), (65536, 768))],
+        pairs=lambda shape: (shape["N"], shape["N"]),
+        forward=1.0,
+        tiny={"N": 64, "D": 32},
+        **options,
+    )
 
 
 def in_form(found: Work, form: str) -> Work:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,6 +123,34 @@ class Benchmark:
     def why_skip(self, case: Case, provider: str, metric: str) -> str | None:
         """Nothing but photographs may be missing."""
         return no_photographs() if self.pictures else None
+
+
+def of_tokens(op: str, width: int, **options: Any) -> Benchmark:
+    """A movement of MAE's tokens at ViT-B/16's length, three quarters masked; ``learned``: the position learns too."""
+    return Benchmark(
+        op=op,
+        own="mae",
+        sweep=[{"B": 64, "L": 196, "D": width, "K": 49, "learned": learned} for learned in (0, 1)],
+        tiny={"B": 3, "L": 11, "D": 20, "K": 4, "learned": 0},
+        pictures=False,
+        **options,
+    )
+
+
+def problem_with_position(case: Case, learn: list[Tensor], given: dict[str, Tensor], rows: int) -> Problem:
+    """``learn``, the position of class token and tokens where it does, and what else is ``given``; for ``rows``."""
+    b, d = case.shape["B"], case.shape["D"]
+    position = normal(case, 1, 1 + tokens(case), d)
+    if case.shape["learned"]:
+        learn = [*learn, position]
+    else:
+        given = {**given, "position": position}
+    return Problem(tuple(map(leaf, learn)), given, normal(case, b, rows, d))
+
+
+def position_of(given: dict[str, Tensor], learned: tuple[Tensor, ...]) -> Tensor:
+    """The position, which learns or not."""
+    return learned[0] if learned else given["position"]
 
 
 def no_photographs() -> str | None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .contrastive import MATRICES, MATRIX_BYTES_TIMED, Benchmark, generator
+from .contrastive import Benchmark, generator, too_large
 from .harness import Case
-from .machine import available_bytes
 
 
 def views(case: Case) -> tuple[Tensor, Tensor]:
@@ -43,10 +44,19 @@ class Redundancy(Benchmark):
         """Where the plain formulas' D × D matrices do not fit, or take minutes."""
         if provider == "sslfast":
             return None
-        stored = MATRICES * case.shape["D"] ** 2 * case.torch_dtype.itemsize
-        size = f"its matrices take about {stored / 2**30:.1f} GiB"
-        if case.device == "cpu" and metric == "time_ms" and stored > MATRIX_BYTES_TIMED:
-            return f"{size}; timed up to {MATRIX_BYTES_TIMED / 2**30:.1f} GiB"
-        if case.device == "cpu" and stored > 0.5 * available_bytes():
-            return f"{size}, more than is free"
-        return None
+        return too_large(case, metric, case.shape["D"] ** 2)
+
+
+def two_views(op: str, shapes: Sequence[tuple[int, int]], **options: Any) -> Redundancy:
+    """A loss of two views at sizes (N, D)."""
+    return Redundancy(
+        op=op,
+        sweep=[{"N": n, "D": d} for n, d in shapes],
+        gpu_sweep=[{"N": n, "D": 8192} for n in (256, 1024)],
+        inputs=views,
+        pairs=sizes,
+        share=3.0,
+        forward=1.0,
+        tiny={"N": 32, "D": 64},
+        **options,
+    )

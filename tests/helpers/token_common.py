@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import sslfast
 from helpers import within_budget
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -56,6 +57,48 @@ def check(function: Callable[..., Tensor], plain: Callable[..., Tensor], inputs:
 def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     for mine, its in zip(found, expected, strict=True):
         assert torch.equal(mine, its)
+
+
+def strided_tokens(base: Tensor) -> dict[str, Tensor]:
+    """Tokens [images, tokens, features] as others leave them, of ``base`` [5, 39, 24]."""
+    return {
+        "from a convolution": base.transpose(1, 2),
+        "without the class token": base[:, 1:],
+        "every second feature": base[..., ::2],
+        "one image": base[:1].expand(5, -1, -1),
+        "not aligned": base.flatten()[1:].narrow(0, 0, 5 * 900).view(5, 30, 30),
+    }
+
+
+def check_strides(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor, name: str) -> None:
+    """Bits are those of contiguous inputs, and of contiguous gradients of the value."""
+    leaves = [t.detach().requires_grad_() for t in inputs]  # with their strides
+    value, dense = function(*leaves), function(*(t.contiguous() for t in leaves))
+    assert value.is_contiguous() and torch.equal(value, dense), name
+    expected = torch.autograd.grad(dense, leaves, grad.contiguous(), retain_graph=True)
+    assert_same(torch.autograd.grad(value, leaves, grad, retain_graph=True), expected)
+    expected = torch.autograd.grad(dense, leaves, torch.ones_like(dense))
+    assert_same(torch.autograd.grad(value.sum(), leaves), expected)  # a gradient whose strides are 0
+
+
+def check_repeats(function: Callable[..., Tensor], inputs: Inputs) -> None:
+    """The same bits in the second run, whose number of threads is another."""
+    first = value_and_gradients(function, inputs)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        second = value_and_gradients(function, inputs)
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(first, second)
+
+
+def check_twice_differentiable(function: Callable[..., Tensor], inputs: Inputs, device: str) -> None:
+    """First and second derivatives by finite differences."""
+    leaves = [None if t is None else t.to(device).requires_grad_() for t in inputs]
+    with sslfast.use_backend(device):
+        assert torch.autograd.gradcheck(function, leaves)
+        assert torch.autograd.gradgradcheck(function, leaves)
 
 
 def check_subsets(function: Callable[..., Tensor], inputs: Inputs) -> None:

@@ -9,19 +9,10 @@ import torch
 from torch import Tensor
 
 import sslfast
+import token_common as tokens
 from sslfast import ops, reference
 from sslfast.masking import gather_tokens
-from token_common import (
-    DEVICES,
-    DTYPES,
-    as_type,
-    assert_same,
-    check,
-    check_subsets,
-    name_of,
-    numbers,
-    value_and_gradients,
-)
+from token_common import DEVICES, DTYPES, as_type, name_of, numbers
 
 pytestmark = pytest.mark.sanitize
 
@@ -66,7 +57,7 @@ def test_value_and_gradients(case: tuple[int, ...], dtype: torch.dtype, device: 
     for present in PRESENT:
         inputs, ids = made(case, present)
         with sslfast.use_backend(device):
-            check(gather(ids.to(device)), plain(ids.to(device)), as_type(inputs, device), dtype)
+            tokens.check(gather(ids.to(device)), plain(ids.to(device)), as_type(inputs, device), dtype)
 
 
 @pytest.mark.levels
@@ -78,7 +69,7 @@ def test_packed_rows_value_and_gradients(dtype: torch.dtype, device: str) -> Non
         assert x is not None
         inputs = as_type([x[:, :7], position, prefix, None], device)
         with sslfast.use_backend(device):
-            check(gather(ids.to(device), True), plain(ids.to(device), True), inputs, dtype)
+            tokens.check(gather(ids.to(device), True), plain(ids.to(device), True), inputs, dtype)
 
 
 def test_it_is_mae_encoder_input_and_ijepa_context() -> None:
@@ -94,7 +85,9 @@ def test_it_is_mae_encoder_input_and_ijepa_context() -> None:
         return gather_tokens(x, ids, position=position[:, 1:], prefix=class_token + position[:, :1])
 
     inputs = (x, position, class_token)
-    for mine, its in zip(value_and_gradients(ours, inputs), value_and_gradients(mae, inputs), strict=True):
+    for mine, its in zip(
+        tokens.value_and_gradients(ours, inputs), tokens.value_and_gradients(mae, inputs), strict=True
+    ):
         torch.testing.assert_close(mine, its)
     masks = torch.stack([ids, ids.flip(0)])
     apply_masks = torch.cat([torch.gather(x, 1, m.unsqueeze(-1).repeat(1, 1, 6)) for m in masks])
@@ -109,26 +102,13 @@ def test_it_is_mae_encoder_input_and_ijepa_context() -> None:
 def test_strides(dtype: torch.dtype, device: str) -> None:
     """Tokens as a convolution leaves them, a slice, a repeated image, a start that is not aligned; ids too."""
     base = numbers(5, 39, 24).to(device, dtype)
-    views = {
-        "from a convolution": base.transpose(1, 2),
-        "without the class token": base[:, 1:],
-        "every second feature": base[..., ::2],
-        "one image": base[:1].expand(5, -1, -1),
-        "not aligned": base.flatten()[1:].narrow(0, 0, 5 * 900).view(5, 30, 30),
-    }
-    for name, x in views.items():
+    for name, x in tokens.strided_tokens(base).items():
         length, width = x.shape[1:]
         ids = torch.rand(length, 5).argsort(0)[:7].T.to(device)  # not contiguous
         position, prefix = numbers(width, length).T.to(device, dtype), numbers(2, 2 * width)[:, ::2].to(device, dtype)
         grad = numbers(9, width, 5).permute(2, 0, 1).to(device, dtype)
         with sslfast.use_backend(device):
-            leaves = [t.detach().requires_grad_() for t in (x, position, prefix)]  # with their strides
-            value, dense = gather(ids)(*leaves, None), gather(ids)(*(t.contiguous() for t in leaves), None)
-            assert value.is_contiguous() and torch.equal(value, dense), name
-            expected = torch.autograd.grad(dense, leaves, grad.contiguous(), retain_graph=True)
-            assert_same(torch.autograd.grad(value, leaves, grad, retain_graph=True), expected)
-            expected = torch.autograd.grad(dense, leaves, torch.ones_like(dense))
-            assert_same(torch.autograd.grad(value.sum(), leaves), expected)  # a gradient whose strides are 0
+            tokens.check_strides(lambda *given, ids=ids: gather(ids)(*given, None), (x, position, prefix), grad, name)
 
 
 def test_a_gradient_with_its_images_before_its_masks() -> None:
@@ -136,7 +116,7 @@ def test_a_gradient_with_its_images_before_its_masks() -> None:
     leaves = [t.requires_grad_() for t in inputs if t is not None]
     value, grad = gather(ids)(*leaves, None), numbers(4, 3, 7, 6).transpose(0, 1)
     found = torch.autograd.grad(value, leaves, grad, retain_graph=True)
-    assert_same(found, torch.autograd.grad(value, leaves, grad.contiguous()))
+    tokens.assert_same(found, torch.autograd.grad(value, leaves, grad.contiguous()))
 
 
 def test_what_is_dropped_leaves_nothing_behind() -> None:
@@ -154,7 +134,9 @@ def test_repeated_ids_of_the_operator_sum_their_gradients() -> None:
     """Not for the public function; on the CPU the operator serves lightly's get_at_index, which allows them."""
     inputs, ids = made((0, 5, 4, 9, 6, 0), "xp", padded=False)
     ids = torch.randint(4, (5, 9))
-    check(lambda x, p, f, t: torch.ops.sslfast.gather_tokens(x, ids, p, f, t, False), plain(ids), inputs, torch.float32)
+    tokens.check(
+        lambda x, p, f, t: torch.ops.sslfast.gather_tokens(x, ids, p, f, t, False), plain(ids), inputs, torch.float32
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -162,17 +144,14 @@ def test_every_subset_of_gradients(device: str) -> None:
     for present, backend in itertools.product(("xpf", "tpf"), (device, "reference")):
         inputs, ids = made((2, 5, 7, 3, 6, 2), present)
         with sslfast.use_backend(backend):
-            check_subsets(gather(ids.to(device)), as_type(inputs, device))
+            tokens.check_subsets(gather(ids.to(device)), as_type(inputs, device))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_gradcheck_and_double_backward(device: str) -> None:
     for present, case in (("xpf", (2, 2, 4, 3, 2, 1)), ("tp", (0, 3, 4, 2, 2, 0))):
         inputs, ids = made(case, present)
-        leaves = [None if t is None else t.to(device).requires_grad_() for t in inputs]
-        with sslfast.use_backend(device):
-            assert torch.autograd.gradcheck(gather(ids.to(device)), leaves)
-            assert torch.autograd.gradgradcheck(gather(ids.to(device)), leaves)
+        tokens.check_twice_differentiable(gather(ids.to(device)), inputs, device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -193,22 +172,17 @@ def test_compile_without_graph_breaks(device: str) -> None:
     inputs, ids = made((0, 3, 7, 4, 6, 1), "xpf")
     inputs = as_type(inputs, device)
     compiled = torch.compile(gather(ids.to(device)), backend="aot_eager", fullgraph=True)
-    assert_same(value_and_gradients(compiled, inputs), value_and_gradients(gather(ids.to(device)), inputs))
+    tokens.assert_same(
+        tokens.value_and_gradients(compiled, inputs),
+        tokens.value_and_gradients(gather(ids.to(device)), inputs),
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_same_bits_run_to_run(device: str) -> None:
     for present in ("xpf", "tpf"):
         inputs, ids = made((2, 150, 40, 10, 70, 2), present)
-        inputs, ids = as_type(inputs, device, torch.float32), ids.to(device)
-        first = value_and_gradients(gather(ids), inputs)
-        threads = torch.get_num_threads()
-        try:
-            torch.set_num_threads(1)  # nor does the number of threads change a sum
-            second = value_and_gradients(gather(ids), inputs)
-        finally:
-            torch.set_num_threads(threads)
-        assert_same(first, second)
+        tokens.check_repeats(gather(ids.to(device)), as_type(inputs, device, torch.float32))
 
 
 def test_autocast_casts_the_tables_to_the_tokens() -> None:

@@ -7,19 +7,10 @@ import torch
 from torch import Tensor
 
 import sslfast
+import token_common as tokens
 from sslfast import reference
 from sslfast.masking import replace_tokens, scatter_tokens
-from token_common import (
-    DEVICES,
-    DTYPES,
-    as_type,
-    assert_same,
-    check,
-    check_subsets,
-    name_of,
-    numbers,
-    value_and_gradients,
-)
+from token_common import DEVICES, DTYPES, as_type, name_of, numbers
 
 pytestmark = pytest.mark.sanitize
 
@@ -70,7 +61,7 @@ def test_value_and_gradients(case: tuple[int, ...], masked: bool, dtype: torch.d
         inputs, index, passed = made(case, positions, masked)
         index = index.to(device)
         with sslfast.use_backend(device):
-            check(scatter(index, passed), plain(index, passed), as_type(inputs, device), dtype)
+            tokens.check(scatter(index, passed), plain(index, passed), as_type(inputs, device), dtype)
 
 
 def test_it_is_the_decoder_input_of_mae_and_the_tokens_of_dinov2() -> None:
@@ -86,7 +77,9 @@ def test_it_is_the_decoder_input_of_mae_and_the_tokens_of_dinov2() -> None:
         return scatter_tokens(x, restore, token, position=position, passed=1)
 
     inputs = (x, token, position)
-    for mine, its in zip(value_and_gradients(ours, inputs), value_and_gradients(mae, inputs), strict=True):
+    for mine, its in zip(
+        tokens.value_and_gradients(ours, inputs), tokens.value_and_gradients(mae, inputs), strict=True
+    ):
         torch.testing.assert_close(mine, its)
     mask, class_token, registers, x = torch.rand(4, 9) < 0.4, numbers(1, 1, 6), numbers(1, 2, 6), numbers(4, 9, 6)
     rows = torch.cat([class_token.expand(4, -1, -1), torch.where(mask[..., None], token, x)], 1) + position
@@ -100,14 +93,7 @@ def test_it_is_the_decoder_input_of_mae_and_the_tokens_of_dinov2() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_strides(dtype: torch.dtype, device: str) -> None:
     base = numbers(5, 39, 24).to(device, dtype)
-    views = {
-        "from a convolution": base.transpose(1, 2),
-        "without the class token": base[:, 1:],
-        "every second feature": base[..., ::2],
-        "one image": base[:1].expand(5, -1, -1),
-        "not aligned": base.flatten()[1:].narrow(0, 0, 5 * 900).view(5, 30, 30),
-    }
-    for name, x in views.items():
+    for name, x in tokens.strided_tokens(base).items():
         length, width = x.shape[1:]
         restore = torch.rand(length + 20, 5).argsort(0).T.to(device)  # not contiguous
         mask = (torch.rand(length, 5) < 0.5).T.to(device)
@@ -117,13 +103,7 @@ def test_strides(dtype: torch.dtype, device: str) -> None:
             prefix, grad = numbers(2, 2 * width)[:, ::2].to(device, dtype), numbers(rows, width, 5).permute(2, 0, 1)
             grad = grad.to(device, dtype)
             with sslfast.use_backend(device):
-                leaves = [t.detach().requires_grad_() for t in (x, token, position, prefix)]  # with their strides
-                value, dense = scatter(index, 0)(*leaves), scatter(index, 0)(*(t.contiguous() for t in leaves))
-                assert value.is_contiguous() and torch.equal(value, dense), name
-                expected = torch.autograd.grad(dense, leaves, grad.contiguous(), retain_graph=True)
-                assert_same(torch.autograd.grad(value, leaves, grad, retain_graph=True), expected)
-                expected = torch.autograd.grad(dense, leaves, torch.ones_like(dense))
-                assert_same(torch.autograd.grad(value.sum(), leaves), expected)  # a gradient whose strides are 0
+                tokens.check_strides(scatter(index, 0), (x, token, position, prefix), grad, name)
 
 
 def test_what_is_masked_leaves_nothing_behind() -> None:
@@ -141,17 +121,14 @@ def test_every_subset_of_gradients(masked: bool, device: str) -> None:
         for positions in ("tokens", "all"):
             inputs, index, passed = made((5, 7, 3, 6, 2, 1), positions, masked)
             with sslfast.use_backend(backend):
-                check_subsets(scatter(index.to(device), passed), as_type(inputs, device))
+                tokens.check_subsets(scatter(index.to(device), passed), as_type(inputs, device))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("masked", [False, True], ids=["ids", "mask"])
 def test_gradcheck_and_double_backward(masked: bool, device: str) -> None:
     inputs, index, passed = made((2, 4, 2, 3, 1, 1), "all", masked)
-    leaves = [None if t is None else t.to(device).requires_grad_() for t in inputs]
-    with sslfast.use_backend(device):
-        assert torch.autograd.gradcheck(scatter(index.to(device), passed), leaves)
-        assert torch.autograd.gradgradcheck(scatter(index.to(device), passed), leaves)
+    tokens.check_twice_differentiable(scatter(index.to(device), passed), inputs, device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -171,22 +148,17 @@ def test_compile_without_graph_breaks(device: str) -> None:
     inputs, index, passed = made((3, 7, 4, 6, 1, 1), "all", False)
     inputs, index = as_type(inputs, device), index.to(device)
     compiled = torch.compile(scatter(index, passed), backend="aot_eager", fullgraph=True)
-    assert_same(value_and_gradients(compiled, inputs), value_and_gradients(scatter(index, passed), inputs))
+    tokens.assert_same(
+        tokens.value_and_gradients(compiled, inputs),
+        tokens.value_and_gradients(scatter(index, passed), inputs),
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_same_bits_run_to_run(device: str) -> None:
     for masked in (False, True):
         inputs, index, passed = made((150, 40, 10, 70, 2, 1), "tokens", masked)
-        inputs, index = as_type(inputs, device, torch.float32), index.to(device)
-        first = value_and_gradients(scatter(index, passed), inputs)
-        threads = torch.get_num_threads()
-        try:
-            torch.set_num_threads(1)  # nor does the number of threads change a sum
-            second = value_and_gradients(scatter(index, passed), inputs)
-        finally:
-            torch.set_num_threads(threads)
-        assert_same(first, second)
+        tokens.check_repeats(scatter(index.to(device), passed), as_type(inputs, device, torch.float32))
 
 
 def test_autocast_casts_the_tables_to_the_tokens() -> None:
