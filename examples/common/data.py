@@ -71,6 +71,14 @@ def load(source: str) -> Dataset:
     return _folder(Path(source))
 
 
+def batch_of(data: Dataset, wanted: int, notes: list[str]) -> int:
+    """The images of a batch, all where there are fewer than ``wanted``: then a note says so."""
+    size = min(wanted, len(data.train))
+    if size < wanted:
+        notes.append(f"a batch of {size}, all training images, instead of {wanted}")
+    return size
+
+
 def _digits() -> Dataset:
     images, labels = load_digits(return_X_y=True)  # [1797, 64] in 0..16
     pixels = torch.from_numpy(images.reshape(-1, 1, 8, 8) / 16).float()

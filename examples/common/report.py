@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,12 +107,16 @@ def print_table(result: Result, console: Console) -> None:
         row(f"loss, {_size(cost)}: time", cost.seconds, milliseconds)
         row("    peak extra memory", cost.peak_bytes, mebibytes)
     console.print(table)
-    gap = result.curve_differences()
+    below(result.curve_differences(), result.notes, console)
+
+
+def below(gap: dict[str, float], notes: Sequence[str], console: Console) -> None:
+    """What stands below a table: how far the two sides' losses are apart, and the notes."""
     console.print(
         f"Loss curves, |fused − plain|: at most {gap['first_steps']:.1e} over the first {FIRST_STEPS} steps, "
         f"{gap['all_steps']:.1e} over all, {gap['last_step']:.1e} at the last."
     )
-    for note in result.notes:
+    for note in notes:
         console.print(f"Note: {note}.", markup=False)
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from examples.common.report import FIRST_STEPS, FUSED, PLAIN, mebibytes, milliseconds
+from examples.common.report import FIRST_STEPS, FUSED, PLAIN, below, mebibytes, milliseconds
 
 from .costs import MASKED, PARTS, Cost
 
@@ -82,13 +82,7 @@ def print_tables(result: Result, console: Console) -> None:
     console.print(table)
     console.print(_cost_table("A step of the training, forward and backward", result.cost, PARTS))
     console.print(_cost_table("The masked parts at the sizes of ViT-B/16", result.large_cost, MASKED))
-    gap = result.curve_differences()
-    console.print(
-        f"Loss curves, |fused − plain|: at most {gap['first_steps']:.1e} over the first {FIRST_STEPS} steps, "
-        f"{gap['all_steps']:.1e} over all, {gap['last_step']:.1e} at the last."
-    )
-    for note in result.notes:
-        console.print(f"Note: {note}.", markup=False)
+    below(result.curve_differences(), result.notes, console)
 
 
 def _cost_table(title: str, cost: Cost, parts: tuple[str, ...]) -> Table:

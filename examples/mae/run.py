@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 import sslfast
 from examples.common import evaluate
-from examples.common.data import Dataset
+from examples.common.data import Dataset, batch_of
 from examples.common.measure import operators_of
 
 from . import report
@@ -67,10 +67,7 @@ def run(settings: Settings, data: Dataset, console: Console) -> report.Result:
     recipe = TINY if size < 16 else SMALL
     shape = Shape(data.train.shape[1], size, recipe.patch)
     notes = list(data.notes)
-    wanted = settings.batch_size or recipe.batch_size
-    batch_size = min(wanted, len(data.train))
-    if batch_size < wanted:
-        notes.append(f"a batch of {batch_size}, all training images, instead of {wanted}")
+    batch_size = batch_of(data, settings.batch_size or recipe.batch_size, notes)
     steps_per_epoch = len(data.train) // batch_size
     epochs = settings.epochs or math.ceil(recipe.steps / steps_per_epoch)
     schedule = Schedule(epochs, batch_size, recipe.learning_rate, recipe.ratio, NORMALISE, seed)

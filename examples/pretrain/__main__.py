@@ -19,7 +19,7 @@ from rich.console import Console
 import sslfast
 from examples.common import evaluate, ranks, report
 from examples.common.augment import views_for
-from examples.common.data import Dataset, load
+from examples.common.data import Dataset, batch_of, load
 from examples.common.measure import Cost, cost, serving_backend
 from examples.mae import run as mae
 from sslfast.augment import ViewSpec
@@ -53,10 +53,7 @@ def run(settings: Settings, data: Dataset, console: Console) -> report.Result | 
     method, seed = settings.method, settings.seed
     losses = method.losses(world)
     notes = list(data.notes)
-    wanted = settings.batch_size or method.batch_size
-    batch_size = min(wanted, len(data.train))
-    if batch_size < wanted:
-        notes.append(f"a batch of {batch_size}, all training images, instead of {wanted}")
+    batch_size = batch_of(data, settings.batch_size or method.batch_size, notes)
     steps_per_epoch = len(data.train) // batch_size
     epochs = settings.epochs or math.ceil(method.steps / steps_per_epoch)
     views = views_for(data)
