@@ -110,7 +110,7 @@ def shared_by(test: str) -> str | None:
         return f"{file}, {sanitizer[1]}" if sanitizer else file
     if file == "test_fake_cuda.py":
         return f"{file}, {name.partition('[')[0]}"
-    return file if file in ("test_packaging.py", "test_distributed.py") else None
+    return file if file in ("test_packaging.py", "test_cuda_compile.py", "test_distributed.py") else None
 
 
 def pytest_configure(config: pytest.Config) -> None:
