@@ -30,7 +30,6 @@ class Launch:
     def __init__(self, kernel: str) -> None:
         self.kernel = kernel
         self.grid = (0, 0, 0)
-        self.patched: set[frozenset[int]] = set()  # the sets of Triton's modules that have been patched for it
         self._order: Iterator[int] = iter(())
         self._program = -1
         self._reads: list[tuple[int, Addresses]] = []
@@ -86,6 +85,7 @@ def _sorted(accesses: list[tuple[int, Addresses]]) -> tuple[Addresses, np.ndarra
 
 
 _launch: Launch | None = None
+_patched: set[frozenset[int]] = set()  # the sets of Triton's modules that have been patched for the launch
 _scope: Callable[[], Any] = type(None)  # what the interpreter takes its patches back by
 _random = Random(0)
 
@@ -95,35 +95,45 @@ def seed(value: str) -> None:
     _random.seed(value)
 
 
-def install() -> None:
-    """For the rest of this process."""
+@functools.cache
+def hasten() -> None:
+    """A launch patches Triton's language once, not at every call of a device function: half of the time."""
     from triton.runtime import interpreter
 
-    _patch_once(interpreter)
-    _run_in_any_order(interpreter)
-    _record_addresses(interpreter.InterpreterBuilder)
-    _multiply_exactly(interpreter)
-
-
-def _patch_once(interpreter: Any) -> None:
-    """A launch patches Triton's language once, not at every call of a device function: a quarter of the time."""
     patch, modules_of = interpreter._patch_lang, functools.cache(_modules_of)
 
     def patch_lang(fn: Any) -> Any:
         global _scope
         modules = modules_of(fn)
-        if _launch is not None and modules in _launch.patched:
+        if modules in _patched:
             return _scope()
         made = patch(fn)
         _scope = type(made)
-        if _launch is not None:
-            _launch.patched.add(modules)
+        _patched.add(modules)
         return made
 
-    interpreter._patch_lang = patch_lang
+    def call(self: Any, *args: Any, **kwargs: Any) -> None:
+        _patched.clear()
+        try:
+            run(self, *args, **kwargs)
+        finally:
+            _patched.clear()
+
+    run = interpreter.GridExecutor.__call__
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_lang, call
     numpy_type = interpreter._get_np_dtype  # which makes a table in every call
     of_scalar, pointer = functools.cache(numpy_type), interpreter.tl.pointer_type
     interpreter._get_np_dtype = lambda t: (numpy_type if isinstance(t.scalar, pointer) else of_scalar)(t.scalar)
+
+
+def install() -> None:
+    """For the rest of this process."""
+    from triton.runtime import interpreter
+
+    hasten()
+    _run_in_any_order(interpreter)
+    _record_addresses(interpreter.InterpreterBuilder)
+    _multiply_exactly(interpreter)
 
 
 def _modules_of(fn: Any) -> frozenset[int]:

@@ -22,7 +22,9 @@ from benchmarks import harness, machine
 from benchmarks.equality import AGREEMENT, disagreement
 
 from . import watch
-from .steps import Context, NotRun, Step
+from .steps import Context, NotRun, Step, with_tests_on_path
+
+with_tests_on_path()
 
 Row = tuple[int, ...]  # block_m, block_n, block_k, num_warps, num_stages[, block_d[, resident]]
 ROUNDS = 9

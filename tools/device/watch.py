@@ -146,8 +146,11 @@ def graph_differs(context: Context, call: Call, leaves: Sequence[Tensor]) -> str
 @contextlib.contextmanager
 def triton_on_cpu() -> Iterator[None]:
     """The Triton kernels in the interpreter serve CPU tensors, where an operation has any."""
+    import interpreter
     from sslfast import _backends
 
+    with contextlib.suppress(ImportError):  # without Triton nothing is interpreted
+        interpreter.hasten()
     choose = _backends.select
 
     def select(op: str, preferred: str, why_not: Callable[[str], str | None]) -> str:
