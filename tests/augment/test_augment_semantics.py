@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
+from torch import Tensor
 
 from augment_common import (
     BACKENDS,
@@ -42,17 +44,24 @@ def test_is_torchvisions(name: str, cubic: bool, backend: str) -> None:
             assert error.max() <= largest and error.mean() <= 1e-6, (box, channels, error.max(), error.mean())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_whole_recipes_are_torchvisions(backend: str) -> None:
-    spec = ViewSpec(
-        64, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, jitter_p=0.8, grey_p=0.2, blur_p=0.5, solarize_p=0.2
-    )
+def whole_views(
+    backend: str, jitter: tuple[float, float, float, float], **options: bool
+) -> Iterator[tuple[Tensor, list[float], Tensor]]:
+    """40 views of each photograph by a recipe with every step: (image, parameters, view)."""
+    strengths = dict(zip(("brightness", "contrast", "saturation", "hue"), jitter, strict=True))
+    spec = ViewSpec(64, **strengths, jitter_p=0.8, grey_p=0.2, blur_p=0.5, solarize_p=0.2)
     for image in photographs():
         params = random_rows(spec, 40, (427, 640))
-        got = augment(backend, [image.expand(40, -1, -1, -1)], params, size=(64, 64))[0]
+        got = augment(backend, [image.expand(40, -1, -1, -1)], params, size=(64, 64), **options)[0]
         for view, values in zip(got, params[0].tolist(), strict=True):
-            expected = torchvision_view(image.float() / 255, values, {"size": (64, 64)})
-            assert (view - expected).abs().max() <= 1e-5, values
+            yield image, values, view
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_whole_recipes_are_torchvisions(backend: str) -> None:
+    for image, values, view in whole_views(backend, (0.8, 0.8, 0.8, 0.2)):
+        expected = torchvision_view(image.float() / 255, values, {"size": (64, 64)})
+        assert (view - expected).abs().max() <= 1e-5, values
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -82,14 +91,8 @@ def test_pil_semantics_are_pils(name: str, cubic: bool, backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_whole_recipes_in_pil_semantics_are_pils(backend: str) -> None:
     """At BYOL's strengths; the reference's one level before the colours is several after them, in a few pixels."""
-    spec = ViewSpec(
-        64, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, jitter_p=0.8, grey_p=0.2, blur_p=0.5, solarize_p=0.2
-    )
-    for image in photographs():
-        params = random_rows(spec, 40, (427, 640))
-        got = augment(backend, [image.expand(40, -1, -1, -1)], params, size=(64, 64), cubic=True, pil=True)[0]
-        for view, values in zip(got, params[0].tolist(), strict=True):
-            error = 255 * (view - pil_view(image, values, {"size": (64, 64), "cubic": True})).abs()
-            share = (error > 3.001).float().mean()
-            allowed = 5e-3 if backend == "reference" else 0
-            assert error.mean() <= 0.1 and share <= allowed, (values, error.max(), error.mean(), share)
+    for image, values, view in whole_views(backend, (0.4, 0.4, 0.2, 0.1), cubic=True, pil=True):
+        error = 255 * (view - pil_view(image, values, {"size": (64, 64), "cubic": True})).abs()
+        share = (error > 3.001).float().mean()
+        allowed = 5e-3 if backend == "reference" else 0
+        assert error.mean() <= 0.1 and share <= allowed, (values, error.max(), error.mean(), share)

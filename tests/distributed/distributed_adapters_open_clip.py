@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import sys
-import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +14,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import sslfast
-from benchmarks import Unavailable
+from bare_package import bare
 from distributed_common import batch, case, mean_over_ranks
 
 # Rows of each rank: even ones, which open_clip needs itself, and others.
@@ -30,13 +27,7 @@ IMPLEMENTATIONS = ("bidir", "shift", "reduce", "gather")
 @functools.cache
 def package() -> Any:
     """``open_clip.loss`` without the rest of the package, which takes longer to import than these cases take."""
-    spec = importlib.util.find_spec("open_clip")
-    if spec is None:
-        raise Unavailable("open_clip is not installed")
-    bare = types.ModuleType("open_clip")
-    bare.__path__ = list(spec.submodule_search_locations or ())
-    sys.modules["open_clip"] = bare
-    return importlib.import_module("open_clip.loss")
+    return bare("open_clip.loss")
 
 
 @contextmanager

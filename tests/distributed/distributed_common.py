@@ -134,6 +134,18 @@ def compare(
         within_budget(f"{name}: {what}", mine, reference, true, dtype)
 
 
+def of_global_batch(
+    name: str, found: Sequence[Tensor], truth: Sequence[Tensor], rank: int, sizes: Sequence[int], atol: float
+) -> None:
+    """Value and gradients in x, y and the scale of one process on the global batch, as DDP makes them of the ranks'."""
+    for what, mine, true in zip(("value", "x", "y", "s"), found, truth, strict=True):
+        if true.dim():
+            mine, true = mine / len(sizes), true.split(list(sizes))[rank]
+        else:
+            mine = mean_over_ranks(mine)
+        torch.testing.assert_close(mine, true, rtol=1e-9, atol=atol, msg=lambda m, what=what: f"{name}: {what}: {m}")
+
+
 def raises(kind: type[Exception], told: str, call: Callable[[], object]) -> None:
     try:
         call()

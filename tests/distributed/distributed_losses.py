@@ -20,6 +20,7 @@ from distributed_common import (
     compare,
     mean_over_ranks,
     nt_xent,
+    of_global_batch,
     sig_lip,
     value_and_gradients,
 )
@@ -112,13 +113,7 @@ def losses_of_the_global_batch(rank: int, world: int) -> None:
                 found = value_and_gradients(
                     lambda _, *inputs, f=loss, how=how: f(*inputs, **how), Scope(), parts[rank][:3]
                 )
-                for what, mine, true in zip(("value", "x", "y", "s"), found, truth, strict=True):
-                    if true.dim():
-                        mine, true = mine / world, true.split(list(sizes))[rank]
-                    else:
-                        mine = mean_over_ranks(mine)
-                    told = f"{name}, {sizes}, {strategy}: {what}: "
-                    torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-11, msg=lambda m, told=told: told + m)
+                of_global_batch(f"{name}, {sizes}, {strategy}", found, truth, rank, sizes, 1e-11)
 
 
 @case

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sslfast
 from benchmarks import peers
-from distributed_common import SIZES as BATCH_SIZES, STRATEGIES, batch, case, mean_over_ranks, raises
+from distributed_common import SIZES as BATCH_SIZES, STRATEGIES, batch, case, mean_over_ranks, of_global_batch, raises
 from distributed_contract import needs_counter, recorded_calls, written
 from helpers import reference_moment, roundings, within_budget
 from sslfast.distributed import scope_of
@@ -330,13 +330,7 @@ def moment_losses_of_the_global_batch(rank: int, world: int) -> None:
             with sslfast.use_backend("reference"):
                 truth = loss_and_gradients(loss, whole[:3])
             found = loss_and_gradients(lambda *x, f=loss: f(*x, gather_distributed=True), parts[rank][:3])
-            for what, mine, true in zip(("value", "x", "y", "s"), found, truth, strict=True):
-                if true.dim():
-                    mine, true = mine / world, true.split(list(sizes))[rank]
-                else:
-                    mine = mean_over_ranks(mine)
-                told = f"{name}, {sizes}, {width}: {what}: "
-                torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-10, msg=lambda m, told=told: told + m)
+            of_global_batch(f"{name}, {sizes}, {width}", found, truth, rank, sizes, 1e-10)
 
 
 @case

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import Unavailable, peers
+from bare_package import bare
+from benchmarks import peers
 
 
 def losses() -> Any:
@@ -31,13 +32,7 @@ def losses() -> Any:
     except ImportError:
         for name in [name for name in sys.modules if name.partition(".")[0] == "solo"]:
             del sys.modules[name]
-    found = importlib.util.find_spec("solo")
-    if found is None:
-        raise Unavailable("solo-learn is not installed")
-    package = types.ModuleType("solo")
-    package.__path__ = list(found.submodule_search_locations or ())
-    sys.modules["solo"] = package
-    return importlib.import_module("solo.losses")
+    return bare("solo.losses")
 
 
 class _Gather(torch.autograd.Function):

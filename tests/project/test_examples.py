@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ pytest.importorskip("PIL")
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
-sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from PIL import Image
 from rich.console import Console
