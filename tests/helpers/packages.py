@@ -33,7 +33,7 @@ print(_native.why_missing.get("_C_cuda", "loaded"))
 
 def run(command: list[object], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     words = [str(word) for word in command]
-    return subprocess.run(words, cwd=cwd, env={**CLEAN, **environment}, capture_output=True, text=True, timeout=1800)
+    return subprocess.run(words, cwd=cwd, env={**CLEAN, **environment}, capture_output=True, text=True, timeout=3600)
 
 
 def succeed(command: list[object], cwd: Path, **environment: str) -> str:
