@@ -22,6 +22,20 @@ from ._serve import Package, Unserved, overridden, served, unserved_matrices
 _Loss = Tensor | dict[str, Tensor] | Unserved
 
 
+METHODS = ("get_logits", "get_ground_truth")
+
+
+def _unserved_inputs(
+    loss: Any, image_features: Any, text_features: Any, logit_scale: Any, logit_bias: Any
+) -> Unserved | None:
+    return (
+        unserved_matrices(image_features, text_features)
+        or _unserved_number("logit_scale", logit_scale, image_features)
+        or (None if logit_bias is None else _unserved_number("logit_bias", logit_bias, image_features))
+        or _unserved_ranks(loss)
+    )
+
+
 def _clip(
     self: Any,
     image_features: Any,
@@ -30,12 +44,8 @@ def _clip(
     logit_bias: Any = None,
     output_dict: Any = False,
 ) -> _Loss:
-    unserved = (
-        overridden(self, upstream.ClipLoss, "get_logits", "get_ground_truth")
-        or unserved_matrices(image_features, text_features)
-        or _unserved_number("logit_scale", logit_scale, image_features)
-        or (None if logit_bias is None else _unserved_number("logit_bias", logit_bias, image_features))
-        or _unserved_ranks(self)
+    unserved = overridden(self, upstream.ClipLoss, *METHODS) or _unserved_inputs(
+        self, image_features, text_features, logit_scale, logit_bias
     )
     if unserved:
         return unserved
@@ -50,12 +60,8 @@ def _clip(
 def _sig_lip(
     self: Any, image_features: Any, text_features: Any, logit_scale: Any, logit_bias: Any, output_dict: Any = False
 ) -> _Loss:
-    unserved = (
-        overridden(self, upstream.SigLipLoss, "get_logits", "get_ground_truth", "_loss")
-        or unserved_matrices(image_features, text_features)
-        or _unserved_number("logit_scale", logit_scale, image_features)
-        or (None if logit_bias is None else _unserved_number("logit_bias", logit_bias, image_features))
-        or _unserved_ranks(self)
+    unserved = overridden(self, upstream.SigLipLoss, *METHODS, "_loss") or _unserved_inputs(
+        self, image_features, text_features, logit_scale, logit_bias
     )
     if unserved:
         return unserved

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _backends, _library, reference
 from .._checks import whole_number
 from . import _devices
-from .partition_mask import check_mask
+from .partition_mask import check_mask, mask_call
 
 BACKENDS = ("cpu", "cuda", "reference")
 why_not = functools.partial(_devices.why_not, "masked_rows", "mask")
@@ -43,9 +43,5 @@ def masked_rows(mask: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     check_mask(mask)
     size = whole_number("size", size, 0)
-    if _backends.serve("masked_rows", mask, "cuda", why_not) == "reference":
-        arrays = reference.masked_rows(mask.cpu().numpy(), size)
-        rows, weights, count = (torch.from_numpy(a).to(mask.device) for a in arrays)
-    else:
-        rows, weights, count = _library.call("masked_rows", mask, size)
-    return rows, weights, count
+    backend = _backends.serve("masked_rows", mask, "cuda", why_not)
+    return mask_call(backend, reference.masked_rows, "masked_rows", mask, size)

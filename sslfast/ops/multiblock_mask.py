@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -25,20 +26,9 @@ MOST_PATCHES = 2**17
 
 
 def _fake(
-    samples: Tensor,
-    grid: Sequence[int],
-    targets: int,
-    target_block: Sequence[int],
-    context_block: Sequence[int],
-    kept: int,
-    min_keep: int,
-    allow_overlap: bool,
-    upstream: bool,
-    seed: int,
-    epoch: int,
-    view: int,
+    samples: Tensor, grid: Sequence[int], targets: int, target_block: Sequence[int], *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    count = samples.shape[0]
+    count, (_, kept, *_) = samples.shape[0], rest
     target = samples.new_empty((targets, count, target_block[0] * target_block[1]))
     return samples.new_empty((count, kept)), target, samples.new_empty(count)
 

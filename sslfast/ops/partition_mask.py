@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +34,18 @@ def check_mask(mask: Tensor) -> None:
         raise TypeError(f"mask must be [images, patches] of bool, got {tuple(mask.shape)} of {mask.dtype}")
 
 
+def mask_call(
+    backend: str, by_reference: Callable[[Any, int], tuple[Any, ...]], op: str, mask: Tensor, size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator, or the reference, which takes and gives NumPy arrays."""
+    if backend == "reference":
+        found = [torch.from_numpy(a).to(mask.device) for a in by_reference(mask.cpu().numpy(), size)]
+    else:
+        found = _library.call(op, mask, size)
+    first, second, third = found
+    return first, second, third
+
+
 def partition_mask(mask: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
     """Where the patches of a mask lie.
 
@@ -50,9 +64,5 @@ def partition_mask(mask: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     check_mask(mask)
     kept = whole_number("kept", kept, 0, mask.shape[1], "patches")
-    if _backends.serve("partition_mask", mask, "cuda", why_not) == "reference":
-        arrays = reference.partition_mask(mask.cpu().numpy(), kept)
-        keep, masked, restore = (torch.from_numpy(a).to(mask.device) for a in arrays)
-    else:
-        keep, masked, restore = _library.call("partition_mask", mask, kept)
-    return keep, masked, restore
+    backend = _backends.serve("partition_mask", mask, "cuda", why_not)
+    return mask_call(backend, reference.partition_mask, "partition_mask", mask, kept)
