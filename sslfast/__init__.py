@@ -45,7 +45,14 @@ from .losses.decorrelation.barlow_twins import (
     cross_correlation_loss as cross_correlation_loss,
 )
 from .losses.decorrelation.frossl import FroSSLLoss as FroSSLLoss, frossl as frossl
+from .losses.decorrelation.le_jepa import (
+    LeJEPALoss as LeJEPALoss,
+    LeWMLoss as LeWMLoss,
+    le_jepa as le_jepa,
+    le_wm as le_wm,
+)
 from .losses.decorrelation.mmcr import MMCRLoss as MMCRLoss, mmcr as mmcr
+from .losses.decorrelation.sigreg import SIGReg as SIGReg, sigreg as sigreg
 from .losses.decorrelation.spectral_contrastive import (
     SpectralContrastiveLoss as SpectralContrastiveLoss,
     spectral_contrastive as spectral_contrastive,
@@ -60,6 +67,11 @@ from .losses.decorrelation.vicreg import (
     vicreg as vicreg,
 )
 from .losses.decorrelation.vicregl import VICRegLLoss as VICRegLLoss, vicregl as vicregl
+from .losses.decorrelation.visreg import (
+    VISRegComponents as VISRegComponents,
+    VISRegLoss as VISRegLoss,
+    visreg as visreg,
+)
 from .losses.decorrelation.w_mse import Whitening2d as Whitening2d, WMSELoss as WMSELoss, norm_mse_loss as norm_mse_loss
 from .losses.masked.masked_feature import MaskedFeatureLoss as MaskedFeatureLoss
 from .losses.masked.masked_patch import MaskedPatchLoss as MaskedPatchLoss

@@ -14,5 +14,6 @@ inline constexpr uint32_t kBlockMaskStream = stream_of_each_view(2);
 inline constexpr uint32_t kMultiblockMaskStream = stream_of_each_view(3);
 inline constexpr uint32_t kTokenSelectionStream = stream_of_each_view(4);
 inline constexpr uint32_t kTokenReplacementStream = stream_of_each_view(5);
+inline constexpr uint32_t kSlicesStream = stream_of_each_view(8);
 
 }  // namespace sslfast

@@ -30,6 +30,7 @@ STREAMS = {
     "token_replacement": _of_each_view(5),
     "batch_of_masks": _of_each_view(6),
     "multiblock_sizes": _of_each_view(7),
+    "slices": _of_each_view(8),
 }
 
 

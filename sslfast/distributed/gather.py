@@ -41,7 +41,7 @@ class GatherScope(Scope):
         self.ranks = ranks
 
     @torch.compiler.disable(reason=NOT_TRACED)
-    def shard(self, x: Tensor, traits: Mapping[str, int] | None = None) -> Shard:
+    def shard(self, x: Tensor, traits: Mapping[str, int | float] | None = None) -> Shard:
         sizes = sizes_of(self.ranks, "shard", x, traits or {})
         rank = self.ranks.rank
         return Shard(local=sizes[rank], offset=sum(sizes[:rank]), total=sum(sizes), sizes=sizes)

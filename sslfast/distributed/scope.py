@@ -71,8 +71,8 @@ class Scope:
         0.3408
     """
 
-    def shard(self, x: Tensor, traits: Mapping[str, int] | None = None) -> Shard:
-        """The place of the local rows ``x`` [n, D] in the global batch.
+    def shard(self, x: Tensor, traits: Mapping[str, int | float] | None = None) -> Shard:
+        """The place of the local rows ``x`` [n, ...] in the global batch.
 
         ``traits``: numbers that must be the same on every rank, by the words that an error uses.
         """
