@@ -18,12 +18,15 @@ from helpers import reference_moment, roundings, within_budget
 from sslfast.distributed import scope_of
 from sslfast.losses.decorrelation.barlow_twins import BarlowTwinsLoss, barlow_twins
 from sslfast.losses.decorrelation.frossl import frossl
+from sslfast.losses.decorrelation.le_jepa import le_jepa, le_wm
 from sslfast.losses.decorrelation.mmcr import mmcr
+from sslfast.losses.decorrelation.sigreg import SIGReg, sigreg
 from sslfast.losses.decorrelation.spectral_contrastive import spectral_contrastive
 from sslfast.losses.decorrelation.tico import TiCoLoss, tico
 from sslfast.losses.decorrelation.vibcreg import vibcreg
 from sslfast.losses.decorrelation.vicreg import VICRegLoss, vicreg
 from sslfast.losses.decorrelation.vicregl import vicregl
+from sslfast.losses.decorrelation.visreg import visreg
 from sslfast.ops.second_moment import by_reference
 from sslfast.ops.types import MomentOptions, SecondMoment
 from sslfast.reference.second_moment import prepared
@@ -318,7 +321,56 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "frossl": lambda x, y, s, **how: frossl([x + s, y, x * y], **how),
     "mmcr": lambda x, y, s, **how: mmcr(torch.stack([x, y], 1), torch.stack([x + s, y.flip(1)], 1), 0.3, **how),
     "spectral_contrastive": lambda x, y, s, **how: spectral_contrastive(s * x, x + y, **how),
+    "sigreg": lambda x, y, s, **how: sigreg(torch.stack([s * x, y]), slices=directions(x), **how),
+    "sigreg, eb_jepa": lambda x, y, s, **how: sigreg(
+        s * x + y, slices=directions(x), knots=10, convention="eb_jepa", **how
+    ),
+    "le_jepa": lambda x, y, s, **how: le_jepa(
+        torch.stack([s * x]), torch.stack([y, x + y]), 0.4, slices=directions(x), **how
+    ),
+    "le_wm": lambda x, y, s, **how: le_wm(s * x, y, torch.stack([x, y], 1), slices=directions(x), **how),
+    "visreg": lambda x, y, s, **how: visreg(torch.stack([s * x, y]), 0.5 * x[None], slices=directions(x), **how),
 }
+
+
+def directions(x: Tensor) -> Tensor:
+    """[D, 9]; those that are drawn differ in the last digits of float32 between backends."""
+    random = torch.Generator().manual_seed(x.shape[1])
+    return torch.nn.functional.normalize(torch.randn(x.shape[1], 9, generator=random, dtype=torch.float64), dim=0)
+
+
+@case
+def slices_are_those_of_the_latest_step(rank: int, world: int) -> None:
+    """A rank that has skipped batches draws as the others do, and goes on from its own count."""
+    sizes = SIZES[world][0]
+    whole, parts = batches(sizes, 6)
+    loss_fn = SIGReg(num_vectors=5, gather_distributed=True, seed=3)
+    loss_fn.global_step.fill_(rank)
+    found = loss_fn(parts[rank][0])
+    torch.testing.assert_close(found, sigreg(whole[0], num_vectors=5, seed=3, step=world - 1), rtol=1e-9, atol=1e-9)
+    assert loss_fn.global_step == rank + 1
+
+
+@case
+def ranks_that_disagree_on_slices_all_raise(rank: int, world: int) -> None:
+    if world == 1:
+        return
+    odd = rank == world - 1
+    z = torch.randn(4, 6)
+    given = directions(z) if odd else None
+    for name, call in (
+        ("how many slices", lambda: sigreg(z, num_vectors=5 + odd, gather_distributed=True)),
+        ("the seed", lambda: sigreg(z, seed=int(odd), gather_distributed=True)),
+        ("how many knots", lambda: sigreg(z, knots=5 + odd, gather_distributed=True)),
+        ("the distance of the knots", lambda: sigreg(z, t_max=3.0 + odd, gather_distributed=True)),
+        ("whether slices are given", lambda: sigreg(z, slices=given, gather_distributed=True)),
+        ("how many slices", lambda: visreg(z[None], num_slices=5 + odd, gather_distributed=True)),
+    ):
+        raises(ValueError, f"the ranks disagree on {name}", call)
+    if odd:
+        raises(ValueError, "knots must be", lambda: sigreg(z, knots=1, gather_distributed=True))
+    else:
+        raises(RuntimeError, "refused there", lambda: sigreg(z, gather_distributed=True))
 
 
 @case

@@ -159,6 +159,19 @@ DECORRELATION: dict[str, Case] = {
     "tico": _function(sslfast.tico),
     "tico/covariance": lambda x: sslfast.tico(x.z(), x.z(), x.fixed(D, D)),
     "TiCoLoss": lambda x: _twice(x.made(sslfast.TiCoLoss), x),
+    "sigreg": lambda x: sslfast.sigreg(x.z(2, N, D), num_vectors=9),
+    "sigreg/slices": lambda x: sslfast.sigreg(x.z(), slices=x.fixed(D, 9), knots=10, convention="eb_jepa"),
+    "SIGReg": lambda x: x.made(lambda: sslfast.SIGReg(num_vectors=9))(x.z(2, 2, N, D)),
+    "le_jepa": lambda x: sslfast.le_jepa(x.z(2, N, D), x.z(3, N, D), num_vectors=9),
+    "LeJEPALoss": lambda x: x.made(lambda: sslfast.LeJEPALoss(sigreg_num_vectors=9))(
+        global_proj=x.z(2, N, D), local_proj=x.z(3, N, D)
+    ),
+    "le_wm": lambda x: sslfast.le_wm(x.z(N, 2, D), x.fixed(N, 2, D), x.z(N, 3, D), num_vectors=9),
+    "LeWMLoss": lambda x: x.made(lambda: sslfast.LeWMLoss(sigreg_num_vectors=9, normalize=True))(
+        predicted=x.z(N, 2, D), target=x.fixed(N, 2, D), embeddings=x.z(N, 3, D)
+    ),
+    "visreg": lambda x: sslfast.visreg(x.z(2, N, D), x.z(3, N, D), num_slices=9),
+    "VISRegLoss": lambda x: x.made(lambda: sslfast.VISRegLoss(num_slices=9))(global_proj=x.z(2, N, D)),
     "mmcr": lambda x: sslfast.mmcr(x.z(N, 3, D), x.z(N, 3, D)),
     "mmcr/few": lambda x: sslfast.mmcr(x.z(4, 20, D), x.z(4, 20, D)),
     "MMCRLoss": lambda x: sslfast.MMCRLoss()(x.z(N, 3, D), x.z(N, 3, D)),

@@ -233,6 +233,13 @@ KERNELS = {
         constants={"MATRICES": 2, "DISTANCE": True, "DUAL": True, "PENALTY": 2, "BLOCK": 1024},
         exact=False,
     ),
+    "characteristic_sums": Kernel(
+        "characteristic_sums", constants={"ROWS": 64, "COLS": 32, "KNOTS": 16}, exact=False
+    ),
+    "characteristic_gradient": Kernel(
+        "characteristic_sums", constants={"ROWS": 64, "COLS": 32, "KNOTS": 16}, exact=False
+    ),
+    "unit_slices": Kernel("unit_slices", constants={"STREAM": 40960, "BLOCKS": 16, "COLS": 32}, exact=False),
     "merge": Kernel("_tiles", constants={"ROWS": 32, "PARTS": 64}, explicit_fma=True),
     "block_ranges": Kernel("_tiles", constants={"BLOCK": 64}, num_warps=1),
 }
@@ -240,7 +247,7 @@ WITH_PRODUCTS = {name: kernel for name, kernel in KERNELS.items() if kernel.tabl
 # Arguments by name. Sizes that are kept from being specialised, and these, are integers; all that is not named here is
 # a pointer to float32, or to int64 by the end of its name.
 INTEGERS = {"D", "N", "x_stride", "dx_stride", "grad_off_stride", "grad_diagonal_row", "grad_diagonal_column"}
-FLOATS = {"eps", "floor", "off_weight", "distance_weight", "penalty_weight"}
+FLOATS = {"eps", "floor", "scale", "step", "off_weight", "distance_weight", "penalty_weight"}
 # Of the inputs' type.
 DATA = {"Z", "Q", "K", "A", "B", "X", "Y", "Left", "Right", "Hat", "Operand", "GradA", "GradB", "W"}
 FLOAT64 = {"SquareSums", "ColumnSums"}
@@ -259,7 +266,7 @@ def argument_type(function: Any, name: str, dtype: str) -> str:
         return "*i32"
     if name in FLOAT64:
         return "*fp64"
-    return "*i64" if name.endswith(("Ids", "Positives", "Ranges")) else "*fp32"
+    return "*i64" if name.endswith(("Ids", "Positives", "Ranges", "Step")) else "*fp32"
 
 
 def table_of(kernel: str) -> dict[tuple[int, int, bool], Any]:
