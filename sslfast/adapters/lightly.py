@@ -12,6 +12,7 @@ import lightly.loss.barlow_twins_loss as barlow_twins_loss
 import lightly.loss.dcl_loss as dcl_loss
 import lightly.loss.frossl_loss as frossl_loss
 import lightly.loss.hypersphere_loss as hypersphere_loss
+import lightly.loss.lejepa_loss as lejepa_loss
 import lightly.loss.mmcr_loss as mmcr_loss
 import lightly.loss.ntx_ent_loss as ntx_ent_loss
 import lightly.loss.tico_loss as tico_loss
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..masking import compat
-from . import _lightly_contrastive as contrastive, _lightly_moments as moments
+from . import _lightly_contrastive as contrastive, _lightly_moments as moments, _lightly_slices as slices
 from ._serve import Package, Unserved, served, unserved_tensors
 
 
@@ -97,6 +98,12 @@ class WMSELoss(wmse_loss.WMSELoss):
     forward = served(wmse_loss.WMSELoss.forward, moments.fast_w_mse)
 
 
+class SIGReg(lejepa_loss.SIGReg):
+    """``lightly.loss.lejepa_loss.SIGReg``, also inside ``LeJEPALoss`` and ``LeWMLoss``: one cosine a row and slice."""
+
+    forward = served(lejepa_loss.SIGReg.forward, slices.fast_sigreg)
+
+
 def _mask_at_index(tokens: Any, index: Any, mask_token: Any) -> Tensor | Unserved:
     unserved = unserved_tensors(tokens, dim=3) or unserved_tensors(mask_token, dim=3)
     if unserved:
@@ -134,16 +141,12 @@ _UNCHANGED = {
         "DetConSLoss",
         "EMPSSLLoss",
         "KoLeoLoss",
-        "LeJEPALoss",
-        "LeWMLoss",
         "MACLLoss",
         "PatchKernelAlignmentLoss",
-        "SIGReg",
-        "VISRegLoss",
     ),
     _ONE_PASS: ("NegativeCosineSimilarity", "invariance_loss", "norm_mse_loss", "repeat_token", "variance_loss"),
     "VICRegLoss and VICRegLLoss do not call it any more": ("covariance_loss",),
-    "a sort, which sslfast would do too": ("random_token_mask",),
+    "a sort, which sslfast would do too": ("VISRegLoss", "random_token_mask"),
 }
 
 
@@ -163,8 +166,9 @@ def contents() -> Package:
             FroSSLLoss,
             Whitening2d,
             WMSELoss,
+            SIGReg,
         ),
         functions=(get_at_index, set_at_index, mask_at_index),
-        through={"DirectCLRLoss": "NTXentLoss"},
+        through={"DirectCLRLoss": "NTXentLoss", "LeJEPALoss": "SIGReg", "LeWMLoss": "SIGReg"},
         unchanged={name: reason for reason, names in _UNCHANGED.items() for name in names},
     )

@@ -40,6 +40,7 @@ def lightly() -> tuple[dict[str, Case], Package]:
         "FroSSLLoss": lambda x: adapter.FroSSLLoss()([x.z(), x.z()]),
         "Whitening2d": lambda x: x.made(lambda: adapter.Whitening2d(D))(x.z()),
         "WMSELoss": lambda x: x.made(lambda: adapter.WMSELoss(4, w_size=12))(x.z(2 * N, 4)),
+        "SIGReg": lambda x: x.made(lambda: adapter.SIGReg(num_vectors=9))(x.z(2, N, D)),
         "covariance_loss": lambda x: adapter.covariance_loss(x.z()),
         "get_at_index": lambda x: adapter.get_at_index(x.z(B, L, D), x.ids(B, 5)),
         "set_at_index": lambda x: adapter.set_at_index(x.z(B, L, D), x.ids(B, 5), x.z(B, 5, D)),

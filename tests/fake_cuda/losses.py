@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 import sslfast
 from sslfast import masking
+from sslfast._checks import accumulator
+from sslfast.ops.characteristic_sums import characteristic_sums
 from sslfast.ops.nt_xent import nt_xent
+from sslfast.ops.unit_slices import unit_slices
 
 from .inputs import PATCH, B, Case, D, Inputs, L, N
 
@@ -159,6 +162,8 @@ DECORRELATION: dict[str, Case] = {
     "tico": _function(sslfast.tico),
     "tico/covariance": lambda x: sslfast.tico(x.z(), x.z(), x.fixed(D, D)),
     "TiCoLoss": lambda x: _twice(x.made(sslfast.TiCoLoss), x),
+    "ops.characteristic_sums.characteristic_sums": lambda x: _characteristic_sums(x.z(2, N, D), x.fixed(D, 9)),
+    "ops.unit_slices.unit_slices": lambda x: unit_slices(x.ids(1)[0], 3, D, 9),
     "sigreg": lambda x: sslfast.sigreg(x.z(2, N, D), num_vectors=9),
     "sigreg/slices": lambda x: sslfast.sigreg(x.z(), slices=x.fixed(D, 9), knots=10, convention="eb_jepa"),
     "SIGReg": lambda x: x.made(lambda: sslfast.SIGReg(num_vectors=9))(x.z(2, 2, N, D)),
@@ -189,6 +194,10 @@ def _enqueued(queue: Any, x: Inputs) -> list[Tensor]:
     queue.enqueue(x.z())
     queue.enqueue(x.z(50, D))
     return [queue.queue, queue.pointer]
+
+
+def _characteristic_sums(z: Tensor, slices: Tensor) -> Tensor:
+    return characteristic_sums(z, slices.to(accumulator(z)), 5, 0.5)
 
 
 def _twice(module: Any, x: Inputs) -> list[Tensor]:

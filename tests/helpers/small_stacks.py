@@ -18,7 +18,7 @@ import torch
 from fake_cuda import CASES
 from fake_cuda.inputs import Case, Inputs
 from fake_cuda.worker import tensors
-from sslfast import _backends, masking
+from sslfast import _backends, masking, sigreg
 from sslfast.ops.l2_normalize import l2_normalize
 from sslfast.ops.nt_xent import nt_xent
 from sslfast.ops.second_moment import second_moment
@@ -38,6 +38,7 @@ LARGE: dict[str, Case] = {
     "similarity_lse of rows with themselves": lambda x: _self_lse(x),
     "similarity_logsigmoid": lambda x: similarity_logsigmoid(x.z(M, F), x.z(M, F), 5.0, -5.0),
     "l2_normalize": lambda x: l2_normalize(x.z(4 * M, F)),
+    "characteristic_sums, unit_slices": lambda x: sigreg(x.z(2, M, F), num_vectors=3 * F),
     **{
         f"second_moment, {form}, {cross}": lambda x, form=form, cross=cross: second_moment(  # type: ignore[misc]
             x.z(M, 6 * F), x.z(M, 6 * F), cross=cross, scale="variance", form=form

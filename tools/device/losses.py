@@ -257,6 +257,45 @@ def _views_of_samples(n: int, d: int) -> Problem:
     return Problem(lambda a, b: sslfast.mmcr(a, b), (rows(n, 2, d), rows(n, 2, d, seed=1)))
 
 
+def _directions(d: int) -> Tensor:
+    return F.normalize(rows(d, 12, seed=3), dim=0)
+
+
+def _sigreg(n: int, d: int) -> Problem:
+    return Problem(lambda z, a: sslfast.sigreg(z, slices=a), (rows(2, n, d),), (), (_directions(d),))
+
+
+def _steps(n: int, d: int) -> Problem:
+    """Modules whose directions are drawn, two steps of one: the counter moves on the device."""
+
+    def function(z: Tensor) -> Tensor:
+        sigreg = sslfast.SIGReg(num_vectors=12, seed=5).to(z.device)
+        views = sslfast.LeJEPALoss(sigreg_num_vectors=12).to(z.device)(global_proj=z)
+        shape = sslfast.VISRegLoss(num_slices=12).to(z.device)(global_proj=z)
+        frames = z.transpose(0, 1)
+        wm = sslfast.LeWMLoss(sigreg_num_vectors=12).to(z.device)(predicted=frames, target=frames, embeddings=frames)
+        return sigreg(z) + sigreg(z) + views + shape + wm
+
+    return Problem(function, (rows(2, max(n, 2), d),))
+
+
+def _le_jepa(n: int, d: int) -> Problem:
+    return Problem(
+        lambda a, b, c: sslfast.le_jepa(a, b, slices=c), (rows(2, n, d), rows(3, n, d, seed=1)), (), (_directions(d),)
+    )
+
+
+def _le_wm(n: int, d: int) -> Problem:
+    def function(predicted: Tensor, embeddings: Tensor, target: Tensor, slices: Tensor) -> Tensor:
+        return sslfast.le_wm(predicted, target, embeddings, slices=slices)
+
+    return Problem(function, (rows(n, 2, d), rows(n, 3, d, seed=1)), (), (rows(n, 2, d, seed=2), _directions(d)))
+
+
+def _visreg(n: int, d: int) -> Problem:
+    return Problem(lambda z, a: sslfast.visreg(z, slices=a), (rows(2, max(n, 2), d),), (), (_directions(d),))
+
+
 MOMENTS = [
     *(
         of_columns(f"second_moment, {form} {scale}{' cross' * cross}", _second_moment(form, scale, cross))
@@ -271,6 +310,11 @@ MOMENTS = [
     of_columns("frossl", lambda a, b: sslfast.frossl([a, b])),
     of_columns("spectral_contrastive", sslfast.spectral_contrastive),
     of_columns("tico", _tico),
+    Loss("sigreg", ("sigreg",), _sigreg),
+    Loss("SIGReg", ("SIGReg", "LeJEPALoss", "LeWMLoss", "VISRegLoss"), _steps),
+    Loss("le_jepa", ("le_jepa",), _le_jepa),
+    Loss("le_wm", ("le_wm",), _le_wm),
+    Loss("visreg", ("visreg",), _visreg, triton=False),
     Loss("mmcr", ("mmcr",), _views_of_samples, triton=False, waits="eigenvalues come from a library that waits"),
     Loss("WMSELoss", ("WMSELoss", "Whitening2d"), _w_mse, triton=False, waits="it says so where a batch is singular"),
     of_columns("norm_mse_loss", sslfast.norm_mse_loss, triton=False),

@@ -197,18 +197,25 @@ def sketch_of(
     return Sketch(knots_of(knots, t_max, convention), slices, step, seed_of(seed), num_vectors)
 
 
+def distance(sums: Tensor, target: Tensor, weight: Tensor, rows: int) -> Tensor:
+    """``Σ w_k ((C_k − φ_k)² + S_k²)`` over everything, where C and S are ``sums`` [2, V, K, S] divided by ``rows``.
+
+    ``target`` is −φ_k for the cosines and 0 for the sines, [2, 1, K, 1]; ``weight`` [K, 1]; both constants.
+    """
+    if _library.in_forward_mode():
+        difference, weighted = _weighted_difference(sums, target, weight, 1 / rows)
+        return (difference * weighted).sum()
+    total: Tensor = _Statistic.apply(sums, target, weight, 1 / rows)[0]  # type: ignore[no-untyped-call]
+    return total
+
+
 def statistic(scope: Scope, shard: Shard, z: Tensor, sketch: Sketch) -> Tensor:
     """SIGReg of ``z`` [V, n, D], rows of a scope: the same number on every rank."""
-    kind, rows = accumulator(z), shard.total
+    rows = shard.total
     slices = slices_of(z, sketch.slices, sketch.step, sketch.seed, sketch.num_vectors, scope)
     with without_autocast(z):
         sums = scope.total(characteristic_sums(z, slices, len(sketch.knots.weight), sketch.knots.step))
-        target, weight = _quadrature(*sketch.knots[:2], kind, z.device)
-        if _library.in_forward_mode():
-            difference, weighted = _weighted_difference(sums, target, weight, 1 / rows)
-            total = (difference * weighted).sum()
-        else:
-            total, _ = _Statistic.apply(sums, target, weight, 1 / rows)  # type: ignore[no-untyped-call]
+        total = distance(sums, *_quadrature(*sketch.knots[:2], accumulator(z), z.device), rows)
         scale: float = (rows if sketch.knots.times_rows else 1) / (z.shape[0] * slices.shape[1])
         return total * scale
 
