@@ -68,13 +68,17 @@ def _lightly(case: Case) -> Loss:
 class Sketch(Benchmark):
     """Three products of [V·N, D] and [D, S], one cosine and one sine for each row and slice in either direction."""
 
+    def units(self, case: Case) -> float:
+        """Operations of the case's mode, in units of one product."""
+        d = case.shape["D"]
+        forward, backward = 1.0 + FORWARD / d, 2.0 + BACKWARD / d
+        return {"forward": forward, "backward": backward}.get(case.mode, forward + backward)
+
     def cost(self, case: Case) -> tuple[float, float]:
         """Operations; bytes: embeddings read in forward and backward, their gradient written."""
         v, n, d, s = (case.shape[name] for name in "VNDS")
-        forward, backward = 2.0 * (d + FORWARD), 2.0 * (2 * d + BACKWARD)
-        each = {"forward": forward, "backward": backward}.get(case.mode, forward + backward)
         passes = {"forward": 1.0, "backward": 2.0}.get(case.mode, 3.0)
-        return each * v * n * s, passes * v * n * d * case.torch_dtype.itemsize
+        return self.units(case) * 2.0 * v * n * d * s, passes * v * n * d * case.torch_dtype.itemsize
 
     def why_skip(self, case: Case, provider: str, metric: str) -> str | None:
         """Where the plain formulas' arrays of all knots do not fit, or take minutes."""

@@ -31,7 +31,9 @@ def fixed(sigreg: nn.Module) -> nn.Module:
 def test_sigreg(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     make = lightly_loss("lejepa_loss").SIGReg
     for options in ({}, {"knots": 10, "t_max": 4.0}, {"knots": 2}):
-        same_as_package("lightly", lambda z, o=options: fixed(make(num_vectors=33, **o))(z), torch.randn(shape, dtype=dtype))
+        same_as_package(
+            "lightly", lambda z, o=options: fixed(make(num_vectors=33, **o))(z), torch.randn(shape, dtype=dtype)
+        )
 
 
 def test_the_directions_are_lightlys() -> None:

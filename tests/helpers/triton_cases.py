@@ -233,9 +233,7 @@ KERNELS = {
         constants={"MATRICES": 2, "DISTANCE": True, "DUAL": True, "PENALTY": 2, "BLOCK": 1024},
         exact=False,
     ),
-    "characteristic_sums": Kernel(
-        "characteristic_sums", constants={"ROWS": 64, "COLS": 32, "KNOTS": 16}, exact=False
-    ),
+    "characteristic_sums": Kernel("characteristic_sums", constants={"ROWS": 64, "COLS": 32, "KNOTS": 16}, exact=False),
     "characteristic_gradient": Kernel(
         "characteristic_sums", constants={"ROWS": 64, "COLS": 32, "KNOTS": 16}, exact=False
     ),

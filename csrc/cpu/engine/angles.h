@@ -16,10 +16,10 @@ template <typename T>
 struct AngleLimits;
 template <>
 struct AngleLimits<float> {
-  static constexpr float kShifter = 0x1.8p23f;         // adding it rounds to a whole number, up to 2^22
-  static constexpr float kSmall = 0x1p21f;             // angles below it need no more than that
-  static constexpr float kLarge = 0x1p37f;             // a multiple of four, as all floats from 2^26 on are
-  static constexpr float kShifterOfMany = 0x1.8p39f;   // rounds to a multiple of 2^16, up to 2^38
+  static constexpr float kShifter = 0x1.8p23f;        // adding it rounds to a whole number, up to 2^22
+  static constexpr float kSmall = 0x1p21f;            // angles below it need no more than that
+  static constexpr float kLarge = 0x1p37f;            // a multiple of four, as all floats from 2^26 on are
+  static constexpr float kShifterOfMany = 0x1.8p39f;  // rounds to a multiple of 2^16, up to 2^38
 };
 template <>
 struct AngleLimits<double> {
@@ -36,14 +36,13 @@ static inline constexpr float kSinFloat[] = {1.570796304905852f, -0.645962930995
 static inline constexpr float kCosFloat[] = {-1.2337005432964971f, 0.25366924233510324f, -0.020860274838110617f,
                                              0.0009039892448719617f};
 static inline constexpr double kSinDouble[] = {
-    1.570796326794896619231,      -0.6459640975062462536558,     0.07969262624616704512051,
-    -0.004681754135318688100685,  0.0001604411847873598218727,   -0.000003598843235212085340459,
-    5.692172921967926811775e-8,   -6.688035109811467232478e-10,
+    1.570796326794896619231,     -0.6459640975062462536558,    0.07969262624616704512051,
+    -0.004681754135318688100685, 0.0001604411847873598218727,  -0.000003598843235212085340459,
+    5.692172921967926811775e-8,  -6.688035109811467232478e-10,
 };
 static inline constexpr double kCosDouble[] = {
-    -1.233700550136169827354,      0.2536695079010480136366,     -0.02086348076335296087305,
-    0.0009192602748394265802417,   -0.00002520204237306060548105, 4.71087477881817150367e-7,
-    -6.38660308379185224109e-9,    6.56596311497947236221e-11,
+    -1.233700550136169827354,      0.2536695079010480136366,  -0.02086348076335296087305, 0.0009192602748394265802417,
+    -0.00002520204237306060548105, 4.71087477881817150367e-7, -6.38660308379185224109e-9, 6.56596311497947236221e-11,
 };
 
 template <typename T, int N>

@@ -8,7 +8,7 @@
 
 namespace sslfast {
 
-// z [views, rows, d] of any type and slices [d, slices] in its accumulator's; the knots are t_k = k·step, k = 1 … knots.
+// z [views, rows, d] of any type and slices [d, count] in its accumulator's; the knots are t_k = k·step, k = 1 … knots.
 struct SliceInput {
   Rows z;
   const void* slices;
@@ -37,10 +37,7 @@ struct SliceTiles {
 
   // `backward`: the slices are also wanted as B of a product.
   SliceTiles(const SliceInput& in, bool backward, Arena& arena)
-      : input(in),
-        of_view(in.rows, in.d),
-        of_slices(in.count, in.d),
-        factor(in.step * 0.63661977236758134308) {  // 2/π
+      : input(in), of_view(in.rows, in.d), of_slices(in.count, in.d), factor(in.step * 0.63661977236758134308) {  // 2/π
     z_panels = arena.take<T>(in.views * of_view.count * of_view.size);
     transposed = arena.take<T>(of_slices.count * of_slices.height * in.d);
     panels = backward ? arena.take<T>(of_slices.count * of_slices.size) : nullptr;
@@ -98,7 +95,7 @@ struct SliceTiles {
   }
 };
 
-// Brings the angles of a stripe of vectors, `rows` of them kTile numbers apart, within ±kSmall. Rarely does one pass it.
+// Brings the angles of `rows` vectors, kTile numbers apart, within ±kSmall, where one of them is beyond it.
 template <typename T>
 static inline void tame(T* x, int64_t rows) {
   using I = typename Vec<T>::mask;

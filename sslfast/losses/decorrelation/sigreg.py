@@ -242,14 +242,14 @@ def sigreg(
     Args:
         z: [N, D] or [V, N, D], each view a sample of its own; float32, float64, bfloat16 or float16.
         slices: [D, S] the directions a, of length 1; on every rank the same. ``None``: ``num_vectors`` random ones.
-        step: a whole number, or a one-element integer tensor, which is best on ``z``'s device: the host does not read it.
-            Other steps have other random directions. Over ranks the largest counts.
+        step: a whole number, or a one-element integer tensor, best on ``z``'s device: the host does not read it. Other
+            steps have other random directions. Over ranks the largest counts.
         seed: any 64 bits. The same seed and step give the same directions on every rank and device.
         knots: how many t of the quadrature (default 17), at least 2.
         t_max: the last of them (default 3).
         num_vectors: S, how many random directions (default 1024).
-        convention: ``"lejepa"`` (default), as lejepa's ``SlicingUnivariateTest(EppsPulley())`` and lightly's ``SIGReg``:
-            the knots are on [0, t_max]; ``"eb_jepa"``, as its ``BCS`` (there knots=10, num_vectors=256): on
+        convention: ``"lejepa"`` (default), as lejepa's ``SlicingUnivariateTest(EppsPulley())`` and lightly's class: the
+            knots are on [0, t_max]; ``"eb_jepa"``, as its ``BCS`` (there knots=10, num_vectors=256): on
             [−t_max, t_max], and without the factor N.
         gather_distributed: of the rows of all ranks; ``False``: of this rank's alone.
 
@@ -269,7 +269,7 @@ def sigreg(
         >>> 0.5 < sslfast.sigreg(z, step=7).item() < 2.0  # Gaussian already
         True
         >>> round(sslfast.sigreg(torch.zeros(8, 2)).item(), 3)  # collapsed
-        6.199
+        3.216
     """
     views = check_views("z", z)
     sketch = sketch_of(views, slices, step, seed, knots, t_max, num_vectors, convention)

@@ -121,7 +121,7 @@ class _Slices(NamedTuple):
     slices: Tensor | None
     step: int | Tensor
     seed: int
-    count: int
+    num_slices: int
 
     def check(self, proj: Tensor) -> None:
         if self.slices is not None:
@@ -141,12 +141,12 @@ def _components(
 ) -> VISRegComponents:
     traits = {
         "whether slices are given": given.slices is not None,
-        "how many slices": given.count if given.slices is None else given.slices.shape[1],
+        "how many slices": given.num_slices if given.slices is None else given.slices.shape[1],
         "the seed": given.seed,
     }
     shard = scope.shard(proj.transpose(0, 1), traits)
     check_two_rows("global_proj", shard.total)
-    slices = slices_of(proj, given.slices, given.step, given.seed, given.count, scope)
+    slices = slices_of(proj, given.slices, given.step, given.seed, given.num_slices, scope)
     pred = shard.weight / (proj.shape[0] * proj.shape[2]) * view_invariance(proj, global_views)
     with without_autocast(proj):
         z = scope.gather(proj.transpose(0, 1)).transpose(0, 1).to(accumulator(proj))  # [V, N, D] of all ranks

@@ -68,7 +68,9 @@ def test_equals_lightly() -> None:
     a, b = views(2, dtype=torch.float32), views(5, dtype=torch.float32)
     slices = slices_of_lightly(theirs, a)
     expected = value_and_gradients(lambda a, b: theirs(local_proj=b, global_proj=a), a, b)
-    for mine, true in zip(value_and_gradients(lambda a, b: le_jepa(a, b, 0.2, slices=slices), a, b), expected, strict=True):
+    for mine, true in zip(
+        value_and_gradients(lambda a, b: le_jepa(a, b, 0.2, slices=slices), a, b), expected, strict=True
+    ):
         torch.testing.assert_close(mine, true, rtol=1e-4, atol=1e-6)
 
 
@@ -135,7 +137,11 @@ A = torch.ones(2, 4, 3)
         (lambda: le_jepa(A, weighting="mean"), ValueError, "weighting must be one of 'convex', 'sum', got 'mean'"),
         (lambda: LeJEPALoss(-0.1), ValueError, "lambda_param"),
         (lambda: le_wm(A, A, A, -1.0), ValueError, "lambda_param must be a number from 0, got -1.0"),
-        (lambda: le_wm(A, A, A[0]), ValueError, r"embeddings must have shape \[batch, frames, features\], got \(4, 3\)"),
+        (
+            lambda: le_wm(A, A, A[0]),
+            ValueError,
+            r"embeddings must have shape \[batch, frames, features\], got \(4, 3\)",
+        ),
         (lambda: le_wm(A, A[:, :2], A), ValueError, "predicted and target must have the same shape"),
         (lambda: le_wm(A[:1], A[:1], A), ValueError, r"embeddings' batch and features, got shapes \(1, 4, 3\)"),
     ],

@@ -183,7 +183,12 @@ def test_large_values_in_half_precision() -> None:
 @pytest.mark.parametrize(
     ("z", "options", "error", "message"),
     [
-        (torch.ones(4), {}, ValueError, r"z must have shape \[rows, features\] or \[views, rows, features\], got \(4,\)"),
+        (
+            torch.ones(4),
+            {},
+            ValueError,
+            r"z must have shape \[rows, features\] or \[views, rows, features\], got \(4,\)",
+        ),
         (torch.ones(4, 3).long(), {}, TypeError, "z must be float32"),
         (torch.ones(2, 0, 3), {}, ValueError, r"at least one view, row and feature, got shape \(2, 0, 3\)"),
         ("z", {}, TypeError, "z must be a torch.Tensor, got str"),
@@ -193,7 +198,12 @@ def test_large_values_in_half_precision() -> None:
         (torch.ones(4, 3), {"num_vectors": 0}, ValueError, "num_vectors must be .* at least 1, got 0"),
         (torch.ones(4, 3), {"convention": "solo"}, ValueError, "convention must be one of 'lejepa', 'eb_jepa'"),
         (torch.ones(4, 3), {"step": -1}, ValueError, "step must be a whole number from 0"),
-        (torch.ones(4, 3), {"step": torch.ones(2).long()}, ValueError, r"step must be one whole number, got shape \(2,"),
+        (
+            torch.ones(4, 3),
+            {"step": torch.ones(2).long()},
+            ValueError,
+            r"step must be one whole number, got shape \(2,",
+        ),
         (torch.ones(4, 3), {"seed": 0.5}, ValueError, "seed must be a 64-bit whole number, got 0.5"),
         (torch.ones(4, 3), {"slices": torch.ones(4, 3)}, ValueError, r"slices must have shape \[3, slices\].*\(4, 3\)"),
         (torch.ones(4, 3), {"slices": torch.ones(3, 2).int()}, TypeError, "slices must be float32"),

@@ -54,7 +54,9 @@ def test_equals_lightly() -> None:
     slices = slices / slices.norm(p=2, dim=0)
     torch.set_rng_state(state)
     expected = value_and_gradients(lambda a, b: theirs(local_proj=b, global_proj=a), a, b)
-    for mine, true in zip(value_and_gradients(lambda a, b: visreg(a, b, 0.6, slices=slices), a, b), expected, strict=True):
+    for mine, true in zip(
+        value_and_gradients(lambda a, b: visreg(a, b, 0.6, slices=slices), a, b), expected, strict=True
+    ):
         torch.testing.assert_close(mine, true, rtol=1e-4, atol=1e-6)
 
 
@@ -90,7 +92,10 @@ A = torch.ones(2, 4, 3)
         (lambda: visreg(A, num_slices=0), "num_slices must be a whole number of at least 1, got 0"),
         (lambda: visreg(A, lambda_scale=-1.0), "lambda_scale must be a number from 0, got -1.0"),
         (lambda: visreg(A, lambda_param=2.0), "lambda_param must be a number from 0 to 1, got 2.0"),
-        (lambda: visreg(A, slices=torch.ones(2, 3)), r"slices must have shape \[3, slices\] for global_proj's features"),
+        (
+            lambda: visreg(A, slices=torch.ones(2, 3)),
+            r"slices must have shape \[3, slices\] for global_proj's features",
+        ),
         (lambda: VISRegLoss(num_slices=0), "num_slices"),
     ],
 )
