@@ -158,10 +158,9 @@ struct Sums {
       }
       write(pivot, total, total + height);
       double *cos = total + 14 * height, *sin = cos + height;
-      const double *last_cos = cos - kProducts * height, *last_sin = sin - kProducts * height;
       for (int64_t s = 0; s < length; ++s) {
-        cos[s] = 2 * cos[s] - (group == 0 ? static_cast<double>(in.rows) : last_cos[s]);
-        sin[s] = 2 * sin[s] - (group == 0 ? 0 : last_sin[s]);
+        cos[s] = 2 * cos[s] - (group == 0 ? static_cast<double>(in.rows) : cos[s - kProducts * height]);
+        sin[s] = 2 * sin[s] - (group == 0 ? 0 : sin[s - kProducts * height]);
       }
       write(pivot + kPivot, cos, sin);
     }
