@@ -199,7 +199,7 @@ void characteristic_sums(const SliceInput& input, void* sums, void* memory, cons
 namespace sslfast {
 namespace {
 
-Tensor characteristic_sums(const Tensor& z, const Tensor& slices, int64_t knots, double step) {
+Tensor characteristic_sums_cpu(const Tensor& z, const Tensor& slices, int64_t knots, double step) {
   const SliceArguments given(z, slices, knots, step);
   const SliceInput& input = given.input;
   Tensor sums = allocate(given.z, {2, input.views, knots, input.count}, given.kind);
@@ -212,5 +212,5 @@ Tensor characteristic_sums(const Tensor& z, const Tensor& slices, int64_t knots,
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) { m.impl("characteristic_sums", TORCH_BOX(&sslfast::characteristic_sums)); }
+SSLFAST_REGISTER(CPU, characteristic_sums)
 #endif  // SSLFAST_CPU_DISPATCH

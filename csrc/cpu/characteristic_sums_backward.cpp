@@ -157,8 +157,8 @@ void characteristic_sums_backward(const SliceInput& input, const SliceGradient& 
 namespace sslfast {
 namespace {
 
-Tensor characteristic_sums_backward(const Tensor& grad_any, const Tensor& z, const Tensor& slices, int64_t knots,
-                                    double step) {
+Tensor characteristic_sums_backward_cpu(const Tensor& grad_any, const Tensor& z, const Tensor& slices, int64_t knots,
+                                        double step) {
   const SliceArguments given(z, slices, knots, step);
   const SliceInput& input = given.input;
   check_tensor(grad_any, "grad_sums", {2, input.views, knots, input.count}, given.kind, given.z);
@@ -174,7 +174,5 @@ Tensor characteristic_sums_backward(const Tensor& grad_any, const Tensor& z, con
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) {
-  m.impl("characteristic_sums_backward", TORCH_BOX(&sslfast::characteristic_sums_backward));
-}
+SSLFAST_REGISTER(CPU, characteristic_sums_backward)
 #endif  // SSLFAST_CPU_DISPATCH

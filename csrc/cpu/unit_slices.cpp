@@ -109,7 +109,7 @@ void unit_slices(const SliceDraw& draw, float* slices, const Parallel& parallel)
 namespace sslfast {
 namespace {
 
-Tensor unit_slices(const Tensor& step, int64_t seed, int64_t features, int64_t count) {
+Tensor unit_slices_cpu(const Tensor& step, int64_t seed, int64_t features, int64_t count) {
   check_tensor(step, "step", {}, ScalarType::Long, step);
   SSLFAST_CHECK(features > 0 && features <= int64_t{1} << 18 && count > 0, "features must be 1 to 2^18 and count ",
                 "positive, got ", features, " and ", count);
@@ -122,5 +122,5 @@ Tensor unit_slices(const Tensor& step, int64_t seed, int64_t features, int64_t c
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) { m.impl("unit_slices", TORCH_BOX(&sslfast::unit_slices)); }
+SSLFAST_REGISTER(CPU, unit_slices)
 #endif  // SSLFAST_CPU_DISPATCH
