@@ -25,6 +25,7 @@ WITHOUT = {
     "MemoryQueue",
     "contrastive_diagnostics",
     "masking.gather_patches",
+    "ops.unit_slices.unit_slices",
     *(name for name in CONTRASTIVE | DECORRELATION if name.endswith("autocast region")),
 }
 LEARNING = {name: case for name, case in (CONTRASTIVE | DECORRELATION | MASKED | TOKENS).items() if name not in WITHOUT}
