@@ -96,6 +96,29 @@ def lightly_loss(module: str, name: str, **options: float) -> Callable[..., Tens
     return getattr(_import(f"lightly.loss.{module}"), name)(**options)
 
 
+def lightly_momentum(momentum: float) -> Callable[[Sequence[Tensor], Sequence[Tensor]], None]:
+    """``lightly.models.utils.update_momentum`` of tensors: two of PyTorch's kernels over all of them.
+
+    Raises:
+        Unavailable: lightly, or the torchvision that it needs, is not importable.
+    """
+    _import("lightly")
+    _import_torchvision()
+    update = _import("lightly.models.utils").update_momentum
+
+    class Parameters(torch.nn.Module):
+        """Nothing but parameters, which is all that it asks of a module."""
+
+        def __init__(self, tensors: Sequence[Tensor]) -> None:
+            super().__init__()
+            self.tensors = tensors
+
+        def parameters(self, recurse: bool = True) -> Any:
+            return iter(self.tensors)
+
+    return lambda teacher, student: update(Parameters(student), Parameters(teacher), m=momentum)
+
+
 def _lightly_nt_xent(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
     return lightly_loss("ntx_ent_loss", "NTXentLoss", temperature=temperature)
 

@@ -2,7 +2,14 @@
 
 from types import ModuleType as _ModuleType
 
-from . import _native as _native, augment as augment, distributed as distributed, masking as masking, pretext as pretext
+from . import (
+    _native as _native,
+    augment as augment,
+    distributed as distributed,
+    masking as masking,
+    nn as nn,
+    pretext as pretext,
+)
 from ._backends import use_backend as use_backend, use_gradient_form as use_gradient_form
 from ._version import __version__ as __version__
 from .adapters import Patch as Patch, patch as patch, unpatch as unpatch

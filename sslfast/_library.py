@@ -95,6 +95,22 @@ def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..
     torch.library.register_autograd(f"sslfast::{name}", guarded, setup_context=setup_context, lib=lib)
 
 
+def mutates(name: str, *places: int) -> None:
+    """Say to autograd that ``sslfast::<name>`` writes into the tensors of these arguments, lists of tensors.
+
+    What a graph has saved of them is then known to have changed, as by PyTorch's own in-place operators.
+    """
+    operator = getattr(torch.ops.sslfast, name).default
+
+    def counted(keyset: Any, *args: Any) -> Any:
+        for place in places:
+            torch.autograd.graph.increment_version(args[place])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    LIB.impl(name, counted, "ADInplaceOrView", with_keyset=True)
+
+
 class _WithoutTangents:
     """``LIB`` as ``register_autograd`` uses it: PyTorch's kernel drops tangents, this one refuses them."""
 

@@ -3,6 +3,7 @@
 from .augment_views import augment_views
 from .block_mask import block_mask
 from .characteristic_sums import characteristic_sums
+from .ema_update import ema_update
 from .embed_patches import embed_patches
 from .gather_patches import gather_patches, scatter_patches
 from .gather_tokens import gather_tokens
@@ -26,6 +27,7 @@ __all__ = [
     "augment_views",
     "block_mask",
     "characteristic_sums",
+    "ema_update",
     "embed_patches",
     "gather_patches",
     "gather_tokens",

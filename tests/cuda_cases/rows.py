@@ -12,6 +12,7 @@ from torch import Tensor
 
 import sslfast
 from sslfast import masking
+from sslfast.ops.ema_update import ema_update
 from sslfast.ops.gather_tokens import gather_tokens
 from sslfast.ops.scatter_tokens import scatter_tokens
 
@@ -35,6 +36,30 @@ def normalized_rows() -> Iterator[Case]:
         yield case(f"l2_normalize {shape} {name_of(dtype)}", operators, partial(make, shape, dtype), floor=1.0)
     transposed = lambda: ((lambda x: sslfast.l2_normalize(x.mT)), given(9, 6))  # noqa: E731
     yield case("l2_normalize, transposed", operators, transposed)
+
+
+def averages() -> Iterator[Case]:
+    """Over several launches, chunks and packs; with starts that no pack fits on; the momentum a number or a tensor."""
+    shapes = [(5,), (0,), (3, 7), (1,), (2, 2, 2)] * 21 + [(16384,), (33001,)]
+
+    def make(average: torch.dtype, student: torch.dtype, copy: torch.dtype | None, tensor: bool) -> tuple[Any, ...]:
+        averages, students = ([torch.randn(s).to(dtype) for s in shapes] for dtype in (average, student))
+        averages.append(torch.randn(40).to(average)[1:38])
+        students.append(torch.randn(40).to(student)[3:])
+        momentum = torch.tensor(0.9, dtype=torch.float64) if tensor else 0.9
+
+        def function(averages: list[Tensor], students: list[Tensor], momentum: float | Tensor) -> list[Tensor]:
+            moved = [t.clone() for t in averages]
+            rounded = [torch.empty_like(t, dtype=copy) for t in moved] if copy is not None else []
+            ema_update(moved, students, momentum, rounded)
+            return [*moved, *rounded]
+
+        return function, averages, students, momentum
+
+    pairs = [*itertools.product(FLOATS, FLOATS, [None]), *itertools.product([torch.float32], FLOATS[::2], FLOATS[::2])]
+    for i, (average, student, copy) in enumerate(pairs):
+        name = f"ema_update, {name_of(average)} of {name_of(student)}{f' to {name_of(copy)}' if copy else ''}"
+        yield case(name, ("ema_update_",), partial(make, average, student, copy, i % 2 == 0))
 
 
 class Tokens:

@@ -14,6 +14,7 @@ CASES: dict[str, Case] = {
     **losses.CONTRASTIVE,
     **losses.DECORRELATION,
     **losses.MASKED,
+    **losses.AVERAGES,
     **images.TOKENS,
     **images.MASKS,
     **images.AUGMENTATION,

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import sslfast
-from sslfast import masking
 from sslfast._checks import accumulator
 from sslfast.ops.characteristic_sums import characteristic_sums
+from sslfast import masking, nn as nn_
 from sslfast.ops.nt_xent import nt_xent
 from sslfast.ops.unit_slices import unit_slices
 
@@ -216,6 +216,28 @@ def _token_losses(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     labels = torch.where(x.ids(B, L) % 4 == 0, x.ids(B, L), -100)
     return x.z(B, L, D), x.z(50, D), labels
 
+
+def _averaged(x: Inputs, momentum: Any, *, copied: bool = False) -> list[Tensor]:
+    teacher, student = [x.fixed(3, 4), x.fixed(5)], [x.fixed(3, 4), x.fixed(5)]
+    rounded = [torch.zeros_like(t, dtype=torch.float16) for t in teacher] if copied else None
+    nn_.ema_update_(teacher, student, momentum, rounded=rounded)
+    return [*teacher, *(rounded or [])]
+
+
+def _averages(x: Inputs) -> list[Tensor]:
+    student = x.made(lambda: nn.Sequential(nn.Linear(D, 3), nn.BatchNorm1d(3)))
+    teacher = x.made(lambda: nn_.ExponentialMovingAverage(student, 0.9))
+    teacher.update(student)
+    return [*teacher.state_dict(keep_vars=True).values()]
+
+
+AVERAGES: dict[str, Case] = {
+    "nn.ema_update_": lambda x: _averaged(x, 0.9),
+    "nn.ema_update_/a momentum that is a tensor": lambda x: _averaged(x, x.number(0.9).detach()),
+    "nn.ema_update_/a rounded copy": lambda x: _averaged(x, 0.9, copied=True),
+    "nn.ExponentialMovingAverage": _averages,
+    "ops.ema_update.ema_update": lambda x: _averaged(x, 0.9),
+}
 
 MASKED: dict[str, Case] = {
     "masked_patch_loss": lambda x: sslfast.masked_patch_loss(

@@ -23,7 +23,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 import sslfast
 from fake_cuda import CASES, WAITS, adapters
 from fake_cuda.worker import MODES
-from sslfast import augment, masking, ops, pretext
+from sslfast import augment, masking, nn, ops, pretext
 
 TESTS = Path(__file__).parents[1]
 DEVICE = """
@@ -37,6 +37,7 @@ PUBLIC = {
     "masking": masking,
     "masking.compat": masking.compat,
     "augment": augment,
+    "nn": nn,
     "pretext": pretext,
     **{f"ops.{op}": getattr(ops, op) for op in ops.__all__},
 }
@@ -49,6 +50,8 @@ WITHOUT = {
     "use_backend": "a name",
     "use_gradient_form": "a name",
     "augment.ViewSpec": "numbers",
+    "nn.cosine_schedule": "numbers",
+    "nn.linear_schedule": "numbers",
     "augment.recipe": "a name",
     "pretext.permutation_set": "made on the CPU, as documented",
 }

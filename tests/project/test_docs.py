@@ -27,7 +27,10 @@ from sslfast.adapters import _patch
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md")])
-PUBLIC = (*(sslfast, sslfast.augment, sslfast.pretext, sslfast.masking, sslfast.masking.compat, sslfast.distributed),)
+PUBLIC = (
+    *(sslfast, sslfast.augment, sslfast.pretext, sslfast.masking, sslfast.masking.compat, sslfast.nn),
+    sslfast.distributed,
+)
 LISTED = re.compile(r"^::: ([\w.]+)$", re.MULTILINE)
 FENCE = re.compile(r"^(```+)[^\n]*\n.*?^\1$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!`)\[[^\]]*\]\(([^)\s]+)\)")

@@ -17,7 +17,7 @@ FLOORS = (
     ("reference",),
     ("ops",),
     ("distributed",),
-    ("losses", "augment", "pretext", "masking", "grad_cache"),
+    ("losses", "augment", "pretext", "masking", "nn", "grad_cache"),
     ("adapters",),
     ("__init__", "__main__"),
 )
