@@ -80,6 +80,15 @@ from .losses.decorrelation.visreg import (
     visreg as visreg,
 )
 from .losses.decorrelation.w_mse import Whitening2d as Whitening2d, WMSELoss as WMSELoss, norm_mse_loss as norm_mse_loss
+from .losses.distillation.negative_cosine import (
+    BYOLLoss as BYOLLoss,
+    CosineDiagnostics as CosineDiagnostics,
+    NegativeCosineLoss as NegativeCosineLoss,
+    SimSiamLoss as SimSiamLoss,
+    byol as byol,
+    negative_cosine as negative_cosine,
+    sim_siam as sim_siam,
+)
 from .losses.masked.masked_feature import MaskedFeatureLoss as MaskedFeatureLoss
 from .losses.masked.masked_patch import MaskedPatchLoss as MaskedPatchLoss
 from .losses.masked.masked_token import (

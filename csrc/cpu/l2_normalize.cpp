@@ -2,6 +2,7 @@
 #include "common/l2_normalize.h"
 
 #include "cpu/engine/levels.h"
+#include "cpu/engine/row_sums.h"
 
 namespace sslfast {
 
@@ -25,26 +26,13 @@ SSLFAST_DECLARE(SSLFAST_EACH(SSLFAST_L2_NORMALIZE_SIGNATURES, float, double, bf1
 namespace sslfast::SSLFAST_CPU_LEVEL {
 namespace {
 
-// A floating-point sum may not be reordered by the compiler, so its order is written down: lane l takes the elements
-// l, l + kLanes, ...; four vectors of sums hide the latency of the addition even at 512 bits.
-constexpr int kLanes = 64;
-
-// Σ over the lanes, pairwise; the error then grows as log(kLanes) + D/kLanes.
-template <typename A>
-A sum_of_lanes(A* lane) {
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
-  }
-  return lane[0];
-}
-
 template <typename T>
 Accumulator<T> sum_of_squares(const T* __restrict__ x, int64_t features) {
   using A = Accumulator<T>;
-  A lane[kLanes] = {};
+  A lane[kSumLanes] = {};
   int64_t d = 0;
-  for (; d + kLanes <= features; d += kLanes) {
-    for (int l = 0; l < kLanes; ++l) lane[l] = add_square(lane[l], A(widen(x[d + l])));
+  for (; d + kSumLanes <= features; d += kSumLanes) {
+    for (int l = 0; l < kSumLanes; ++l) lane[l] = add_square(lane[l], A(widen(x[d + l])));
   }
   for (int l = 0; d + l < features; ++l) lane[l] = add_square(lane[l], A(widen(x[d + l])));
   return sum_of_lanes(lane);
@@ -53,10 +41,10 @@ Accumulator<T> sum_of_squares(const T* __restrict__ x, int64_t features) {
 template <typename T>
 Accumulator<T> projection(const T* __restrict__ dy, const T* __restrict__ x, Accumulator<T> r, int64_t features) {
   using A = Accumulator<T>;
-  A lane[kLanes] = {};
+  A lane[kSumLanes] = {};
   int64_t d = 0;
-  for (; d + kLanes <= features; d += kLanes) {
-    for (int l = 0; l < kLanes; ++l) lane[l] = add_projection(lane[l], A(widen(dy[d + l])), A(widen(x[d + l])), r);
+  for (; d + kSumLanes <= features; d += kSumLanes) {
+    for (int l = 0; l < kSumLanes; ++l) lane[l] = add_projection(lane[l], A(widen(dy[d + l])), A(widen(x[d + l])), r);
   }
   for (int l = 0; d + l < features; ++l) lane[l] = add_projection(lane[l], A(widen(dy[d + l])), A(widen(x[d + l])), r);
   return sum_of_lanes(lane);

@@ -14,6 +14,7 @@ import lightly.loss.frossl_loss as frossl_loss
 import lightly.loss.hypersphere_loss as hypersphere_loss
 import lightly.loss.lejepa_loss as lejepa_loss
 import lightly.loss.mmcr_loss as mmcr_loss
+import lightly.loss.negative_cosine_similarity as negative_cosine_similarity
 import lightly.loss.ntx_ent_loss as ntx_ent_loss
 import lightly.loss.tico_loss as tico_loss
 import lightly.loss.vicreg_loss as vicreg_loss
@@ -24,7 +25,12 @@ import torch
 from torch import Tensor
 
 from ..masking import compat
-from . import _lightly_contrastive as contrastive, _lightly_moments as moments, _lightly_slices as slices
+from . import (
+    _cosine as cosine,
+    _lightly_contrastive as contrastive,
+    _lightly_moments as moments,
+    _lightly_slices as slices,
+)
 from ._serve import Package, Unserved, served, unserved_tensors
 
 
@@ -104,6 +110,12 @@ class SIGReg(lejepa_loss.SIGReg):
     forward = served(lejepa_loss.SIGReg.forward, slices.fast_sigreg)
 
 
+class NegativeCosineSimilarity(negative_cosine_similarity.NegativeCosineSimilarity):
+    """``lightly.loss.NegativeCosineSimilarity``: one read of each row, and no normalised copies."""
+
+    forward = served(negative_cosine_similarity.NegativeCosineSimilarity.forward, cosine.fast_similarity)
+
+
 def _mask_at_index(tokens: Any, index: Any, mask_token: Any) -> Tensor | Unserved:
     unserved = unserved_tensors(tokens, dim=3) or unserved_tensors(mask_token, dim=3)
     if unserved:
@@ -144,7 +156,7 @@ _UNCHANGED = {
         "MACLLoss",
         "PatchKernelAlignmentLoss",
     ),
-    _ONE_PASS: ("NegativeCosineSimilarity", "invariance_loss", "norm_mse_loss", "repeat_token", "variance_loss"),
+    _ONE_PASS: ("invariance_loss", "norm_mse_loss", "repeat_token", "variance_loss"),
     "VICRegLoss and VICRegLLoss do not call it any more": ("covariance_loss",),
     "a sort, which sslfast would do too": ("VISRegLoss", "random_token_mask"),
 }
@@ -167,6 +179,7 @@ def contents() -> Package:
             Whitening2d,
             WMSELoss,
             SIGReg,
+            NegativeCosineSimilarity,
         ),
         functions=(get_at_index, set_at_index, mask_at_index),
         through={"DirectCLRLoss": "NTXentLoss", "LeJEPALoss": "SIGReg", "LeWMLoss": "SIGReg"},

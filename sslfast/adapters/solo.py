@@ -24,6 +24,7 @@ from ..losses.contrastive.nt_xent import nt_xent
 from ..losses.decorrelation.barlow_twins import barlow_twins
 from ..losses.decorrelation.vibcreg import vibcreg
 from ..losses.decorrelation.vicreg import vicreg
+from . import _cosine as cosine
 from ._mae import patch_loss
 from ._serve import Package, Unserved, served, unserved_matrices, unserved_tensors
 
@@ -175,6 +176,7 @@ class _Known(NamedTuple):
 
 _KNOWN = (
     _Known("barlow", "barlow_loss_func", _barlow),
+    _Known("byol", "byol_loss_func", cosine.byol),
     _Known("mae", "mae_loss_func", _mae),
     _Known("moco", "moco_loss_func", _moco),
     _Known("mocov2plus", "mocov2plus_loss_func", _moco),
@@ -183,17 +185,16 @@ _KNOWN = (
     _Known("nnclr", "nnclr_loss_func", _gathering_nnclr, gathers=True),
     _Known("simclr", "simclr_loss_func", _simclr_views, gathers=False),
     _Known("simclr", "simclr_loss_func", _simclr, gathers=True),
+    _Known("simsiam", "simsiam_loss_func", cosine.sim_siam),
     _Known("vibcreg", "vibcreg_loss_func", _vibcreg, gathers=True),
     _Known("vicreg", "vicreg_loss_func", _vicreg_of(False), gathers=False),
     _Known("vicreg", "vicreg_loss_func", _vicreg_of(True), gathers=True),
 )
 _UNCHANGED = {
     "DINOLoss": "sslfast has no DINO loss",
-    "byol_loss_func": "no matrix that could be avoided",
     "deepclusterv2_loss_func": "logits that come from the model",
     "manual_simclr_loss_func": "masks that are N × N already",
     "ressl_loss_func": "sslfast has no ReSSL",
-    "simsiam_loss_func": "no matrix that could be avoided",
     "swav_loss_func": "logits that come from the model",
     "wmse_loss_func": "no matrix that could be avoided",
 }

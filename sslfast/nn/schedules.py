@@ -1,4 +1,4 @@
-"""Values over the steps of a training run, such as a teacher's momentum: as the packages have them, to the last step."""
+"""Values over the steps of a training run, such as a teacher's momentum: as packages have them, to the last step."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from .masked_feature_loss import masked_feature_loss
 from .masked_patch_loss import masked_patch_loss
 from .masked_rows import masked_rows
 from .multiblock_mask import multiblock_mask
+from .negative_cosine import negative_cosine
 from .nt_xent import nt_xent
 from .partition_mask import partition_mask
 from .random_mask import random_mask
@@ -37,6 +38,7 @@ __all__ = [
     "masked_patch_loss",
     "masked_rows",
     "multiblock_mask",
+    "negative_cosine",
     "nt_xent",
     "partition_mask",
     "random_mask",

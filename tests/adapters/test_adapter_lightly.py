@@ -60,6 +60,26 @@ def test_a_temperature_that_learns(loss):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"dim": -1, "eps": 1e-6}], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_negative_cosine(loss, shape, options, dtype):
+    same(lambda a, b: loss.NegativeCosineSimilarity(**options)(a, b), *pair(shape, dtype), floor=1.0)
+
+
+def test_negative_cosine_that_is_left(loss):
+    a, b = pair((6, 4))
+    for options, reason in (
+        ({"dim": 0}, "dim=0"),
+        ({"eps": 0.0}, "eps that is no number"),
+        ({"eps": 0.5}, "eps that is no number"),
+    ):
+        call = lambda a, b, options=options: loss.NegativeCosineSimilarity(**options)(a, b)  # noqa: E731
+        left_to_package("lightly", call, a, b, reason=reason)
+    places = torch.randn(3, 4, 5)
+    left_to_package("lightly", lambda a: loss.NegativeCosineSimilarity()(a, a * a), places, reason="3 dimensions")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weighted", [False, True], ids=["DCL", "DCLW"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_dcl(loss, shape, weighted, dtype):

@@ -35,7 +35,7 @@ SERVED = {
         "VICRegLLoss",
         "TiCoLoss",
     ),
-    *("MMCRLoss", "FroSSLLoss", "WMSELoss", "Whitening2d", "SIGReg"),
+    *("MMCRLoss", "FroSSLLoss", "WMSELoss", "Whitening2d", "SIGReg", "NegativeCosineSimilarity"),
 }
 
 

@@ -18,7 +18,7 @@ from solo_common import Newer, losses
 
 DTYPES = [torch.float32, torch.float64]
 SHAPES = [(64, 32), (101, 30), (9, 140), (2, 5), (3, 1)]
-OLDER = {"1.0.2": ["barlow_loss_func", "moco_loss_func", "nnclr_loss_func", "simclr_loss_func", "vicreg_loss_func"]}
+OLDER = {"1.0.2": [f"{name}_loss_func" for name in ("barlow", "byol", "moco", "nnclr", "simclr", "simsiam", "vicreg")]}
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,16 @@ def barlow_of(solo, **options):
             torch.set_default_dtype(torch.float32)
 
     return call
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("simplified", [True, False])
+@pytest.mark.parametrize("name", ["byol_loss_func", "simsiam_loss_func"])
+def test_cosines(solo, name, simplified, shape, dtype):
+    """The target has no gradient in the package's functions either."""
+    p, z = views(shape, dtype)
+    same_as_package("solo", lambda p: getattr(solo, name)(p, z.to(p.dtype), simplified=simplified), p, floor=4.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -18,14 +18,14 @@ from collections.abc import Iterator
 from .case import Case, difference, number_wrong, same_bits
 from .images import losses, patches, views
 from .masks import lists, masks, words
-from .rows import averages, gathered_tokens, normalized_rows, scattered_tokens
+from .rows import averages, cosines, gathered_tokens, normalized_rows, scattered_tokens
 
 __all__ = ["Case", "cases", "cases_with", "difference", "number_wrong", "same_bits"]
 
 
 def cases() -> Iterator[Case]:
     for family in (
-        *(normalized_rows, averages, gathered_tokens, scattered_tokens, masks, lists, words),
+        *(normalized_rows, cosines, averages, gathered_tokens, scattered_tokens, masks, lists, words),
         *(patches, losses, views),
     ):
         yield from family()

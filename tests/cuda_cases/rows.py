@@ -38,6 +38,28 @@ def normalized_rows() -> Iterator[Case]:
     yield case("l2_normalize, transposed", operators, transposed)
 
 
+def cosines() -> Iterator[Case]:
+    operators = ("negative_cosine", "negative_cosine_backward")
+
+    def make(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Any, ...]:
+        p, z = (torch.randn(shape).to(dtype) for _ in range(2))
+        if shape[0] > 1:
+            p[0] = 0  # its norm is below eps
+        return (
+            (lambda p, z: torch.ops.sslfast.negative_cosine(p, z, 1e-3, -0.3, 2.0)),
+            p.requires_grad_(),
+            z.requires_grad_(),
+        )
+
+    for shape, dtype in itertools.product((*ROWS, (600, 3)), FLOATS):
+        # One number a row: the gradient is 0, a difference of equal numbers.
+        yield case(f"negative_cosine {shape} {name_of(dtype)}", operators, partial(make, shape, dtype), floor=1.0)
+    one = lambda: ((lambda p, z: sslfast.negative_cosine(p, z)), given(9, 48), torch.randn(9, 48))  # noqa: E731
+    yield case("negative_cosine, a target", operators, one)
+    shifted = lambda: ((lambda p, z: sslfast.negative_cosine(p[:, 1:], z.mT)), given(9, 7), given(6, 9))  # noqa: E731
+    yield case("negative_cosine, strides", operators, shifted)
+
+
 def averages() -> Iterator[Case]:
     """Over several launches, chunks and packs; with starts that no pack fits on; the momentum a number or a tensor."""
     shapes = [(5,), (0,), (3, 7), (1,), (2, 2, 2)] * 21 + [(16384,), (33001,)]

@@ -93,6 +93,12 @@ LOSSES: dict[str, Formula] = {
     ),
     "clip": lambda x, y, s, **how: clip_loss(x, y, s, 0.3 * s, **how),
     "sig_lip": lambda x, y, s, **how: sig_lip_loss(x, y, s, -s, **how),
+    "negative_cosine": lambda x, y, s, gather_distributed=False, strategy="gather": sslfast.negative_cosine(
+        x * s, y, convention="distance", gather_distributed=gather_distributed
+    ),
+    "byol": lambda x, y, s, gather_distributed=False, strategy="gather": sslfast.byol(
+        x * s, y, y, x, gather_distributed=gather_distributed
+    ),
     "uniformity": lambda x, y, s, **how: uniformity(x * s, **how),
     "hypersphere": lambda x, y, s, **how: hypersphere(x * s, y, **how),
 }

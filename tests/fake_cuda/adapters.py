@@ -36,6 +36,7 @@ def lightly() -> tuple[dict[str, Case], Package]:
         "VICRegLoss": _views(adapter.VICRegLoss),
         "VICRegLLoss": lambda x: adapter.VICRegLLoss()(*vicregl_views(x, 256, 512)),  # small ones are left to lightly
         "TiCoLoss": _views(adapter.TiCoLoss),
+        "NegativeCosineSimilarity": _views(adapter.NegativeCosineSimilarity),
         "MMCRLoss": lambda x: adapter.MMCRLoss()(x.z(N, 3, D), x.z(N, 3, D)),
         "FroSSLLoss": lambda x: adapter.FroSSLLoss()([x.z(), x.z()]),
         "Whitening2d": lambda x: x.made(lambda: adapter.Whitening2d(D))(x.z()),
@@ -102,7 +103,14 @@ def solo() -> tuple[dict[str, Case], Package]:
         "mae_loss_func": lambda x: served["mae_loss_func"](x.pixels(), x.z(B, L, 48), x.mask().float(), PATCH),
         **{
             name: lambda x, name=name: served[name](x.z(), x.z())  # type: ignore[misc]
-            for name in ("barlow_loss_func", "mocov3_loss_func", "nnclr_loss_func", "simclr_loss_func")
+            for name in (
+                "barlow_loss_func",
+                "byol_loss_func",
+                "simsiam_loss_func",
+                "mocov3_loss_func",
+                "nnclr_loss_func",
+                "simclr_loss_func",
+            )
             + ("vibcreg_loss_func", "vicreg_loss_func", "mocov2plus_loss_func")
         },
     }

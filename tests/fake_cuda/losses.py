@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import sslfast
+from sslfast import masking, nn as nn_
 from sslfast._checks import accumulator
 from sslfast.ops.characteristic_sums import characteristic_sums
-from sslfast import masking, nn as nn_
+from sslfast.ops.negative_cosine import negative_cosine
 from sslfast.ops.nt_xent import nt_xent
 from sslfast.ops.unit_slices import unit_slices
 
@@ -215,6 +216,24 @@ def _masks(x: Inputs) -> masking.Masks:
 def _token_losses(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     labels = torch.where(x.ids(B, L) % 4 == 0, x.ids(B, L), -100)
     return x.z(B, L, D), x.z(50, D), labels
+
+
+def _of_four(function: Any) -> Case:
+    return lambda x: function(x.z(), x.z(), x.fixed(), x.fixed())
+
+
+DISTILLATION: dict[str, Case] = {
+    "negative_cosine": _function(sslfast.negative_cosine),
+    "negative_cosine/a target": lambda x: sslfast.negative_cosine(x.z(), x.fixed(), convention="distance"),
+    "negative_cosine/in an autocast region": _mixed(sslfast.negative_cosine),
+    "NegativeCosineLoss": _module(sslfast.NegativeCosineLoss),
+    "NegativeCosineLoss/diagnostics": _module(sslfast.NegativeCosineLoss, diagnostics=True),
+    "byol": _of_four(sslfast.byol),
+    "BYOLLoss": _of_four(sslfast.BYOLLoss()),
+    "sim_siam": _of_four(sslfast.sim_siam),
+    "SimSiamLoss": _of_four(sslfast.SimSiamLoss(diagnostics=True)),
+    "ops.negative_cosine.negative_cosine": lambda x: negative_cosine(x.z(), x.z()),
+}
 
 
 def _averaged(x: Inputs, momentum: Any, *, copied: bool = False) -> list[Tensor]:

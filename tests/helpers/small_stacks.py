@@ -20,6 +20,7 @@ from fake_cuda.inputs import Case, Inputs
 from fake_cuda.worker import tensors
 from sslfast import _backends, masking, sigreg
 from sslfast.ops.l2_normalize import l2_normalize
+from sslfast.ops.negative_cosine import negative_cosine
 from sslfast.ops.nt_xent import nt_xent
 from sslfast.ops.second_moment import second_moment
 from sslfast.ops.similarity_logsigmoid import similarity_logsigmoid
@@ -39,6 +40,7 @@ LARGE: dict[str, Case] = {
     "similarity_logsigmoid": lambda x: similarity_logsigmoid(x.z(M, F), x.z(M, F), 5.0, -5.0),
     "l2_normalize": lambda x: l2_normalize(x.z(4 * M, F)),
     "characteristic_sums, unit_slices": lambda x: sigreg(x.z(2, M, F), num_vectors=3 * F),
+    "negative_cosine": lambda x: negative_cosine(x.z(4 * M, F), x.z(4 * M, F)),
     **{
         f"second_moment, {form}, {cross}": lambda x, form=form, cross=cross: second_moment(  # type: ignore[misc]
             x.z(M, 6 * F), x.z(M, 6 * F), cross=cross, scale="variance", form=form

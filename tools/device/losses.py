@@ -323,6 +323,14 @@ MOMENTS = [
     of_columns("covariance_loss", lambda a, b: sslfast.covariance_loss(a) + sslfast.covariance_loss(b)),
 ]
 
+# ------------------------------------------------------------------------------------------------------- distillation
+
+DISTILLATION = [
+    of_two_views("negative_cosine", sslfast.negative_cosine, triton=False),
+    of_two_views("byol", lambda p, z: sslfast.byol(p, z, z, p), triton=False),
+    of_two_views("sim_siam", lambda p, z: sslfast.sim_siam(p, z, z, p), triton=False),
+]
+
 # ------------------------------------------------------------------------------------------------------------- masked
 
 
@@ -361,10 +369,10 @@ FORMS = [
     for loss in CONTRASTIVE if loss.name in WITH_FORMS for form in ("streamed", "banded")
 ]  # fmt: skip
 
-LOSSES: Sequence[Loss] = [*CONTRASTIVE, *FORMS, *MOMENTS, *MASKED]
+LOSSES: Sequence[Loss] = [*CONTRASTIVE, *FORMS, *MOMENTS, *DISTILLATION, *MASKED]
 # Modules without a state: nothing but their function's arguments, kept.
 THIN = (
     *("BarlowTwinsLoss", "ClipLoss", "DCLLoss", "DCLWLoss", "FroSSLLoss", "HypersphereLoss", "InfoNCELoss", "MMCRLoss"),
     *("MoCoV3Loss", "MultipleNegativesRankingLoss", "SigLipLoss", "SpectralContrastiveLoss", "SupConLoss", "TiCoLoss"),
-    *("VICRegLLoss", "VICRegLoss", "VIbCRegLoss"),
+    *("VICRegLLoss", "VICRegLoss", "VIbCRegLoss", "BYOLLoss", "NegativeCosineLoss", "SimSiamLoss"),
 )
