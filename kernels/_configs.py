@@ -117,6 +117,17 @@ MOMENT_PRODUCT = _table(
     }
 )
 
+# Gram anchoring: both products of a tile at once, so two of its sizes in registers; square, for it is transposed.
+GRAM_ANCHOR = _table(
+    {
+        80: ((64, 64, 64, 4, 3), (64, 64, 64, 4, 3), (64, 64, 32, 8, 2), (64, 64, 32, 8, 3)),
+        86: ((64, 64, 64, 4, 2), (64, 64, 64, 4, 2), (64, 64, 32, 8, 2), (64, 64, 32, 8, 2)),
+        90: ((128, 128, 64, 8, 3), (128, 128, 64, 8, 3), (64, 64, 32, 8, 2), (64, 64, 32, 8, 3)),
+        100: ((128, 128, 64, 8, 3), (128, 128, 64, 8, 3), (64, 64, 32, 8, 2), (64, 64, 32, 8, 3)),
+        INTERPRETER: ((32, 32, 128, 4, 1), (32, 32, 128, 4, 1), (32, 32, 32, 4, 1), (32, 32, 128, 4, 1)),
+    }
+)
+
 
 def config_for(table: Table, arch: int, element_size: int, features: int) -> Config:
     """The table's row for rows of so many features, ``block_k`` and ``block_d`` cut to those there are."""

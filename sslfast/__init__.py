@@ -80,6 +80,7 @@ from .losses.decorrelation.visreg import (
     visreg as visreg,
 )
 from .losses.decorrelation.w_mse import Whitening2d as Whitening2d, WMSELoss as WMSELoss, norm_mse_loss as norm_mse_loss
+from .losses.distillation.gram_anchor import GramLoss as GramLoss, gram_anchor as gram_anchor
 from .losses.distillation.negative_cosine import (
     BYOLLoss as BYOLLoss,
     CosineDiagnostics as CosineDiagnostics,

@@ -4,6 +4,8 @@
 #include <initializer_list>
 #include <type_traits>
 
+#include "torch_api.h"
+
 namespace sslfast {
 namespace {
 

@@ -29,8 +29,8 @@ def match(teacher: Tensors, student: Tensors, rounded: Tensors | None, buffers: 
     """The tensors pair by pair.
 
     Raises:
-        TypeError, ValueError: names that only one side has, shapes or devices that differ, dtypes without an average, or
-            memory that two sides share.
+        TypeError, ValueError: names that only one side has, shapes or devices that differ, dtypes without an average,
+            or memory that two sides share.
     """
     sides = {"teacher": teacher, "student": student} | ({} if rounded is None else {"rounded": rounded})
     modules = [isinstance(side, nn.Module) for side in sides.values()]

@@ -90,9 +90,9 @@ class ExponentialMovingAverage(nn.Module):
     """A teacher: a copy of the student that :meth:`update` moves towards it, and that takes no gradient.
 
     ``module`` is the teacher as it is called, in the student's dtypes. Where the student has parameters of 16 bits,
-    ``average`` is the same module with these in float32: what is averaged, and rounded into ``module`` in the same pass.
-    Else it is ``None``. Both are in the ``state_dict``, with the number of updates, so that training continues with the
-    next momentum.
+    ``average`` is the same module with these in float32: what is averaged, and rounded into ``module`` in the same
+    pass. Else it is ``None``. Both are in the ``state_dict``, with the number of updates, so that training continues
+    with the next momentum.
 
     Args:
         student: copied (``copy.deepcopy``), never kept.

@@ -58,6 +58,17 @@ def by_reference(x: Tensor, eps: float = EPS) -> Tensor:
     return reference.l2_normalize(x.to(accumulator(x)), eps).to(x.dtype)
 
 
+def with_kernel(x: Tensor) -> Tensor:
+    """:func:`l2_normalize` by its own kernel, whatever backend is forced: inside an operation of another one."""
+    backend = "cuda" if x.device.type == "cuda" else "cpu"
+    reason = why_not(backend, x)
+    if reason is None:
+        normalized: Tensor = torch.ops.sslfast.l2_normalize(x, EPS)[0]
+        return normalized
+    _backends.tell_fallback("l2_normalize", backend, reason)
+    return by_reference(x)
+
+
 def l2_normalize(x: Tensor, eps: float = EPS) -> Tensor:
     """Divide each row by its Euclidean norm: ``y_i = x_i / max(‖x_i‖₂, eps)``, as ``F.normalize(x, dim=1)``.
 

@@ -7,6 +7,7 @@ from .ema_update import ema_update
 from .embed_patches import embed_patches
 from .gather_patches import gather_patches, scatter_patches
 from .gather_tokens import gather_tokens
+from .gram_anchor import gram_anchor
 from .l2_normalize import l2_normalize
 from .mask_tokens import mask_tokens
 from .masked_feature_loss import masked_feature_loss
@@ -32,6 +33,7 @@ __all__ = [
     "embed_patches",
     "gather_patches",
     "gather_tokens",
+    "gram_anchor",
     "l2_normalize",
     "mask_tokens",
     "masked_feature_loss",

@@ -15,6 +15,7 @@ import sslfast
 from sslfast import masking, nn as nn_
 from sslfast._checks import accumulator
 from sslfast.ops.characteristic_sums import characteristic_sums
+from sslfast.ops.gram_anchor import gram_anchor
 from sslfast.ops.negative_cosine import negative_cosine
 from sslfast.ops.nt_xent import nt_xent
 from sslfast.ops.unit_slices import unit_slices
@@ -232,6 +233,10 @@ DISTILLATION: dict[str, Case] = {
     "BYOLLoss": _of_four(sslfast.BYOLLoss()),
     "sim_siam": _of_four(sslfast.sim_siam),
     "SimSiamLoss": _of_four(sslfast.SimSiamLoss(diagnostics=True)),
+    "gram_anchor": lambda x: sslfast.gram_anchor(x.z(B, L, D), x.fixed(B, L, D)),
+    "gram_anchor/as they are": lambda x: sslfast.gram_anchor(x.z(B, L, D), x.fixed(B, L, D), normalize=False),
+    "GramLoss": lambda x: sslfast.GramLoss(img_level=False, remove_neg=False)(x.z(B, L, D), x.fixed(B, L, D)),
+    "ops.gram_anchor.gram_anchor": lambda x: gram_anchor(x.z(B, L, D), x.fixed(B, L, D)),
     "ops.negative_cosine.negative_cosine": lambda x: negative_cosine(x.z(), x.z()),
 }
 
@@ -243,18 +248,10 @@ def _averaged(x: Inputs, momentum: Any, *, copied: bool = False) -> list[Tensor]
     return [*teacher, *(rounded or [])]
 
 
-def _averages(x: Inputs) -> list[Tensor]:
-    student = x.made(lambda: nn.Sequential(nn.Linear(D, 3), nn.BatchNorm1d(3)))
-    teacher = x.made(lambda: nn_.ExponentialMovingAverage(student, 0.9))
-    teacher.update(student)
-    return [*teacher.state_dict(keep_vars=True).values()]
-
-
 AVERAGES: dict[str, Case] = {
     "nn.ema_update_": lambda x: _averaged(x, 0.9),
     "nn.ema_update_/a momentum that is a tensor": lambda x: _averaged(x, x.number(0.9).detach()),
     "nn.ema_update_/a rounded copy": lambda x: _averaged(x, 0.9, copied=True),
-    "nn.ExponentialMovingAverage": _averages,
     "ops.ema_update.ema_update": lambda x: _averaged(x, 0.9),
 }
 

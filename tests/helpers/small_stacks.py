@@ -19,6 +19,7 @@ from fake_cuda import CASES
 from fake_cuda.inputs import Case, Inputs
 from fake_cuda.worker import tensors
 from sslfast import _backends, masking, sigreg
+from sslfast.ops.gram_anchor import gram_anchor
 from sslfast.ops.l2_normalize import l2_normalize
 from sslfast.ops.negative_cosine import negative_cosine
 from sslfast.ops.nt_xent import nt_xent
@@ -40,6 +41,8 @@ LARGE: dict[str, Case] = {
     "similarity_logsigmoid": lambda x: similarity_logsigmoid(x.z(M, F), x.z(M, F), 5.0, -5.0),
     "l2_normalize": lambda x: l2_normalize(x.z(4 * M, F)),
     "characteristic_sums, unit_slices": lambda x: sigreg(x.z(2, M, F), num_vectors=3 * F),
+    "gram_anchor": lambda x: gram_anchor(x.z(16, M, F), x.fixed(16, M, F)),
+    "gram_anchor, one image": lambda x: gram_anchor(x.z(1, M, F), x.fixed(1, M, F)),
     "negative_cosine": lambda x: negative_cosine(x.z(4 * M, F), x.z(4 * M, F)),
     **{
         f"second_moment, {form}, {cross}": lambda x, form=form, cross=cross: second_moment(  # type: ignore[misc]

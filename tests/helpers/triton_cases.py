@@ -176,6 +176,17 @@ KERNELS = {
     "similarity_logsigmoid_band": Kernel(
         "similarity_logsigmoid_bands", table="_configs.SIMILARITY_WEIGHTS", sweep=BANDS, exact=False
     ),
+    "gram_anchor": Kernel(
+        "gram_anchor",
+        launches={
+            "clamp": "NEGATIVES=1 SYMMETRIC=1",
+            "rows": "NEGATIVES=0 SYMMETRIC=0",
+            "loss": "Weights NEGATIVES=2 SYMMETRIC=1",
+        },
+        table="_configs.GRAM_ANCHOR",
+        sweep=BANDS,
+        exact=False,
+    ),
     "second_moment_gram": Kernel(
         "second_moment_tiles",
         launches={

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import sslfast
-from helpers import DTYPES, LEVELS, run_at_level, within_budget
+from helpers import DTYPES, within_budget
 from sslfast import reference
 from sslfast.ops.ema_update import ema_update
 
@@ -50,6 +50,7 @@ def check(averages: list[Tensor], students: list[Tensor], momentum: float, copy:
     assert [t.data_ptr() for t in averages] == places  # nothing is bound anew
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 0.996, 1.0])
 @pytest.mark.parametrize(("average", "student"), [*itertools.product(DTYPES, DTYPES)], ids=str)
@@ -57,6 +58,7 @@ def test_one_update(average: torch.dtype, student: torch.dtype, momentum: float,
     check(drawn(average, device), drawn(student, device), momentum)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("copy", DTYPES, ids=str)
 @pytest.mark.parametrize("average", [torch.float32, torch.float64], ids=str)
@@ -65,11 +67,7 @@ def test_a_rounded_copy(student: torch.dtype, average: torch.dtype, copy: torch.
     check(drawn(average, device), drawn(student, device), 0.9, copy)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_cpu_level(level: str) -> None:
-    run_at_level(level, __file__, "one_update or rounded_copy or ends_are_exact")
-
-
+@pytest.mark.levels
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ends_are_exact(dtype: torch.dtype, device: str) -> None:

@@ -325,7 +325,19 @@ MOMENTS = [
 
 # ------------------------------------------------------------------------------------------------------- distillation
 
+
+def _gram(n: int, d: int) -> Problem:
+    return Problem(sslfast.gram_anchor, (rows(3, n, d),), (), (rows(3, n, d, seed=1),))
+
+
+def _gram_of_all(n: int, d: int) -> Problem:
+    function = lambda x, y: sslfast.gram_anchor(x, y, normalize=False, per_image=False, negatives="keep")  # noqa: E731
+    return Problem(function, (d**-0.5 * rows(2, n, d),), (), (d**-0.5 * rows(2, n, d, seed=1),))
+
+
 DISTILLATION = [
+    Loss("gram_anchor", ("gram_anchor",), _gram),
+    Loss("gram_anchor, all rows", ("gram_anchor",), _gram_of_all),
     of_two_views("negative_cosine", sslfast.negative_cosine, triton=False),
     of_two_views("byol", lambda p, z: sslfast.byol(p, z, z, p), triton=False),
     of_two_views("sim_siam", lambda p, z: sslfast.sim_siam(p, z, z, p), triton=False),
@@ -374,5 +386,5 @@ LOSSES: Sequence[Loss] = [*CONTRASTIVE, *FORMS, *MOMENTS, *DISTILLATION, *MASKED
 THIN = (
     *("BarlowTwinsLoss", "ClipLoss", "DCLLoss", "DCLWLoss", "FroSSLLoss", "HypersphereLoss", "InfoNCELoss", "MMCRLoss"),
     *("MoCoV3Loss", "MultipleNegativesRankingLoss", "SigLipLoss", "SpectralContrastiveLoss", "SupConLoss", "TiCoLoss"),
-    *("VICRegLLoss", "VICRegLoss", "VIbCRegLoss", "BYOLLoss", "NegativeCosineLoss", "SimSiamLoss"),
+    *("VICRegLLoss", "VICRegLoss", "VIbCRegLoss", "BYOLLoss", "GramLoss", "NegativeCosineLoss", "SimSiamLoss"),
 )

@@ -117,7 +117,7 @@ def byol(
     Raises:
         As :func:`negative_cosine`.
 
-    Source: Grill et al. 2020, "Bootstrap Your Own Latent", equation 2, symmetrised as there; value as the authors' code.
+    Source: Grill et al. 2020, "Bootstrap Your Own Latent", equation 2, symmetrised; value as the authors' code.
 
     Example:
         >>> sslfast.byol(torch.eye(4), torch.eye(4), torch.eye(4), torch.eye(4).flip(0)).item()
@@ -194,11 +194,12 @@ def _diagnostics(predictions: tuple[Tensor, ...], targets: tuple[Tensor, ...], e
     """Means over pairs of a prediction and its target."""
     similar, spread = [], []
     for p, z in zip(predictions, targets, strict=True):
-        kind = accumulator(z)
-        z_hat = F.normalize(z.detach().to(kind), dim=1, eps=eps)
-        similar.append((F.normalize(p.detach().to(kind), dim=1, eps=eps) * z_hat).sum(1).mean())
-        spread.append(z_hat.std(0, correction=0).mean() * z.shape[1] ** 0.5)
-    return CosineDiagnostics(torch.stack(similar).mean(), torch.stack(spread).mean())
+        kind, share, (n, d) = accumulator(z), 1 / len(targets), z.shape
+        p_hat, z_hat = (F.normalize(t.detach().to(kind), dim=1, eps=eps) for t in (p, z))
+        similar.append((p_hat * z_hat).sum() * (share / n))
+        centred = z_hat - z_hat.sum(0) * (1 / n)
+        spread.append((centred.square().sum(0) * (1 / n)).sqrt().sum() * (share / d**0.5))
+    return CosineDiagnostics(torch.stack(similar).sum(), torch.stack(spread).sum())
 
 
 class _CosineLoss(nn.Module):

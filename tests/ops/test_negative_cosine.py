@@ -13,10 +13,8 @@ import sslfast
 from helpers import (
     DTYPES,
     GRAD_LOSS,
-    LEVELS,
     SHAPES,
     check_loss,
-    run_at_level,
     same_value_and_gradients,
     value_and_gradients,
 )
@@ -47,6 +45,7 @@ def views(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> tu
     return tuple(t.to(device, dtype) for t in (p, 0.6 * p + torch.randn(shape, dtype=torch.float64)))
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("convention", CONVENTIONS)
@@ -56,11 +55,6 @@ def test_value_and_gradients(shape: tuple[int, int], convention: str, dtype: tor
         # One feature: the cosine is ±1 and the gradient what rounding leaves of 1/‖x‖, which may be large.
         terms = shape[0] if shape[1] > 1 else 1
         check_loss(fused(convention), plain(convention), views(shape, dtype, device), 4.0, terms if terms > 1 else 1)
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_cpu_level(level: str) -> None:
-    run_at_level(level, __file__, "value_and_gradients or eps or nonfinite")
 
 
 def test_the_value_is_that_of_pytorch() -> None:
@@ -82,6 +76,7 @@ def test_each_gradient_alone(needed: tuple[bool, bool]) -> None:
         assert torch.equal(mine, true)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_eps_and_rows_of_zeros(dtype: torch.dtype, device: str) -> None:
@@ -102,6 +97,7 @@ def test_eps_and_rows_of_zeros(dtype: torch.dtype, device: str) -> None:
         assert dp.isneginf().all()
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("device", DEVICES)
 def test_nonfinite_rows_are_as_in_pytorch(device: str) -> None:
     for place, value in ((0, float("nan")), (1, float("inf")), (2, -float("inf"))):
