@@ -58,6 +58,21 @@ def by_reference(x: Tensor, eps: float = EPS) -> Tensor:
     return reference.l2_normalize(x.to(accumulator(x)), eps).to(x.dtype)
 
 
+def normalized(x: Tensor, eps: float, backend: str) -> Tensor:
+    """Rows of an operation that ``backend`` serves, normalised: by the reference with it, else by the device's kernel.
+
+    The operation's backend may be one that this one does not have.
+    """
+    if backend == "reference":
+        return by_reference(x, eps)
+    native = "cuda" if x.device.type == "cuda" else "cpu"
+    reason = why_not(native, x)
+    if reason is None:
+        return torch.ops.sslfast.l2_normalize(x, eps)[0]
+    _backends.tell_fallback("l2_normalize", native, reason)
+    return by_reference(x, eps)
+
+
 def l2_normalize(x: Tensor, eps: float = EPS) -> Tensor:
     """Divide each row by its Euclidean norm: ``y_i = x_i / max(‖x_i‖₂, eps)``, as ``F.normalize(x, dim=1)``.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _backends, _library, _native, reference
 from .._checks import accumulator, check_matrix, check_same, check_temperature
-from .l2_normalize import EPS, by_reference as normalize_by_reference, why_not as why_not_normalize
+from .l2_normalize import EPS, normalized
 
 BACKENDS = ("cpu", "triton", "reference")
 
@@ -184,15 +184,6 @@ def why_not(backend: str, z: Tensor) -> str | None:
     return f"nt_xent has no {backend} implementation"
 
 
-def _normalized(z: Tensor) -> Tensor:
-    backend = "cuda" if z.device.type == "cuda" else "cpu"
-    reason = why_not_normalize(backend, z)
-    if reason is None:
-        return torch.ops.sslfast.l2_normalize(z, EPS)[0]
-    _backends.tell_fallback("l2_normalize", backend, reason)
-    return normalize_by_reference(z)
-
-
 def nt_xent(z0: Tensor, z1: Tensor, temperature: float | Tensor = 0.5, *, normalize: bool = True) -> Tensor:
     """Normalised temperature-scaled cross entropy (NT-Xent) of two views, mean over the 2N rows.
 
@@ -239,7 +230,7 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float | Tensor = 0.5, *, normal
         tau = torch.full((), temperature, dtype=kind, device=z0.device)
     if backend == "triton":
         z = torch.cat([z0, z1])  # [2N, D]
-        return torch.ops.sslfast.nt_xent_triton(_normalized(z) if normalize else z, tau)[0]
+        return torch.ops.sslfast.nt_xent_triton(normalized(z, EPS, backend) if normalize else z, tau)[0]
     learns = torch.is_grad_enabled() and (z0.requires_grad or z1.requires_grad or tau.requires_grad)
     cache = _tile_cache(z0) if learns else 0
     return torch.ops.sslfast.nt_xent(z0, z1, tau, normalize, cache)[0]

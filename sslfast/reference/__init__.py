@@ -6,12 +6,15 @@ from .characteristic_sums import characteristic_sums
 from .embed_patches import embed_patches
 from .gather_patches import gather_patches, scatter_patches
 from .gather_tokens import gather_tokens
+from .koleo import koleo
 from .l2_normalize import l2_normalize
 from .mask_tokens import mask_tokens
 from .masked_feature_loss import masked_feature_loss
 from .masked_patch_loss import masked_patch_loss
 from .masked_rows import masked_rows
 from .multiblock_mask import multiblock_mask
+from .nearest_neighbours import nearest_neighbours, neighbour_similarity
+from .neighbour_distance import neighbour_distance
 from .nt_xent import nt_xent
 from .partition_mask import partition_mask
 from .random_mask import random_mask
@@ -29,12 +32,16 @@ __all__ = [
     "embed_patches",
     "gather_patches",
     "gather_tokens",
+    "koleo",
     "l2_normalize",
     "mask_tokens",
     "masked_feature_loss",
     "masked_patch_loss",
     "masked_rows",
     "multiblock_mask",
+    "nearest_neighbours",
+    "neighbour_distance",
+    "neighbour_similarity",
     "nt_xent",
     "partition_mask",
     "random_mask",

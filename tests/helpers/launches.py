@@ -13,10 +13,11 @@ import pkgutil
 from typing import Any
 
 import pytest
-import sslfast.kernels
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+import sslfast.kernels
 
 # Seconds of a launch, of one Triton kernel and of one operator.
 TRITON, OPERATOR = 20e-6, 6e-6

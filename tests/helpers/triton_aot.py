@@ -99,9 +99,10 @@ def contracted_shuffles(ptx: str) -> list[str]:
 
 def source_of(case: Case) -> tuple[Any, dict[str, Any]]:
     """The kernel with the types and constants of a launch, and its options."""
+    from triton.compiler import ASTSource
+
     from sslfast.kernels._configs import config_for
     from sslfast.kernels._tiles import EXACT
-    from triton.compiler import ASTSource
 
     kernel = KERNELS[case.kernel]
     name = case.kernel.partition("/")[0]
