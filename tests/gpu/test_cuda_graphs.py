@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from fake_cuda import WAITS
 from fake_cuda.inputs import Case, Inputs
-from fake_cuda.losses import CONTRASTIVE, DECORRELATION, MASKED
+from fake_cuda.losses import CONTRASTIVE, DECORRELATION, DISTILLATION, MASKED
 
 DOCS = Path(__file__).parents[2] / "docs"
-LOSSES = {**CONTRASTIVE, **DECORRELATION, **MASKED}
+LOSSES = {**CONTRASTIVE, **DECORRELATION, **DISTILLATION, **MASKED}
 # What waits for the device in each.
 WAITING = {
     "mmcr": "an eigenvalue solver",

@@ -323,6 +323,20 @@ MOMENTS = [
     of_columns("covariance_loss", lambda a, b: sslfast.covariance_loss(a) + sslfast.covariance_loss(b)),
 ]
 
+# ------------------------------------------------------------------------------------------------------- distillation
+
+
+def _neighbours(n: int, d: int) -> Problem:
+    function = lambda q, k: sslfast.nearest_neighbours(q, k, 5).similarity  # noqa: E731
+    return Problem(function, (unit(n, d), unit(2 * n + 1, d, 1)))
+
+
+DISTILLATION = [
+    Loss("nearest_neighbours", ("nearest_neighbours",), _neighbours),
+    Loss("koleo", ("koleo",), lambda n, d: Problem(sslfast.koleo, (rows(n, d),))),
+    Loss("koleo, topk", ("koleo",), lambda n, d: Problem(lambda x: sslfast.koleo(x, 3), (rows(n, d),))),
+]
+
 # ------------------------------------------------------------------------------------------------------------- masked
 
 
@@ -361,10 +375,10 @@ FORMS = [
     for loss in CONTRASTIVE if loss.name in WITH_FORMS for form in ("streamed", "banded")
 ]  # fmt: skip
 
-LOSSES: Sequence[Loss] = [*CONTRASTIVE, *FORMS, *MOMENTS, *MASKED]
+LOSSES: Sequence[Loss] = [*CONTRASTIVE, *FORMS, *MOMENTS, *DISTILLATION, *MASKED]
 # Modules without a state: nothing but their function's arguments, kept.
 THIN = (
-    *("BarlowTwinsLoss", "ClipLoss", "DCLLoss", "DCLWLoss", "FroSSLLoss", "HypersphereLoss", "InfoNCELoss", "MMCRLoss"),
-    *("MoCoV3Loss", "MultipleNegativesRankingLoss", "SigLipLoss", "SpectralContrastiveLoss", "SupConLoss", "TiCoLoss"),
-    *("VICRegLLoss", "VICRegLoss", "VIbCRegLoss"),
+    *("BarlowTwinsLoss", "ClipLoss", "DCLLoss", "DCLWLoss", "FroSSLLoss", "HypersphereLoss", "InfoNCELoss"),
+    *("KoLeoLoss", "MMCRLoss", "MoCoV3Loss", "MultipleNegativesRankingLoss", "SigLipLoss", "SpectralContrastiveLoss"),
+    *("SupConLoss", "TiCoLoss", "VICRegLLoss", "VICRegLoss", "VIbCRegLoss"),
 )
