@@ -163,8 +163,6 @@ _UNCHANGED = {
         "DetConBLoss",
         "DetConSLoss",
         "EMPSSLLoss",
-        "LeJEPALoss",
-        "LeWMLoss",
         "MACLLoss",
         "PatchKernelAlignmentLoss",
     ),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import sslfast
-from helpers import LEVELS, SHAPES, roundings, run_at_level, within_budget
+from helpers import SHAPES, roundings, within_budget
 from sslfast import reference
 from sslfast.ops.neighbour_distance import neighbour_distance
 
@@ -58,6 +58,7 @@ def gradients(function, *tensors: Tensor | None) -> list[Tensor]:
     return list(torch.autograd.grad(total, [t for t in leaves if t is not None]))
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_similarities(case: tuple[int, int, int, int], dtype: torch.dtype) -> None:
@@ -77,6 +78,7 @@ def test_similarities(case: tuple[int, int, int, int], dtype: torch.dtype) -> No
     assert all(len(set(row)) == count for row in index.tolist())
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_of_equals_the_smaller_index_comes_first(case: tuple[int, int, int, int], dtype: torch.dtype) -> None:
@@ -88,6 +90,7 @@ def test_of_equals_the_smaller_index_comes_first(case: tuple[int, int, int, int]
     assert torch.equal(found.similarity, expected.similarity) and torch.equal(found.index, expected.index)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_reach_both_ends(case: tuple[int, int, int, int], dtype: torch.dtype) -> None:
@@ -107,6 +110,7 @@ def test_gradients_reach_both_ends(case: tuple[int, int, int, int], dtype: torch
             within_budget(f"{what} of {name}", mine, single.to(dtype), true, dtype, 1.0)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_distances(case: tuple[int, int, int, int], dtype: torch.dtype) -> None:
@@ -125,11 +129,7 @@ def test_distances(case: tuple[int, int, int, int], dtype: torch.dtype) -> None:
         torch.testing.assert_close(found[0, 0].double(), truth[0, 0], rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_cpu_level(level: str) -> None:
-    run_at_level(level, __file__, "similarities or equals or both_ends or distances or flows or ids_leave")
-
-
+@pytest.mark.levels
 @pytest.mark.parametrize("size", [(60, 0, 9), (300, 0, 5), (40, 90, 9), (7, 5000, 9)], ids=str)
 def test_ids_leave_pairs_out(size: tuple[int, int, int]) -> None:
     """Also a row whose every pair is left out, and one with fewer columns than are asked for."""
@@ -160,6 +160,7 @@ def test_no_row_is_its_own_neighbour_whatever_its_similarity() -> None:
     assert sslfast.nearest_neighbours(torch.zeros(3, 4), None, 2).index.tolist() == [[1, 2], [0, 2], [0, 1]]
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
 @pytest.mark.parametrize("n", [0, 350])
 def test_nan_and_inf_flows_through(value: float, n: int) -> None:

@@ -15,10 +15,8 @@ from benchmarks import Unavailable, peers
 from helpers import (
     DTYPES,
     GRAD_LOSS,
-    LEVELS,
     SHAPES,
     check_loss,
-    run_at_level,
     same_value_and_gradients,
     value_and_gradients,
 )
@@ -40,6 +38,7 @@ def rows(n: int, d: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return (torch.randn(n, d, dtype=torch.float64) * torch.logspace(-1, 1, n, dtype=torch.float64)[:, None]).to(dtype)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("topk", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [s for s in (*SHAPES, (1500, 20)) if s[0] > 2 and s[1] > 1], ids=str)
@@ -57,11 +56,6 @@ def test_equals_lightly(shape: tuple[int, int]) -> None:
     except Unavailable as reason:
         pytest.skip(f"lightly 1.6.0 cannot be imported: {reason}")
     same_value_and_gradients(sslfast.KoLeoLoss(), theirs, rows(*shape, torch.float64))
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_cpu_level(level: str) -> None:
-    run_at_level(level, __file__, "value_and_gradient or duplicates")
 
 
 def test_opposite_rows_are_each_others_neighbours() -> None:
