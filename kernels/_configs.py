@@ -68,6 +68,16 @@ SIMILARITY_FORWARD = _table(
         INTERPRETER: ((32, 32, 128, 4, 1), (32, 32, 128, 4, 1), (32, 32, 32, 4, 1), (32, 32, 128, 4, 1)),
     }
 )
+# The same tiles without an exponential; several neighbours are written as 64-bit keys.
+NEAREST_NEIGHBOURS = _table(
+    {
+        80: ((128, 64, 128, 8, 2), (64, 64, 32, 8, 4), (64, 64, 32, 4, 2), (64, 32, 32, 8, 3)),
+        86: ((128, 64, 128, 8, 2), (64, 64, 32, 4, 4), (64, 64, 32, 4, 2), (64, 32, 32, 4, 3)),
+        90: ((128, 64, 128, 8, 2), (128, 64, 64, 8, 3), (64, 64, 32, 4, 2), (64, 64, 32, 4, 3)),
+        100: ((128, 32, 128, 8, 2), (128, 64, 64, 8, 3), (64, 64, 32, 8, 2), (64, 64, 32, 8, 3)),
+        INTERPRETER: ((32, 32, 128, 4, 1), (32, 32, 128, 4, 1), (32, 32, 32, 4, 1), (32, 32, 128, 4, 1)),
+    }
+)
 # A program owns rows of the result [rows, block_d] and streams over the other side: both gradients of similarity_lse,
 # the attended mean, and similarity_logsigmoid.
 SIMILARITY_OWNER = _table(

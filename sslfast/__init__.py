@@ -81,6 +81,7 @@ from .losses.decorrelation.visreg import (
 )
 from .losses.decorrelation.w_mse import Whitening2d as Whitening2d, WMSELoss as WMSELoss, norm_mse_loss as norm_mse_loss
 from .losses.distillation.gram_anchor import GramLoss as GramLoss, gram_anchor as gram_anchor
+from .losses.distillation.koleo import KoLeoLoss as KoLeoLoss, koleo as koleo
 from .losses.distillation.negative_cosine import (
     BYOLLoss as BYOLLoss,
     CosineDiagnostics as CosineDiagnostics,
@@ -99,6 +100,7 @@ from .losses.masked.masked_token import (
 from .ops.l2_normalize import l2_normalize as l2_normalize
 from .ops.masked_feature_loss import masked_feature_loss as masked_feature_loss
 from .ops.masked_patch_loss import masked_patch_loss as masked_patch_loss
+from .ops.nearest_neighbours import Neighbours as Neighbours, nearest_neighbours as nearest_neighbours
 from .ops.second_moment import second_moment as second_moment
 from .ops.similarity_logsigmoid import similarity_logsigmoid as similarity_logsigmoid
 from .ops.similarity_lse import similarity_lse as similarity_lse, similarity_terms as similarity_terms

@@ -9,6 +9,7 @@
 // it.
 
 #include "cpu/engine/cross_similarity.h"
+#include "cpu/engine/key_chunks.h"
 
 namespace sslfast {
 
@@ -27,8 +28,6 @@ SSLFAST_DECLARE(void similarity_lse_attend(const CrossInput& input, const Attend
 namespace sslfast {
 namespace SSLFAST_CPU_LEVEL {
 namespace {
-
-constexpr int64_t kChunkBytes = 8 << 20;  // packed rows of k at a time, both layouts
 
 template <typename T>
 struct Attend {
@@ -68,17 +67,6 @@ struct Attend {
   }
 
   int64_t tasks() const { return of_q.count * splits; }
-
-  // Two tasks a thread, unless there are not so many blocks in a chunk of k.
-  static int64_t split_count(const Blocks<T>& of_q, const Blocks<T>& of_k, int64_t threads) {
-    const int64_t wanted = (2 * threads + of_q.count - 1) / of_q.count, most = chunk_count(of_k);
-    return wanted < most ? wanted : most;
-  }
-  static int64_t chunk_count(const Blocks<T>& of_k) {
-    const int64_t fit = kChunkBytes / (2 * of_k.size * static_cast<int64_t>(sizeof(T)));
-    const int64_t least = fit < 1 ? 1 : fit;
-    return least < of_k.count ? least : of_k.count;
-  }
 
   // The largest squared norm decides before the first tile whether a running maximum is needed.
   double largest_key(const Parallel& parallel) {

@@ -12,6 +12,7 @@ import lightly.loss.barlow_twins_loss as barlow_twins_loss
 import lightly.loss.dcl_loss as dcl_loss
 import lightly.loss.frossl_loss as frossl_loss
 import lightly.loss.hypersphere_loss as hypersphere_loss
+import lightly.loss.koleo_loss as koleo_loss
 import lightly.loss.lejepa_loss as lejepa_loss
 import lightly.loss.mmcr_loss as mmcr_loss
 import lightly.loss.negative_cosine_similarity as negative_cosine_similarity
@@ -22,8 +23,9 @@ import lightly.loss.vicregl_loss as vicregl_loss
 import lightly.loss.wmse_loss as wmse_loss
 import lightly.models.utils as utils
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..losses.distillation.koleo import koleo
 from ..masking import compat
 from . import (
     _cosine as cosine,
@@ -32,6 +34,21 @@ from . import (
     _lightly_slices as slices,
 )
 from ._serve import Package, Unserved, served, unserved_tensors
+
+
+def _fast_koleo(self: Any, x: Tensor) -> Tensor | Unserved:
+    unserved = unserved_tensors(x, dim=2)
+    if unserved:
+        return unserved
+    distance = self.pairwise_distance
+    plain = type(distance) is nn.PairwiseDistance and not distance.keepdim and contrastive.is_unhooked(distance)
+    if not plain or self.p != 2 or distance.norm != 2:
+        return Unserved("a distance that is not Euclidean")
+    if not (contrastive.is_number(self.eps) and self.eps > 0 and distance.eps == self.eps):
+        return Unserved("eps that is no positive number, or two of them")
+    if len(x) < 2:
+        return Unserved("one row, which has no neighbour but itself")
+    return contrastive.in_dtype_of(x, koleo(x, eps=self.eps))
 
 
 class NTXentLoss(ntx_ent_loss.NTXentLoss):
@@ -116,6 +133,12 @@ class NegativeCosineSimilarity(negative_cosine_similarity.NegativeCosineSimilari
     forward = served(negative_cosine_similarity.NegativeCosineSimilarity.forward, cosine.fast_similarity)
 
 
+class KoLeoLoss(koleo_loss.KoLeoLoss):
+    """``lightly.loss.KoLeoLoss``: neighbours from half of the similarities, none of which is stored."""
+
+    forward = served(koleo_loss.KoLeoLoss.forward, _fast_koleo)
+
+
 def _mask_at_index(tokens: Any, index: Any, mask_token: Any) -> Tensor | Unserved:
     unserved = unserved_tensors(tokens, dim=3) or unserved_tensors(mask_token, dim=3)
     if unserved:
@@ -152,7 +175,6 @@ _UNCHANGED = {
         "DetConBLoss",
         "DetConSLoss",
         "EMPSSLLoss",
-        "KoLeoLoss",
         "MACLLoss",
         "PatchKernelAlignmentLoss",
     ),
@@ -176,6 +198,7 @@ def contents() -> Package:
             TiCoLoss,
             MMCRLoss,
             FroSSLLoss,
+            KoLeoLoss,
             Whitening2d,
             WMSELoss,
             SIGReg,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import _backends, _library, _native, reference
 from .._checks import accumulator, without_autocast
-from .l2_normalize import with_kernel as normalized
+from .l2_normalize import EPS, normalized
 
 BACKENDS = ("cpu", "triton", "reference")
 NEGATIVES = ("keep", "clamp", "clamp_teacher")
@@ -101,7 +101,7 @@ def gram_anchor(student: Tensor, teacher: Tensor, normalize: bool = True, negati
     learns = torch.is_grad_enabled() and student.requires_grad
     if backend == "cpu":
         return torch.ops.sslfast.gram_anchor(student, teacher, normalize, mode, learns)[0]
-    x, y = (normalized(t.flatten(0, 1)).view(t.shape) if normalize else t for t in (student, teacher))
+    x, y = (normalized(t.flatten(0, 1), EPS, backend).view(t.shape) if normalize else t for t in (student, teacher))
     if not normalize and student.dtype == torch.float16:  # whose range the differences of long rows leave
         x, y = x.float(), y.float()
     return torch.ops.sslfast.gram_anchor_triton(x, y, mode, learns)[0]

@@ -58,15 +58,19 @@ def by_reference(x: Tensor, eps: float = EPS) -> Tensor:
     return reference.l2_normalize(x.to(accumulator(x)), eps).to(x.dtype)
 
 
-def with_kernel(x: Tensor) -> Tensor:
-    """:func:`l2_normalize` by its own kernel, whatever backend is forced: inside an operation of another one."""
-    backend = "cuda" if x.device.type == "cuda" else "cpu"
-    reason = why_not(backend, x)
+def normalized(x: Tensor, eps: float, backend: str) -> Tensor:
+    """Rows of an operation that ``backend`` serves, normalised: by the reference with it, else by the device's kernel.
+
+    The operation's backend may be one that this one does not have.
+    """
+    if backend == "reference":
+        return by_reference(x, eps)
+    native = "cuda" if x.device.type == "cuda" else "cpu"
+    reason = why_not(native, x)
     if reason is None:
-        normalized: Tensor = torch.ops.sslfast.l2_normalize(x, EPS)[0]
-        return normalized
-    _backends.tell_fallback("l2_normalize", backend, reason)
-    return by_reference(x)
+        return torch.ops.sslfast.l2_normalize(x, eps)[0]
+    _backends.tell_fallback("l2_normalize", native, reason)
+    return by_reference(x, eps)
 
 
 def l2_normalize(x: Tensor, eps: float = EPS) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _backends, _library, _native, reference
 from .._checks import accumulator, check_matrix, check_same, check_temperature
-from .l2_normalize import with_kernel as normalized
+from .l2_normalize import EPS, normalized
 
 BACKENDS = ("cpu", "triton", "reference")
 
@@ -230,7 +230,7 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float | Tensor = 0.5, *, normal
         tau = torch.full((), temperature, dtype=kind, device=z0.device)
     if backend == "triton":
         z = torch.cat([z0, z1])  # [2N, D]
-        return torch.ops.sslfast.nt_xent_triton(normalized(z) if normalize else z, tau)[0]
+        return torch.ops.sslfast.nt_xent_triton(normalized(z, EPS, backend) if normalize else z, tau)[0]
     learns = torch.is_grad_enabled() and (z0.requires_grad or z1.requires_grad or tau.requires_grad)
     cache = _tile_cache(z0) if learns else 0
     return torch.ops.sslfast.nt_xent(z0, z1, tau, normalize, cache)[0]

@@ -8,13 +8,16 @@ from .embed_patches import embed_patches
 from .gather_patches import gather_patches, scatter_patches
 from .gather_tokens import gather_tokens
 from .gram_anchor import gram_anchor
+from .koleo import koleo
 from .l2_normalize import l2_normalize
 from .mask_tokens import mask_tokens
 from .masked_feature_loss import masked_feature_loss
 from .masked_patch_loss import masked_patch_loss
 from .masked_rows import masked_rows
 from .multiblock_mask import multiblock_mask
+from .nearest_neighbours import nearest_neighbours, neighbour_similarity
 from .negative_cosine import negative_cosine
+from .neighbour_distance import neighbour_distance
 from .nt_xent import nt_xent
 from .partition_mask import partition_mask
 from .random_mask import random_mask
@@ -34,6 +37,7 @@ __all__ = [
     "gather_patches",
     "gather_tokens",
     "gram_anchor",
+    "koleo",
     "l2_normalize",
     "mask_tokens",
     "masked_feature_loss",
@@ -41,6 +45,9 @@ __all__ = [
     "masked_rows",
     "multiblock_mask",
     "negative_cosine",
+    "nearest_neighbours",
+    "neighbour_distance",
+    "neighbour_similarity",
     "nt_xent",
     "partition_mask",
     "random_mask",

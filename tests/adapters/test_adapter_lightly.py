@@ -121,6 +121,22 @@ def test_hypersphere_of_rows_of_zeros(zeros):
     same(lambda others: criterion(torch.cat([a[3 : 3 + zeros], others]), b), torch.cat([a[:3], a[3 + zeros :]]))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("eps", [1e-8, 1e-3])
+@pytest.mark.parametrize("shape", [(64, 32), (33, 7), (2, 5)], ids=str)
+def test_koleo(loss, shape, eps, dtype):
+    same(lambda x: loss.KoLeoLoss(eps=eps)(x), pair(shape, dtype)[0])
+
+
+def test_koleo_that_is_left_to_lightly(loss):
+    x = pair((9, 4))[0]
+    left_to_package("lightly", loss.KoLeoLoss(p=1), x, reason="a distance that is not Euclidean")
+    left_to_package("lightly", loss.KoLeoLoss(), x[:1], reason="one row, which has no neighbour but itself")
+    other = loss.KoLeoLoss()
+    other.eps = 1e-3
+    left_to_package("lightly", other, x, reason="eps that is no positive number, or two of them")
+
+
 def banked(loss, dtype: torch.dtype, options=None):
     """A loss with a bank of 20 keys that is the same every time."""
     torch.manual_seed(3)

@@ -39,6 +39,7 @@ def lightly() -> tuple[dict[str, Case], Package]:
         "NegativeCosineSimilarity": _views(adapter.NegativeCosineSimilarity),
         "MMCRLoss": lambda x: adapter.MMCRLoss()(x.z(N, 3, D), x.z(N, 3, D)),
         "FroSSLLoss": lambda x: adapter.FroSSLLoss()([x.z(), x.z()]),
+        "KoLeoLoss": lambda x: adapter.KoLeoLoss()(x.z()),
         "Whitening2d": lambda x: x.made(lambda: adapter.Whitening2d(D))(x.z()),
         "WMSELoss": lambda x: x.made(lambda: adapter.WMSELoss(4, w_size=12))(x.z(2 * N, 4)),
         "SIGReg": lambda x: x.made(lambda: adapter.SIGReg(num_vectors=9))(x.z(2, N, D)),

@@ -16,7 +16,9 @@ from sslfast import masking, nn as nn_
 from sslfast._checks import accumulator
 from sslfast.ops.characteristic_sums import characteristic_sums
 from sslfast.ops.gram_anchor import gram_anchor
+from sslfast.ops.koleo import koleo
 from sslfast.ops.negative_cosine import negative_cosine
+from sslfast.ops.neighbour_distance import neighbour_distance
 from sslfast.ops.nt_xent import nt_xent
 from sslfast.ops.unit_slices import unit_slices
 
@@ -134,7 +136,11 @@ CONTRASTIVE: dict[str, Case] = {
         x.z(), x.z(30, D), x.number(5.0), x.number(-5.0), row_ids=x.labels(), col_ids=x.labels(30)
     ),
     "l2_normalize": lambda x: sslfast.l2_normalize(x.z()),
+    "nearest_neighbours": lambda x: sslfast.nearest_neighbours(x.z(), x.z(30, D), 3, normalize=True),
+    "nearest_neighbours/itself": lambda x: sslfast.nearest_neighbours(x.z(), row_ids=x.labels()),
     "ops.nt_xent.nt_xent": _function(nt_xent),
+    "ops.neighbour_distance.neighbour_distance": lambda x: neighbour_distance(x.z(), x.z(30, D), x.ids(N, 3)),
+    "ops.koleo.koleo": lambda x: koleo(x.z(), 2, 1e-8),
     "nt_xent/in an autocast region": _mixed(sslfast.nt_xent),
     "info_nce/in an autocast region": _mixed(sslfast.info_nce),
     "clip/in an autocast region": _mixed(sslfast.clip, 10.0),
@@ -192,10 +198,17 @@ DECORRELATION: dict[str, Case] = {
 }
 
 
+DISTILLATION: dict[str, Case] = {
+    "koleo": lambda x: sslfast.koleo(x.z(), 2),
+    "koleo/groups": lambda x: sslfast.koleo(x.z(), loss_group_size=N // 2),
+    "KoLeoLoss": lambda x: sslfast.KoLeoLoss()(x.z()),
+}
+
+
 def _enqueued(queue: Any, x: Inputs) -> list[Tensor]:
     queue.enqueue(x.z())
     queue.enqueue(x.z(50, D))
-    return [queue.queue, queue.pointer]
+    return [queue.queue, queue.pointer, queue.nearest(x.z())]
 
 
 def _characteristic_sums(z: Tensor, slices: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ def all_losses() -> dict[str, tuple]:
         "TiCoLoss": (loss.TiCoLoss(), (a, b)),
         "MMCRLoss": (loss.MMCRLoss(), (a.view(8, 3, 6), b.view(8, 3, 6))),
         "FroSSLLoss": (loss.FroSSLLoss(), ([a, b],)),
+        "KoLeoLoss": (loss.KoLeoLoss(), (a,)),
         "Whitening2d": (loss.Whitening2d(6), (a,)),
         "WMSELoss": (loss.WMSELoss(6, w_size=12), (a,)),
     }

@@ -20,8 +20,11 @@ from fake_cuda.inputs import Case, Inputs
 from fake_cuda.worker import tensors
 from sslfast import _backends, masking, sigreg
 from sslfast.ops.gram_anchor import gram_anchor
+from sslfast.ops.koleo import koleo
 from sslfast.ops.l2_normalize import l2_normalize
+from sslfast.ops.nearest_neighbours import nearest_neighbours
 from sslfast.ops.negative_cosine import negative_cosine
+from sslfast.ops.neighbour_distance import neighbour_distance
 from sslfast.ops.nt_xent import nt_xent
 from sslfast.ops.second_moment import second_moment
 from sslfast.ops.similarity_logsigmoid import similarity_logsigmoid
@@ -44,6 +47,10 @@ LARGE: dict[str, Case] = {
     "gram_anchor": lambda x: gram_anchor(x.z(16, M, F), x.fixed(16, M, F)),
     "gram_anchor, one image": lambda x: gram_anchor(x.z(1, M, F), x.fixed(1, M, F)),
     "negative_cosine": lambda x: negative_cosine(x.z(4 * M, F), x.z(4 * M, F)),
+    "nearest_neighbours": lambda x: nearest_neighbours(x.z(M, F), x.z(M, F), 70),
+    "nearest_neighbours of rows among themselves": lambda x: nearest_neighbours(x.z(2 * M, F), None, 70),
+    "neighbour_distance": lambda x: neighbour_distance(x.z(M, F), x.z(M, F), x.ids(M, 3)),
+    "koleo": lambda x: koleo(x.z(2 * M, F), 3, 1e-8),
     **{
         f"second_moment, {form}, {cross}": lambda x, form=form, cross=cross: second_moment(  # type: ignore[misc]
             x.z(M, 6 * F), x.z(M, 6 * F), cross=cross, scale="variance", form=form

@@ -166,6 +166,23 @@ KERNELS = {
         sweep=SIMILARITY,
     ),
     "similarity_attend_merge": Kernel("similarity_lse_attend", constants={"D": 128, "PARTS": 16, "BLOCK_D": 128}),
+    "nearest_neighbours": Kernel(
+        "nearest_neighbours",
+        launches={
+            "several": "Best ITSELF=0",
+            "all": "RowIds ColIds ColRanges Keys ITSELF=1",
+            "rows": "Keys ITSELF=0",
+        },
+        table="_configs.NEAREST_NEIGHBOURS",
+        sweep=SIMILARITY,
+    ),
+    "neighbour_distance": Kernel("neighbour_distance", constants={"D": 384, "PAIRS": 4, "BLOCK_D": 512}),
+    "neighbour_gradient": Kernel(
+        "neighbour_distance",
+        launches={"": ""},
+        constants={"D": 384, "BLOCK_D": 512},
+        dtypes=("fp32", "bf16"),
+    ),
     "similarity_logsigmoid": Kernel(
         "similarity_logsigmoid",
         launches={"all": "", "loss": "DA Dots", "gradient": "Loss Sums"},
@@ -258,8 +275,9 @@ WITH_PRODUCTS = {name: kernel for name, kernel in KERNELS.items() if kernel.tabl
 INTEGERS = {"D", "N", "x_stride", "dx_stride", "grad_off_stride", "grad_diagonal_row", "grad_diagonal_column"}
 FLOATS = {"eps", "floor", "scale", "step", "off_weight", "distance_weight", "penalty_weight"}
 # Of the inputs' type.
-DATA = {"Z", "Q", "K", "A", "B", "X", "Y", "Left", "Right", "Hat", "Operand", "GradA", "GradB", "W"}
+DATA = {"Z", "Q", "K", "A", "B", "X", "Y", "Left", "Right", "Hat", "Operand", "GradA", "GradB", "W", "Own", "Out"}
 FLOAT64 = {"SquareSums", "ColumnSums"}
+INT64 = {"Best", "Keys", "Index", "Order", "Starts"}
 INT32 = {"InRange", "RowInRange", "ColInRange"}
 
 
@@ -276,6 +294,7 @@ def argument_type(function: Any, name: str, dtype: str) -> str:
     if name in FLOAT64:
         return "*fp64"
     return "*i64" if name.endswith(("Ids", "Positives", "Ranges", "Step")) else "*fp32"
+    return "*i64" if name in INT64 or name.endswith(("Ids", "Positives", "Ranges")) else "*fp32"
 
 
 def table_of(kernel: str) -> dict[tuple[int, int, bool], Any]:

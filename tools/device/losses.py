@@ -335,12 +335,20 @@ def _gram_of_all(n: int, d: int) -> Problem:
     return Problem(function, (d**-0.5 * rows(2, n, d),), (), (d**-0.5 * rows(2, n, d, seed=1),))
 
 
+def _neighbours(n: int, d: int) -> Problem:
+    function = lambda q, k: sslfast.nearest_neighbours(q, k, 5).similarity  # noqa: E731
+    return Problem(function, (unit(n, d), unit(2 * n + 1, d, 1)))
+
+
 DISTILLATION = [
     Loss("gram_anchor", ("gram_anchor",), _gram),
     Loss("gram_anchor, all rows", ("gram_anchor",), _gram_of_all),
     of_two_views("negative_cosine", sslfast.negative_cosine, triton=False),
     of_two_views("byol", lambda p, z: sslfast.byol(p, z, z, p), triton=False),
     of_two_views("sim_siam", lambda p, z: sslfast.sim_siam(p, z, z, p), triton=False),
+    Loss("nearest_neighbours", ("nearest_neighbours",), _neighbours),
+    Loss("koleo", ("koleo",), lambda n, d: Problem(sslfast.koleo, (rows(n, d),))),
+    Loss("koleo, topk", ("koleo",), lambda n, d: Problem(lambda x: sslfast.koleo(x, 3), (rows(n, d),))),
 ]
 
 # ------------------------------------------------------------------------------------------------------------- masked
@@ -385,6 +393,15 @@ LOSSES: Sequence[Loss] = [*CONTRASTIVE, *FORMS, *MOMENTS, *DISTILLATION, *MASKED
 # Modules without a state: nothing but their function's arguments, kept.
 THIN = (
     *("BarlowTwinsLoss", "ClipLoss", "DCLLoss", "DCLWLoss", "FroSSLLoss", "HypersphereLoss", "InfoNCELoss", "MMCRLoss"),
-    *("MoCoV3Loss", "MultipleNegativesRankingLoss", "SigLipLoss", "SpectralContrastiveLoss", "SupConLoss", "TiCoLoss"),
-    *("VICRegLLoss", "VICRegLoss", "VIbCRegLoss", "BYOLLoss", "GramLoss", "NegativeCosineLoss", "SimSiamLoss"),
+    *("KoLeoLoss", "MoCoV3Loss", "MultipleNegativesRankingLoss", "SigLipLoss", "SpectralContrastiveLoss", "SupConLoss"),
+    *(
+        "TiCoLoss",
+        "VICRegLLoss",
+        "VICRegLoss",
+        "VIbCRegLoss",
+        "BYOLLoss",
+        "GramLoss",
+        "NegativeCosineLoss",
+        "SimSiamLoss",
+    ),
 )

@@ -91,5 +91,14 @@ struct PairSchedule {
   }
 };
 
+// Calls tile(worker, i, j) for every pair i ≤ j of `blocks`, alone on both; `done`: blocks + 1 numbers.
+template <typename Tile>
+static void each_pair(const Parallel& parallel, int64_t blocks, int64_t workers, int64_t* done, Tile&& tile) {
+  for (int64_t b = 0; b <= blocks; ++b) done[b] = 0;
+  const PairSchedule schedule{blocks, PairSchedule::group_size(blocks, parallel.threads), done};
+  auto body = [&](int64_t worker) { schedule.work([&](int64_t i, int64_t j) { tile(worker, i, j); }); };
+  parallel_each(parallel, workers, body);
+}
+
 }  // namespace SSLFAST_CPU_LEVEL
 }  // namespace sslfast

@@ -112,13 +112,9 @@ struct SelfSimilarity {
 
   template <typename F>
   void each_tile(const Parallel& parallel, F&& tile) {
-    for (int64_t b = 0; b <= blocks.count; ++b) done[b] = 0;
-    const PairSchedule schedule{blocks.count, PairSchedule::group_size(blocks.count, parallel.threads), done};
-    auto body = [&](int64_t worker) {
-      T* scratch = scratch_tiles + worker * blocks.height * kTile;
-      schedule.work([&](int64_t i, int64_t j) { tile(i, j, scratch); });
-    };
-    parallel_each(parallel, workers(parallel.threads), body);
+    each_pair(parallel, blocks.count, workers(parallel.threads), done, [&](int64_t worker, int64_t i, int64_t j) {
+      tile(i, j, scratch_tiles + worker * blocks.height * kTile);
+    });
   }
 
   // Calls f(row, place in tile x_IJ) for every row of I or J whose positive meets it there.

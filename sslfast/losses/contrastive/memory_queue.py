@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from ..._checks import check_matrix
 from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
-from .._inputs import check_gather
+from ...ops.nearest_neighbours import nearest_neighbours
+from .._inputs import check_fits, check_gather
 
 
 class MemoryQueue(nn.Module):
@@ -82,6 +83,21 @@ class MemoryQueue(nn.Module):
         places = (self.pointer + torch.arange(first, count, device=keys.device)) % size
         self.queue.index_copy_(0, places, keys[first:].detach().to(self.queue.dtype))
         self.pointer.copy_((self.pointer + count) % size)
+
+    @torch.no_grad()
+    def nearest(self, z: Tensor) -> Tensor:
+        """The queue's key with the largest cosine to each row of ``z`` [N, D]: [N, D], as it is stored, in z's dtype.
+
+        NNCLR's positives (Dwibedi et al. 2021, "With a Little Help from My Friends"): ``nt_xent(queue.nearest(z0),
+        p1)``, then ``enqueue(z0)``. As lightly 1.6.0's ``NNMemoryBankModule``, whose matrix [N, K] is not stored here.
+
+        Raises:
+            TypeError, ValueError: ``z`` is not a matrix of floating-point numbers of the queue's width and device.
+        """
+        check_matrix("z", z)
+        rows = z.to(self.queue.dtype)
+        check_fits("z", rows, "the queue", self.queue)
+        return self.queue[nearest_neighbours(rows, self.queue, normalize=True).index[:, 0]].to(z.dtype)
 
     def extra_repr(self) -> str:
         return f"size={self.queue.shape[0]}, dim={self.queue.shape[1]}"

@@ -57,6 +57,19 @@ def test_keeps_neither_graph_nor_foreign_dtype() -> None:
     assert torch.equal(queue.queue[:3], keys.detach().bfloat16())
 
 
+def test_nearest_keys_are_those_of_lightlys_module() -> None:
+    """NNCLR's positives: the key itself, by cosine, of queries and keys of any norm."""
+    queue = MemoryQueue(40, 6)
+    queue.enqueue(torch.randn(40, 6) * torch.linspace(0.1, 5, 40)[:, None])
+    z = torch.randn(9, 6, requires_grad=True)
+    cosines = torch.nn.functional.cosine_similarity(z[:, None], queue.queue, dim=2)
+    found = queue.nearest(z)
+    assert torch.equal(found, queue.queue[cosines.argmax(1)]) and not found.requires_grad
+    with pytest.raises(ValueError, match=r"z and the queue must have the same width, got 5 and 6"):
+        queue.nearest(torch.randn(3, 5))
+    assert torch.equal(queue.nearest(z.double()), found.double())
+
+
 def test_compiles_once_for_every_place_of_the_pointer() -> None:
     """The place is a tensor, never a number that the host (or the compiler) would have to know."""
     compiled, eager = MemoryQueue(10, 4), MemoryQueue(10, 4)

@@ -1,0 +1,17 @@
+"""Distances of rows to given rows in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def neighbour_distance(q: Tensor, k: Tensor | None, index: Tensor, eps: float) -> Tensor:
+    """``‖q_i − k_n + eps‖₂`` for ``n = index[i, c]``, [M, count]; eps is added to every component. +inf at index −1.
+
+    Without ``k`` the rows are those of ``q``.
+    """
+    columns = q if k is None else k
+    difference = q[:, None, :] - columns[index.clamp(min=0)] + eps  # [M, count, D]
+    distance = torch.linalg.vector_norm(difference, dim=2)
+    return distance.masked_fill(index < 0, float("inf"))
