@@ -2,6 +2,7 @@
 
 from .augment_views import augment_views
 from .block_mask import block_mask
+from .distillation_cross_entropy import distillation_cross_entropy
 from .embed_patches import embed_patches
 from .gather_patches import gather_patches, scatter_patches
 from .gather_tokens import gather_tokens
@@ -18,11 +19,13 @@ from .scatter_tokens import scatter_tokens
 from .second_moment import second_moment
 from .similarity_logsigmoid import similarity_logsigmoid
 from .similarity_lse import similarity_lse, similarity_terms
+from .sinkhorn import sinkhorn_assign, sinkhorn_bias, sinkhorn_sums, sinkhorn_update
 from .view_params import view_params
 
 __all__ = [
     "augment_views",
     "block_mask",
+    "distillation_cross_entropy",
     "embed_patches",
     "gather_patches",
     "gather_tokens",
@@ -41,5 +44,9 @@ __all__ = [
     "similarity_logsigmoid",
     "similarity_lse",
     "similarity_terms",
+    "sinkhorn_assign",
+    "sinkhorn_bias",
+    "sinkhorn_sums",
+    "sinkhorn_update",
     "view_params",
 ]
