@@ -1,4 +1,4 @@
-"""Cross entropy of students' stored logits against teachers': one read of each forward, one read and one write backward.
+"""Cross entropy of students' stored logits against teachers': each is read once each way, and a gradient written.
 
 With ``y_s = student/τs``, ``p_t = softmax_k(teacher/τt + bias)`` (or the target itself) and a row's pairs (t, s):
 
@@ -25,9 +25,7 @@ BACKENDS = ("cpu", "cuda", "reference")
 why_not = functools.partial(_devices.why_not, "distillation_cross_entropy", "student_logits")
 
 
-def _forward_fake(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(student: Sequence[Tensor], teacher: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     like, kind = student[0], accumulator(student[0])
     counts = (sum(x.shape[0] for x in views) for views in (student, teacher))
     stats = [like.new_empty((count, like.shape[1], 2), dtype=kind) for count in counts]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 
+import torch
 from torch import Tensor
 
 from .. import _backends, _library, reference
@@ -83,8 +84,8 @@ def as_count(rows: Tensor | None) -> Tensor | None:
 def column_sums(
     logits: Tensor, bias: Tensor | None, temperature: float, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Of checked logits [B, S, K]: ``(max, Σ exp(x − max))`` of every column, and with a bias the columns of the softmax
-    summed; :func:`sslfast.reference.sinkhorn_sums` says it in full."""
+    """Column statistics [S, K] of checked logits [B, S, K] over the temperature: ``(max, Σ exp(x − max))``; with a bias
+    the second are ``Σ softmax_k(x + f)``, and nothing can be said of the first."""
     if _backends.serve("sinkhorn", logits, "cuda", why_not) == "reference":
         with without_autocast(logits):
             return reference.sinkhorn_sums(logits.to(accumulator(logits)), bias, temperature, rows)
@@ -92,9 +93,7 @@ def column_sums(
     return found
 
 
-def bias_of(
-    logits: Tensor, temperature: float, iterations: int, row_start: bool, rows: Tensor | None = None
-) -> Tensor:
+def bias_of(logits: Tensor, temperature: float, iterations: int, row_start: bool, rows: Tensor | None = None) -> Tensor:
     """The bias f [S, K] of checked logits [B, S, K]."""
     if _backends.serve("sinkhorn", logits, "cuda", why_not) == "reference":
         with without_autocast(logits):
@@ -110,6 +109,12 @@ def assigned(logits: Tensor, bias: Tensor, temperature: float, rows: Tensor | No
             return reference.sinkhorn_assign(logits.to(accumulator(logits)), bias, temperature, rows)
     found: Tensor = _library.call("sinkhorn_assign", logits, bias, temperature, rows)
     return found
+
+
+def updated(bias: Tensor | None, largest: Tensor, sums: Tensor) -> Tensor:
+    """``f ← f − log Σ`` from the column sums; a prototype that no row reaches keeps its bias."""
+    before = torch.zeros_like(sums) if bias is None else bias
+    return torch.where(sums == 0, before, before - (largest + sums.log()))
 
 
 def check_iterations(iterations: int) -> int:

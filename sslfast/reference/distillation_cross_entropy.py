@@ -20,7 +20,7 @@ def distillation_cross_entropy(
     """Σ over the pairs of views of the cross entropy of each of B rows, [B].
 
     Args:
-        student, teacher: tensors [views, B, K], one after another; the teacher's are logits, or with ``assigned`` targets.
+        student, teacher: tensors [views, B, K], one after another; of the teacher logits, or with ``assigned`` targets.
         bias: [teachers or 1, P, K], added to the teacher's logits over the temperature; row b takes b mod P.
         ignore_diagonal: leave out the pairs of view t with view t.
         rows: [], how many of the first rows count; the others give 0.
