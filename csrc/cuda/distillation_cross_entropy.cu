@@ -65,7 +65,7 @@ __device__ A base_of(A x) {
 
 // Blocks (b, t): {base, log2 Σ 2^(z − base)}, or {0, Σ q}.
 template <typename T>
-__global__ void __launch_bounds__(kRowBlock) teacher_kernel(Views<T> x, Accumulator<T>* __restrict__ stats) {
+__global__ void __launch_bounds__(kRowBlock, kBlocksAtOnce) teacher_kernel(Views<T> x, Accumulator<T>* __restrict__ stats) {
   using A = Accumulator<T>;
   const int64_t b = blockIdx.x;
   const int t = blockIdx.y;
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kRowBlock) teacher_kernel(Views<T> x, Accumula
 
 // Blocks (b, s): the same of student s, and its cross entropies summed over its teachers.
 template <typename T>
-__global__ void __launch_bounds__(kRowBlock)
+__global__ void __launch_bounds__(kRowBlock, kBlocksAtOnce)
     student_kernel(Views<T> x, const Accumulator<T>* __restrict__ teacher_stats, Accumulator<T>* __restrict__ stats,
                    Accumulator<T>* __restrict__ of_view) {
   using A = Accumulator<T>;
@@ -127,7 +127,7 @@ __global__ void sum_kernel(int64_t batch, int students, const A* __restrict__ of
 
 // Blocks (b, stretch of columns).
 template <typename T>
-__global__ void __launch_bounds__(kRowBlock)
+__global__ void __launch_bounds__(kRowBlock, kBlocksAtOnce)
     gradient_kernel(Views<T> x, const Accumulator<T>* __restrict__ grad,
                     const Accumulator<T>* __restrict__ student_stats,
                     const Accumulator<T>* __restrict__ teacher_stats) {

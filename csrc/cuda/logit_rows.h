@@ -6,7 +6,7 @@ namespace sslfast {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kRowBlock = 256;
+constexpr int kRowBlock = 256, kBlocksAtOnce = 4;  // threads; and blocks of a multiprocessor: 64 registers a thread
 constexpr double kLog2E = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
 
 template <typename A>

@@ -37,7 +37,7 @@ __device__ A row_lse(const SinkhornRows& size, const T* row, const A* bias) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kRowBlock)
+__global__ void __launch_bounds__(kRowBlock, kBlocksAtOnce)
     lse_kernel(SinkhornRows size, const T* __restrict__ x, const Accumulator<T>* __restrict__ bias,
                Accumulator<T>* __restrict__ lse) {
   const int64_t r = blockIdx.x;
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kRowBlock)
 
 // Column sums of a piece of the rows: kFirst: of 2^z relative to the column's largest; else of softmax_k(z).
 template <typename T, bool kFirst>
-__global__ void __launch_bounds__(kRowBlock)
+__global__ void __launch_bounds__(kRowBlock, kBlocksAtOnce)
     columns_kernel(SinkhornRows size, const T* __restrict__ x, const Accumulator<T>* __restrict__ bias,
                    const Accumulator<T>* __restrict__ lse, OnlineSum<Accumulator<T>>* __restrict__ partial) {
   using A = Accumulator<T>;
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kRowBlock)
 
 // Adds up the pieces of a column: into the bias, or into `largest` and `sums` where these are given.
 template <typename A>
-__global__ void __launch_bounds__(kRowBlock)
+__global__ void __launch_bounds__(kRowBlock, kBlocksAtOnce)
     update_kernel(SinkhornRows size, bool first, const OnlineSum<A>* __restrict__ partial, A* __restrict__ bias,
                   A* __restrict__ largest, A* __restrict__ sums) {
   const int64_t columns = size.positions * size.prototypes;
@@ -117,7 +117,7 @@ __global__ void scale_kernel(int64_t count, A factor, const A* in, A* out) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kRowBlock)
+__global__ void __launch_bounds__(kRowBlock, kBlocksAtOnce)
     assign_kernel(SinkhornRows size, const T* __restrict__ x, const Accumulator<T>* __restrict__ bias,
                   Accumulator<T>* __restrict__ out) {
   using A = Accumulator<T>;
