@@ -56,7 +56,9 @@ VIEWS = ((5, 2, 3, 40), (2, 2, 2, 1301), (1, 1, 1, 1), (1, 3, 4, 257), (2, 1, 0,
 def cross_entropies() -> Iterator[Case]:
     operators = ("distillation_cross_entropy", "distillation_cross_entropy_backward")
 
-    def make(views: tuple[int, ...], dtype: torch.dtype, assigned: bool, diagonal: bool, count: bool) -> tuple[Any, ...]:
+    def make(
+        views: tuple[int, ...], dtype: torch.dtype, assigned: bool, diagonal: bool, count: bool
+    ) -> tuple[Any, ...]:
         students, teachers, batch, prototypes = views
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         teacher = torch.randn(teachers, batch, prototypes)

@@ -168,9 +168,7 @@ def test_opcheck_and_compile(device: str) -> None:
     found = operator([student], [teacher], bias, 0.3, 0.2, True, False, rows)
     arguments = (found[0], [student], [teacher], bias, *found[1:], 0.3, 0.2, True, False, rows)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(
-        torch.ops.sslfast.distillation_cross_entropy_backward.default, arguments, test_utils=tests
-    )
+    torch.library.opcheck(torch.ops.sslfast.distillation_cross_entropy_backward.default, arguments, test_utils=tests)
 
     def loss(x: Tensor) -> Tensor:
         return sslfast.distillation_cross_entropy(x, teacher, ignore_diagonal=True)

@@ -86,7 +86,8 @@ class IBOTPatchLoss(TeacherTargets):
             raise ValueError(f"teacher_out and student_out must be [N, K], got {tuple(teacher_out.shape)}")
         check_number("student_temp", self.student_temp, student[0])
         check_number("teacher_temp", teacher_temp, student[0])
-        weights, rows = _weights(mask, student[0])
+        _check_mask(mask, student[0])
+        weights, rows = token_weights(mask, student[0].shape[1], accumulator(student[0]))
         weights = self.scope().shard(mask).weight * weights
         with torch.no_grad():
             bias = self.bias_of(teacher, teacher_temp, rows)
@@ -103,17 +104,22 @@ class IBOTPatchLoss(TeacherTargets):
         )
 
 
-def _weights(mask: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row [N] 1/(masked tokens of its image), and the number of rows that count, []; no value is read."""
+def _check_mask(mask: Tensor, like: Tensor) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() < 2 or len(mask) == 0:
         got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"mask must be a bool tensor [B, H, W] or [B, L] with B at least 1, got {got}")
     if mask.device != like.device:
         raise ValueError(f"mask must be on the logits' device {like.device}, got {mask.device}")
-    length = like.shape[1]
+    if readable(mask) and int(mask.sum()) > like.shape[1]:
+        raise ValueError(f"mask has {int(mask.sum())} masked tokens, more than the {like.shape[1]} rows of logits")
+
+
+def token_weights(mask: Tensor, length: int, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of ``length`` rows 1/(masked tokens of the row's image), and how many of them are masked tokens, [] int64.
+
+    ``mask``: [B, ...], the rows in its order. No value is read by the host.
+    """
     counts = mask.flatten(1).sum(1)  # [B]
     ends = counts.cumsum(0)
-    if readable(mask) and int(ends[-1]) > length:
-        raise ValueError(f"mask has {int(ends[-1])} masked tokens, more than the {length} rows of logits")
     image = torch.searchsorted(ends, torch.arange(length, device=mask.device), right=True).clamp(max=len(mask) - 1)
-    return counts.clamp(min=1).to(accumulator(like)).reciprocal()[image], ends[-1]
+    return counts.clamp(min=1).to(kind).reciprocal()[image], ends[-1]
