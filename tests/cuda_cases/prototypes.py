@@ -74,8 +74,8 @@ def cross_entropies() -> Iterator[Case]:
         return call, student, target, bias, torch.tensor(2) if count else None
 
     for views, dtype in itertools.product(VIEWS, FLOATS):
-        for assigned, diagonal, count in ((False, False, False), (False, True, True), (True, True, False)):
+        for given_targets, diagonal, count in ((False, False, False), (False, True, True), (True, True, False)):
             if diagonal and views[0] == views[1] == 1:
                 continue
-            name = f"distillation_cross_entropy {views} {name_of(dtype)} {assigned} {diagonal} {count}"
-            yield case(name, operators, partial(make, views, dtype, assigned, diagonal, count), floor=1.0)
+            name = f"distillation_cross_entropy {views} {name_of(dtype)} {given_targets} {diagonal} {count}"
+            yield case(name, operators, partial(make, views, dtype, given_targets, diagonal, count), floor=1.0)

@@ -172,6 +172,37 @@ DECORRELATION: dict[str, Case] = {
 }
 
 
+DISTILLATION: dict[str, Case] = {
+    "sinkhorn": lambda x: sslfast.sinkhorn(x.fixed(), 0.3, rows=x.ids(N)[5]),
+    "sinkhorn_bias": lambda x: sslfast.sinkhorn_bias(x.fixed(N, 3, D), 0.3, start="rows"),
+    "distillation_cross_entropy": lambda x: sslfast.distillation_cross_entropy(
+        [x.z(), x.z(), x.z()], [x.fixed(), x.fixed()], teacher_bias=x.fixed(D), ignore_diagonal=True
+    ),
+    "distillation_cross_entropy/weighted rows of a buffer": lambda x: sslfast.distillation_cross_entropy(
+        x.z(3, N, D), x.fixed(2, N, D), teacher_bias=x.fixed(2, D), row_weights=x.fixed(N), rows=x.ids(N)[5]
+    ),
+    "assignment_cross_entropy": lambda x: sslfast.assignment_cross_entropy(x.z(), x.fixed()),
+    "swav": lambda x: sslfast.swav(
+        [x.z(), x.z()], [x.z()], [x.fixed(9, D), x.fixed(9, D)], temperature=0.5, sinkhorn_epsilon=0.5
+    ),
+    "SwAVLoss": lambda x: sslfast.SwAVLoss(0.5, 2, 0.5, diagnostics=True)([x.z(), x.z()], [x.z()]),
+    "DINOLoss": lambda x: _dino(x.made(lambda: sslfast.DINOLoss(D, diagnostics=True)), x),
+    "DINOLoss/Sinkhorn": lambda x: x.made(lambda: sslfast.DINOLoss(D, centering="sinkhorn"))(
+        x.fixed(2, N, D), [x.z(), x.z()], 0.5
+    ),
+    "IBOTPatchLoss": lambda x: x.made(lambda: sslfast.IBOTPatchLoss(D, diagnostics=True))(
+        x.fixed(2 * L, D), x.z(2 * L, D), x.mask()
+    ),
+}
+
+
+def _dino(module: Any, x: Inputs) -> list[Any]:
+    teacher = [x.fixed(), x.fixed()]
+    first = module(teacher, [x.z(), x.z(), x.z()], epoch=1, update_center=False)
+    module.update_center()
+    return [*first, *module(teacher, [x.z(), x.z()], 0.5), module.center]
+
+
 def _enqueued(queue: Any, x: Inputs) -> list[Tensor]:
     queue.enqueue(x.z())
     queue.enqueue(x.z(50, D))

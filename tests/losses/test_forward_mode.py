@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import sslfast
 from fake_cuda.images import TOKENS
 from fake_cuda.inputs import Case, D, Inputs, N
-from fake_cuda.losses import CONTRASTIVE, DECORRELATION, MASKED
+from fake_cuda.losses import CONTRASTIVE, DECORRELATION, DISTILLATION, MASKED
 from fake_cuda.worker import tensors
 
 SEED, TOLERANCE = 7, 1e-8  # of float64, relative to the terms of the sum that is compared
@@ -25,9 +25,15 @@ WITHOUT = {
     "MemoryQueue",
     "contrastive_diagnostics",
     "masking.gather_patches",
+    "sinkhorn",
+    "sinkhorn_bias",
     *(name for name in CONTRASTIVE | DECORRELATION if name.endswith("autocast region")),
 }
-LEARNING = {name: case for name, case in (CONTRASTIVE | DECORRELATION | MASKED | TOKENS).items() if name not in WITHOUT}
+LEARNING = {
+    name: case
+    for name, case in (CONTRASTIVE | DECORRELATION | DISTILLATION | MASKED | TOKENS).items()
+    if name not in WITHOUT
+}
 
 
 class Leaves(Inputs):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..._checks import accumulator
 from ...distributed.agreement import over_ranks
 from ...ops.sinkhorn import check_number
 from ._targets import TeacherTargets
@@ -110,7 +111,7 @@ class DINOLoss(TeacherTargets):
         batch, weights = student[0].shape[1], None
         if self.gather_distributed:
             weight = self.scope().shard(student[0][0]).weight
-            weights = torch.full((batch,), weight, device=student[0].device)
+            weights = torch.full((batch,), weight, dtype=accumulator(student[0]), device=student[0].device)
         with torch.no_grad():
             bias = self.bias_of(teacher, teacher_temp)
         pairing = Pairing(True, False, (self.student_temp, teacher_temp))
