@@ -9,7 +9,7 @@ import lightly.loss.swav_loss as swav_loss
 import torch
 from torch import Tensor
 
-from .._checks import accumulator
+from .._checks import accumulator, readable
 from .._library import constant_to_the_compiler
 from ..losses.distillation.cross_entropy import distillation_cross_entropy
 from ..losses.distillation.ibot import token_weights
@@ -120,8 +120,7 @@ def fast_ibot(self: Any, teacher_out: Any, student_out: Any, mask: Any, teacher_
         return Unserved("a center that is not [1, K]")
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 3 or mask.device != student_out.device:
         return Unserved("a mask that is no bool tensor [B, H, W] on the logits' device")
-    # lightly waits for this number too; a compiler would end the graph.
-    if not torch.compiler.is_compiling() and int(mask.sum()) != len(student_out):
+    if readable(mask) and int(mask.sum()) != len(student_out):  # on a GPU it would wait, as lightly does
         return Unserved("a mask of another number of tokens")
     temperature = _rounded(temperature)
     loss = distillation_cross_entropy(

@@ -104,7 +104,7 @@ def by_reference(
         )
 
 
-def cross_entropy_of_rows(
+def distillation_cross_entropy(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
     bias: Tensor | None,

@@ -17,6 +17,8 @@ from .. import _backends, _library, reference
 from .._checks import FLOATS, accumulator, check_temperature, is_real, whole_number, without_autocast
 from . import _devices
 
+__all__ = ["assigned", "bias_of", "column_sums"]
+
 BACKENDS = ("cpu", "cuda", "reference")
 why_not = functools.partial(_devices.why_not, "sinkhorn", "logits")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sslfast.ops.distillation_cross_entropy import cross_entropy_of_rows
+from sslfast.ops.distillation_cross_entropy import distillation_cross_entropy as cross_entropy_of_rows
 from sslfast.ops.sinkhorn import assigned, bias_of, column_sums
 
 from .case import FLOATS, Case, case, given, name_of

@@ -41,7 +41,9 @@ def lightly() -> tuple[dict[str, Case], Package]:
         "Whitening2d": lambda x: x.made(lambda: adapter.Whitening2d(D))(x.z()),
         "WMSELoss": lambda x: x.made(lambda: adapter.WMSELoss(4, w_size=12))(x.z(2 * N, 4)),
         "SwaVLoss": lambda x: adapter.SwaVLoss(0.5, 3, 0.5)([x.z(), x.z()], [x.z()]),
-        "DINOLoss": lambda x: x.made(lambda: adapter.DINOLoss(D))([x.fixed(), x.fixed()], [x.z(), x.z(), x.z()]),
+        "DINOLoss": lambda x: x.made(lambda: adapter.DINOLoss(D).to(x.dtype))(
+            [x.fixed(), x.fixed()], [x.z(), x.z(), x.z()]
+        ),
         "IBOTPatchLoss": lambda x: x.made(lambda: adapter.IBOTPatchLoss(D))(
             x.fixed(B * L // 4, D), x.z(B * L // 4, D), x.mask().view(B, 4, 4)
         ),

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 import sslfast
 from sslfast import masking
+from sslfast.ops.distillation_cross_entropy import distillation_cross_entropy
 from sslfast.ops.nt_xent import nt_xent
+from sslfast.ops.sinkhorn import assigned, bias_of, column_sums
 
 from .inputs import PATCH, B, Case, D, Inputs, L, N
 
@@ -181,6 +183,12 @@ DISTILLATION: dict[str, Case] = {
     "distillation_cross_entropy/weighted rows of a buffer": lambda x: sslfast.distillation_cross_entropy(
         x.z(3, N, D), x.fixed(2, N, D), teacher_bias=x.fixed(2, D), row_weights=x.fixed(N), rows=x.ids(N)[5]
     ),
+    "ops.distillation_cross_entropy.distillation_cross_entropy": lambda x: distillation_cross_entropy(
+        [x.z(2, N, D), x.z(1, N, D)], [x.fixed(2, N, D)], None, (0.5, 0.5), ignore_diagonal=True
+    ),
+    "ops.sinkhorn.column_sums": lambda x: column_sums(x.fixed(N, 2, D), None, 0.3)[1],
+    "ops.sinkhorn.bias_of": lambda x: bias_of(x.fixed(N, 2, D), 0.3, 2, True),
+    "ops.sinkhorn.assigned": lambda x: assigned(x.fixed(N, 2, D), bias_of(x.fixed(N, 2, D), 0.3, 2, False), 0.3),
     "assignment_cross_entropy": lambda x: sslfast.assignment_cross_entropy(x.z(), x.fixed()),
     "swav": lambda x: sslfast.swav(
         [x.z(), x.z()], [x.z()], [x.fixed(9, D), x.fixed(9, D)], temperature=0.5, sinkhorn_epsilon=0.5

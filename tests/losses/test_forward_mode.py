@@ -27,6 +27,9 @@ WITHOUT = {
     "masking.gather_patches",
     "sinkhorn",
     "sinkhorn_bias",
+    "ops.sinkhorn.column_sums",
+    "ops.sinkhorn.bias_of",
+    "ops.sinkhorn.assigned",
     *(name for name in CONTRASTIVE | DECORRELATION if name.endswith("autocast region")),
 }
 LEARNING = {

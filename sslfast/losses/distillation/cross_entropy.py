@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import FLOATS, accumulator
-from ...ops.distillation_cross_entropy import cross_entropy_of_rows
+from ...ops.distillation_cross_entropy import distillation_cross_entropy as cross_entropy_of_rows
 from ...ops.sinkhorn import as_count, check_count, check_number
 from ._views import Views, count_of, matching_views
 
