@@ -251,16 +251,16 @@ void backward(const Parallel& parallel, const DistillationRows& x, Accumulator<T
 
 }  // namespace
 
-#define SSLFAST_DISTILLATION_DEFINE(T)                                                                             \
-  void distillation_forward(const Parallel& parallel, const DistillationRows& x, Accumulator<T>* scratch,          \
-                            Accumulator<T>* of_row, Accumulator<T>* student_stats, Accumulator<T>* teacher_stats,  \
-                            const T*) {                                                                            \
-    forward<T>(parallel, x, scratch, of_row, student_stats, teacher_stats);                                        \
-  }                                                                                                                \
-  void distillation_backward(const Parallel& parallel, const DistillationRows& x, Accumulator<T>* scratch,         \
-                             const Accumulator<T>* grad_of_row, const Accumulator<T>* student_stats,               \
-                             const Accumulator<T>* teacher_stats, T* const* dstudent) {                            \
-    backward<T>(parallel, x, scratch, grad_of_row, student_stats, teacher_stats, dstudent);                        \
+#define SSLFAST_DISTILLATION_DEFINE(T)                                                                            \
+  void distillation_forward(const Parallel& parallel, const DistillationRows& x, Accumulator<T>* scratch,         \
+                            Accumulator<T>* of_row, Accumulator<T>* student_stats, Accumulator<T>* teacher_stats, \
+                            const T*) {                                                                           \
+    forward<T>(parallel, x, scratch, of_row, student_stats, teacher_stats);                                       \
+  }                                                                                                               \
+  void distillation_backward(const Parallel& parallel, const DistillationRows& x, Accumulator<T>* scratch,        \
+                             const Accumulator<T>* grad_of_row, const Accumulator<T>* student_stats,              \
+                             const Accumulator<T>* teacher_stats, T* const* dstudent) {                           \
+    backward<T>(parallel, x, scratch, grad_of_row, student_stats, teacher_stats, dstudent);                       \
   }
 SSLFAST_DISTILLATION_DEFINE(float)
 SSLFAST_DISTILLATION_DEFINE(double)
@@ -292,9 +292,20 @@ struct Arguments {
       : like((check_distillation(students, teachers, bias, how, rows), students[0])), scratch(like) {
     for (const Tensor& view : students) add(view, student);
     for (const Tensor& view : teachers) add(view, teacher);
-    x = {like.size(1), like.size(1), like.size(2), static_cast<int>(student.size()), static_cast<int>(teacher.size()),
-         student.data(), teacher.data(), kLog2E / how.student_temperature, kLog2E / how.teacher_temperature,
-         nullptr, 1, 0, how.ignore_diagonal, how.assigned};
+    x = {like.size(1),
+         like.size(1),
+         like.size(2),
+         static_cast<int>(student.size()),
+         static_cast<int>(teacher.size()),
+         student.data(),
+         teacher.data(),
+         kLog2E / how.student_temperature,
+         kLog2E / how.teacher_temperature,
+         nullptr,
+         1,
+         0,
+         how.ignore_diagonal,
+         how.assigned};
     if (rows) x.rows = std::clamp<int64_t>(*const_data<int64_t>(*rows), 0, x.batch);
     if (bias) {
       tensors.push_back(as_contiguous(*bias));
@@ -314,10 +325,12 @@ struct Arguments {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> distillation_cross_entropy_cpu(
-    std::vector<Tensor> student, std::vector<Tensor> teacher, const std::optional<Tensor>& bias,
-    double student_temperature, double teacher_temperature, bool ignore_diagonal, bool assigned,
-    const std::optional<Tensor>& rows) {
+std::tuple<Tensor, Tensor, Tensor> distillation_cross_entropy_cpu(std::vector<Tensor> student,
+                                                                  std::vector<Tensor> teacher,
+                                                                  const std::optional<Tensor>& bias,
+                                                                  double student_temperature,
+                                                                  double teacher_temperature, bool ignore_diagonal,
+                                                                  bool assigned, const std::optional<Tensor>& rows) {
   Arguments arguments(student, teacher, bias, {student_temperature, teacher_temperature, ignore_diagonal, assigned},
                       rows);
   const DistillationRows& x = arguments.x;

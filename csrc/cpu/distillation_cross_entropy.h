@@ -8,14 +8,14 @@ namespace sslfast {
 //     y = log2(e)·student / τs,   z = log2(e)·(teacher / τt + bias);
 // `assigned`: the teacher's numbers are the target itself, and neither τt nor bias is used.
 struct DistillationRows {
-  int64_t batch;       // B, of which the first `rows` count
+  int64_t batch;  // B, of which the first `rows` count
   int64_t rows;
   int64_t prototypes;  // K
   int students, teachers;
   const void* const* student;  // [S]
   const void* const* teacher;  // [T]
   double student_factor, teacher_factor;
-  const void* bias;  // accumulators [T or 1, P, K], or none: row b takes b mod P
+  const void* bias;              // accumulators [T or 1, P, K], or none: row b takes b mod P
   int64_t bias_rows, bias_view;  // P, and from one view's bias to the next
   bool ignore_diagonal;          // the pairs of view t with view t
   bool assigned;
@@ -31,14 +31,14 @@ inline int64_t distillation_scratch(const DistillationRows& x) {
 }  // namespace sslfast
 
 // Statistics of a row of a view: {base, log2 Σ 2^(y − base)}; of a target that is given {0, Σ}.
-#define SSLFAST_DISTILLATION_SIGNATURES(T)                                                                          \
-  void distillation_forward(const ::sslfast::Parallel&, const ::sslfast::DistillationRows&,                         \
-                            ::sslfast::Accumulator<T>* scratch, ::sslfast::Accumulator<T>* of_row,                  \
-                            ::sslfast::Accumulator<T>* student_stats, ::sslfast::Accumulator<T>* teacher_stats,     \
-                            const T*);                                                                              \
-  void distillation_backward(const ::sslfast::Parallel&, const ::sslfast::DistillationRows&,                        \
-                             ::sslfast::Accumulator<T>* scratch, const ::sslfast::Accumulator<T>* grad_of_row,      \
-                             const ::sslfast::Accumulator<T>* student_stats,                                        \
+#define SSLFAST_DISTILLATION_SIGNATURES(T)                                                                      \
+  void distillation_forward(const ::sslfast::Parallel&, const ::sslfast::DistillationRows&,                     \
+                            ::sslfast::Accumulator<T>* scratch, ::sslfast::Accumulator<T>* of_row,              \
+                            ::sslfast::Accumulator<T>* student_stats, ::sslfast::Accumulator<T>* teacher_stats, \
+                            const T*);                                                                          \
+  void distillation_backward(const ::sslfast::Parallel&, const ::sslfast::DistillationRows&,                    \
+                             ::sslfast::Accumulator<T>* scratch, const ::sslfast::Accumulator<T>* grad_of_row,  \
+                             const ::sslfast::Accumulator<T>* student_stats,                                    \
                              const ::sslfast::Accumulator<T>* teacher_stats, T* const* dstudent)
 SSLFAST_DECLARE(SSLFAST_DISTILLATION_SIGNATURES(float))
 SSLFAST_DECLARE(SSLFAST_DISTILLATION_SIGNATURES(double))

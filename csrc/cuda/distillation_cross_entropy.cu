@@ -65,7 +65,8 @@ __device__ A base_of(A x) {
 
 // Blocks (b, t): {base, log2 Σ 2^(z − base)}, or {0, Σ q}.
 template <typename T>
-__global__ void __launch_bounds__(kRowBlock, kBlocksAtOnce) teacher_kernel(Views<T> x, Accumulator<T>* __restrict__ stats) {
+__global__ void __launch_bounds__(kRowBlock, kBlocksAtOnce)
+    teacher_kernel(Views<T> x, Accumulator<T>* __restrict__ stats) {
   using A = Accumulator<T>;
   const int64_t b = blockIdx.x;
   const int t = blockIdx.y;
@@ -164,8 +165,8 @@ struct Arguments {
   const std::optional<Tensor>& rows;
   Distilled how;
 
-  Arguments(const std::vector<Tensor>& student, const std::vector<Tensor>& teacher, const std::optional<Tensor>& bias_any,
-            const Distilled& given, const std::optional<Tensor>& rows_any)
+  Arguments(const std::vector<Tensor>& student, const std::vector<Tensor>& teacher,
+            const std::optional<Tensor>& bias_any, const Distilled& given, const std::optional<Tensor>& rows_any)
       : rows(rows_any), how(given) {
     check_distillation(student, teacher, bias_any, given, rows_any);
     for (const Tensor& x : student) students.push_back(as_contiguous(x));
@@ -210,10 +211,12 @@ struct Arguments {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> distillation_cross_entropy_cuda(
-    std::vector<Tensor> student, std::vector<Tensor> teacher, const std::optional<Tensor>& bias,
-    double student_temperature, double teacher_temperature, bool ignore_diagonal, bool assigned,
-    const std::optional<Tensor>& rows) {
+std::tuple<Tensor, Tensor, Tensor> distillation_cross_entropy_cuda(std::vector<Tensor> student,
+                                                                   std::vector<Tensor> teacher,
+                                                                   const std::optional<Tensor>& bias,
+                                                                   double student_temperature,
+                                                                   double teacher_temperature, bool ignore_diagonal,
+                                                                   bool assigned, const std::optional<Tensor>& rows) {
   const Arguments arguments(student, teacher, bias,
                             {student_temperature, teacher_temperature, ignore_diagonal, assigned}, rows);
   const Tensor& like = arguments.students[0];
@@ -231,8 +234,8 @@ std::tuple<Tensor, Tensor, Tensor> distillation_cross_entropy_cuda(
     using A = Accumulator<T>;
     const Views<T> x = arguments.views<T>();
     const auto rows_of = static_cast<unsigned>(batch);
-    teacher_kernel<T><<<dim3(rows_of, static_cast<unsigned>(teachers)), kRowBlock, 0, stream>>>(
-        x, mutable_data<A>(teacher_stats));
+    teacher_kernel<T>
+        <<<dim3(rows_of, static_cast<unsigned>(teachers)), kRowBlock, 0, stream>>>(x, mutable_data<A>(teacher_stats));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     student_kernel<T><<<dim3(rows_of, static_cast<unsigned>(students)), kRowBlock, 0, stream>>>(
         x, const_data<A>(teacher_stats), mutable_data<A>(student_stats), mutable_data<A>(of_view));

@@ -180,8 +180,8 @@ struct Visits {
       columns_kernel<T, true><<<grid, kRowBlock, 0, stream>>>(size, const_data<T>(x), nullptr, nullptr, parts);
     } else {
       if (rows() > 0) {
-        lse_kernel<T><<<rows(), kRowBlock, 0, stream>>>(size, const_data<T>(x), const_data<A>(bias),
-                                                        mutable_data<A>(lse));
+        lse_kernel<T>
+            <<<rows(), kRowBlock, 0, stream>>>(size, const_data<T>(x), const_data<A>(bias), mutable_data<A>(lse));
         STD_CUDA_KERNEL_LAUNCH_CHECK();
       }
       columns_kernel<T, false>
