@@ -42,6 +42,7 @@ class TeacherTargets(nn.Module):
         self.register_buffer("center", torch.zeros(shape))
         self.register_buffer("waiting_sum", torch.zeros(shape[-1]), persistent=False)
         self.register_buffer("waiting_rows", torch.zeros(()), persistent=False)
+        self.waiting = False  # logits for an update to come
 
     def scope(self) -> Scope:
         return scope_of(self.gather_distributed)
@@ -59,15 +60,16 @@ class TeacherTargets(nn.Module):
 
     @torch.no_grad()
     def take_in(self, teacher: list[Tensor], now: bool, rows: Tensor | None = None) -> None:
-        """Adds the teacher's logits to what the next update of the centre is made of, and makes it if asked."""
+        """Moves the centre by the teacher's logits [v, B, K], or keeps them for the next :meth:`update_center`."""
         if self.centering != "center":
             return
-        kind = accumulator(self.center)
-        for x in teacher:  # [v, B, K]
-            if rows is not None:
-                x = torch.where((torch.arange(x.shape[1], device=x.device) < rows)[:, None], x, 0.0)
-            self.waiting_sum += x.sum((0, 1), dtype=kind)
-            self.waiting_rows += x.shape[0] * (x.shape[1] if rows is None else rows)
+        total, count = _row_sum(teacher, accumulator(self.center), rows)
+        if now and not self.waiting:
+            self._move(total, count)
+            return
+        self.waiting = True
+        self.waiting_sum += total
+        self.waiting_rows += count
         if now:
             self.update_center()
 
@@ -80,12 +82,23 @@ class TeacherTargets(nn.Module):
         """
         if teacher_out is not None:
             self.take_in([teacher_out.detach().reshape(1, -1, teacher_out.shape[-1])], now=False)
-        total, rows = self.scope().row_totals(self.waiting_sum, self.waiting_rows)
-        mean = (total / rows).view_as(self.center)
-        moved = self.center * self.center_momentum + mean * (1 - self.center_momentum)
-        self.center.copy_(torch.where(rows == 0, self.center, moved))  # without a row anywhere it stays
+        self._move(self.waiting_sum, self.waiting_rows)
         self.waiting_sum.zero_()
         self.waiting_rows.zero_()
+        self.waiting = False
+
+    def _move(self, total: Tensor, rows: Tensor | int) -> None:
+        """The centre towards the mean of rows with this sum; without a row anywhere it stays."""
+        if self.gather_distributed:
+            count = rows if isinstance(rows, Tensor) else torch.full((), rows, dtype=total.dtype, device=total.device)
+            total, rows = self.scope().row_totals(total, count)
+        weight = 1 - self.center_momentum
+        if isinstance(rows, int):
+            if rows:
+                self.center.mul_(self.center_momentum).add_(total.view_as(self.center), alpha=weight / rows)
+            return
+        moved = self.center * self.center_momentum + (total / rows).view_as(self.center) * weight
+        self.center.copy_(torch.where(rows == 0, self.center, moved))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         self._adopt_center(state_dict, prefix)
@@ -99,3 +112,16 @@ class TeacherTargets(nn.Module):
         stored = state_dict.get(prefix + "center")
         if isinstance(stored, Tensor) and stored.numel() == self.center.numel():
             state_dict[prefix + "center"] = stored.reshape(self.center.shape)
+
+
+def _row_sum(views: list[Tensor], kind: torch.dtype, rows: Tensor | None) -> tuple[Tensor, Tensor | int]:
+    """The sum over the rows [K] of views [v, B, K], of which the first ``rows`` count, and the number of these."""
+    total: Tensor | None = None
+    for x in views:
+        if rows is not None:
+            x = torch.where((torch.arange(x.shape[1], device=x.device) < rows)[:, None], x, 0.0)
+        part = x.sum((0, 1), dtype=kind)
+        total = part if total is None else total + part
+    assert total is not None
+    batch: Tensor | int = views[0].shape[1] if rows is None else rows
+    return total, sum(x.shape[0] for x in views) * batch

@@ -87,7 +87,13 @@ class IBOTPatchLoss(TeacherTargets):
         check_number("student_temp", self.student_temp, student[0])
         check_number("teacher_temp", teacher_temp, student[0])
         _check_mask(mask, student[0])
-        weights, rows = token_weights(mask, student[0].shape[1], accumulator(student[0]))
+        length = student[0].shape[1]
+        rows: Tensor | None
+        weights, rows = token_weights(mask, length, accumulator(student[0]))
+        if readable(mask) and (masked := int(rows)) >= length:
+            if masked > length:
+                raise ValueError(f"mask has {masked} masked tokens, more than the {length} rows of logits")
+            rows = None  # all count
         weights = self.scope().shard(mask).weight * weights
         with torch.no_grad():
             bias = self.bias_of(teacher, teacher_temp, rows)
@@ -110,8 +116,6 @@ def _check_mask(mask: Tensor, like: Tensor) -> None:
         raise ValueError(f"mask must be a bool tensor [B, H, W] or [B, L] with B at least 1, got {got}")
     if mask.device != like.device:
         raise ValueError(f"mask must be on the logits' device {like.device}, got {mask.device}")
-    if readable(mask) and int(mask.sum()) > like.shape[1]:
-        raise ValueError(f"mask has {int(mask.sum())} masked tokens, more than the {like.shape[1]} rows of logits")
 
 
 def token_weights(mask: Tensor, length: int, kind: torch.dtype) -> tuple[Tensor, Tensor]:
