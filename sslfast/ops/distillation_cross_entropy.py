@@ -52,16 +52,16 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     student, teacher = list(saved[:students]), list(saved[students : students + teachers])
     bias, student_stats, teacher_stats, rows = saved[students + teachers :]
-    options: tuple[Any, ...] = tuple(ctx.options)
+    options: tuple[Any, ...] = (*ctx.options, rows)
     if torch.is_grad_enabled() and (grad.requires_grad or any(x.requires_grad for x in student)):
 
         def function(*views: Tensor) -> Tensor:
-            return by_reference(views, teacher, bias, *options, rows)
+            return by_reference(views, teacher, bias, *options)
 
         needed = [x.requires_grad for x in student]
         return list(_library.second_order(function, student, needed, grad)), *nothing
     found = torch.ops.sslfast.distillation_cross_entropy_backward(
-        grad, student, teacher, bias, student_stats, teacher_stats, *ctx.options, rows
+        grad, student, teacher, bias, student_stats, teacher_stats, *options
     )
     return found, *nothing
 
