@@ -5,34 +5,10 @@
 
 namespace sslfast {
 
-SSLFAST_INLINE float power_of_two(float x) {
-#ifdef __CUDA_ARCH__
-  return exp2f(x);
-#else
-  return __builtin_exp2f(x);
-#endif
-}
-SSLFAST_INLINE double power_of_two(double x) {
-#ifdef __CUDA_ARCH__
-  return exp2(x);
-#else
-  return __builtin_exp2(x);
-#endif
-}
-SSLFAST_INLINE float binary_logarithm(float x) {
-#ifdef __CUDA_ARCH__
-  return log2f(x);
-#else
-  return __builtin_log2f(x);
-#endif
-}
-SSLFAST_INLINE double binary_logarithm(double x) {
-#ifdef __CUDA_ARCH__
-  return log2(x);
-#else
-  return __builtin_log2(x);
-#endif
-}
+SSLFAST_INLINE float power_of_two(float x) { return SSLFAST_DEVICE_OR_HOST(exp2f(x), __builtin_exp2f(x)); }
+SSLFAST_INLINE double power_of_two(double x) { return SSLFAST_DEVICE_OR_HOST(exp2(x), __builtin_exp2(x)); }
+SSLFAST_INLINE float binary_logarithm(float x) { return SSLFAST_DEVICE_OR_HOST(log2f(x), __builtin_log2f(x)); }
+SSLFAST_INLINE double binary_logarithm(double x) { return SSLFAST_DEVICE_OR_HOST(log2(x), __builtin_log2(x)); }
 
 // Before the first number; also the largest of −∞ alone, so that no difference of two −∞ is formed.
 template <typename A>

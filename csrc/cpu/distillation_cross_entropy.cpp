@@ -262,10 +262,7 @@ void backward(const Parallel& parallel, const DistillationRows& x, Accumulator<T
                              const Accumulator<T>* teacher_stats, T* const* dstudent) {                           \
     backward<T>(parallel, x, scratch, grad_of_row, student_stats, teacher_stats, dstudent);                       \
   }
-SSLFAST_DISTILLATION_DEFINE(float)
-SSLFAST_DISTILLATION_DEFINE(double)
-SSLFAST_DISTILLATION_DEFINE(bf16)
-SSLFAST_DISTILLATION_DEFINE(fp16)
+SSLFAST_EACH(SSLFAST_DISTILLATION_DEFINE, float, double, bf16, fp16)
 
 }  // namespace sslfast::SSLFAST_CPU_LEVEL
 
@@ -390,8 +387,5 @@ std::vector<Tensor> distillation_cross_entropy_backward_cpu(
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) {
-  m.impl("distillation_cross_entropy", TORCH_BOX(&sslfast::distillation_cross_entropy_cpu));
-  m.impl("distillation_cross_entropy_backward", TORCH_BOX(&sslfast::distillation_cross_entropy_backward_cpu));
-}
+SSLFAST_REGISTER(CPU, distillation_cross_entropy, distillation_cross_entropy_backward)
 #endif  // SSLFAST_CPU_DISPATCH

@@ -39,8 +39,5 @@ inline int64_t distillation_scratch(const DistillationRows& x) {
   void distillation_backward(const ::sslfast::Parallel&, const ::sslfast::DistillationRows&,                    \
                              ::sslfast::Accumulator<T>* scratch, const ::sslfast::Accumulator<T>* grad_of_row,  \
                              const ::sslfast::Accumulator<T>* student_stats,                                    \
-                             const ::sslfast::Accumulator<T>* teacher_stats, T* const* dstudent)
-SSLFAST_DECLARE(SSLFAST_DISTILLATION_SIGNATURES(float))
-SSLFAST_DECLARE(SSLFAST_DISTILLATION_SIGNATURES(double))
-SSLFAST_DECLARE(SSLFAST_DISTILLATION_SIGNATURES(::sslfast::bf16))
-SSLFAST_DECLARE(SSLFAST_DISTILLATION_SIGNATURES(::sslfast::fp16))
+                             const ::sslfast::Accumulator<T>* teacher_stats, T* const* dstudent);
+SSLFAST_DECLARE(SSLFAST_EACH(SSLFAST_DISTILLATION_SIGNATURES, float, double, bf16, fp16))

@@ -159,10 +159,7 @@ void assign(const Parallel& parallel, const SinkhornRows& size, const T* x, cons
                        Accumulator<T>* out, Accumulator<T>* scratch) {                                             \
     assign(parallel, size, x, bias, out, scratch);                                                                 \
   }
-SSLFAST_SINKHORN_DEFINE(float)
-SSLFAST_SINKHORN_DEFINE(double)
-SSLFAST_SINKHORN_DEFINE(bf16)
-SSLFAST_SINKHORN_DEFINE(fp16)
+SSLFAST_EACH(SSLFAST_SINKHORN_DEFINE, float, double, bf16, fp16)
 
 }  // namespace sslfast::SSLFAST_CPU_LEVEL
 
@@ -332,9 +329,5 @@ Tensor sinkhorn_assign_cpu(const Tensor& logits, const Tensor& bias, double temp
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) {
-  m.impl("sinkhorn_bias", TORCH_BOX(&sslfast::sinkhorn_bias_cpu));
-  m.impl("sinkhorn_sums", TORCH_BOX(&sslfast::sinkhorn_sums_cpu));
-  m.impl("sinkhorn_assign", TORCH_BOX(&sslfast::sinkhorn_assign_cpu));
-}
+SSLFAST_REGISTER(CPU, sinkhorn_bias, sinkhorn_sums, sinkhorn_assign)
 #endif  // SSLFAST_CPU_DISPATCH

@@ -26,11 +26,8 @@ struct SinkhornRows {
                      ::sslfast::Accumulator<T>* scratch);                                       \
   void sinkhorn_assign(const ::sslfast::Parallel&, const ::sslfast::SinkhornRows&, const T* x,  \
                        const ::sslfast::Accumulator<T>* bias, ::sslfast::Accumulator<T>* out,   \
-                       ::sslfast::Accumulator<T>* scratch)
-SSLFAST_DECLARE(SSLFAST_SINKHORN_SIGNATURES(float))
-SSLFAST_DECLARE(SSLFAST_SINKHORN_SIGNATURES(double))
-SSLFAST_DECLARE(SSLFAST_SINKHORN_SIGNATURES(::sslfast::bf16))
-SSLFAST_DECLARE(SSLFAST_SINKHORN_SIGNATURES(::sslfast::fp16))
+                       ::sslfast::Accumulator<T>* scratch);
+SSLFAST_DECLARE(SSLFAST_EACH(SSLFAST_SINKHORN_SIGNATURES, float, double, bf16, fp16))
 
 namespace sslfast {
 

@@ -286,7 +286,4 @@ std::vector<Tensor> distillation_cross_entropy_backward_cuda(
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) {
-  m.impl("distillation_cross_entropy", TORCH_BOX(&sslfast::distillation_cross_entropy_cuda));
-  m.impl("distillation_cross_entropy_backward", TORCH_BOX(&sslfast::distillation_cross_entropy_backward_cuda));
-}
+SSLFAST_REGISTER(CUDA, distillation_cross_entropy, distillation_cross_entropy_backward)

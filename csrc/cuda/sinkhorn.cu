@@ -250,8 +250,4 @@ Tensor sinkhorn_assign_cuda(const Tensor& logits, const Tensor& bias, double tem
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) {
-  m.impl("sinkhorn_bias", TORCH_BOX(&sslfast::sinkhorn_bias_cuda));
-  m.impl("sinkhorn_sums", TORCH_BOX(&sslfast::sinkhorn_sums_cuda));
-  m.impl("sinkhorn_assign", TORCH_BOX(&sslfast::sinkhorn_assign_cuda));
-}
+SSLFAST_REGISTER(CUDA, sinkhorn_bias, sinkhorn_sums, sinkhorn_assign)
