@@ -128,7 +128,7 @@ __global__ void sum_kernel(int64_t batch, int students, const A* __restrict__ of
 
 // Blocks (b, stretch of columns).
 template <typename T>
-__global__ void __launch_bounds__(kRowBlock, kBlocksAtOnce)
+__global__ void __launch_bounds__(kRowBlock, kBlocksAtOnce / 2)
     gradient_kernel(Views<T> x, const Accumulator<T>* __restrict__ grad,
                     const Accumulator<T>* __restrict__ student_stats,
                     const Accumulator<T>* __restrict__ teacher_stats) {

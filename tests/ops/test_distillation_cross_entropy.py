@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import sslfast
-from helpers import LEVELS, roundings, run_at_level, within_budget
+from helpers import roundings, within_budget
 from sslfast import reference
 from sslfast.ops.distillation_cross_entropy import distillation_cross_entropy as cross_entropy_of_rows
 
@@ -49,6 +49,7 @@ def kernel(student: Sequence[Tensor], teacher: Sequence[Tensor], bias: Tensor | 
     return of_row.detach(), torch.cat(torch.autograd.grad(of_row, leaves, grad.to(of_row.dtype)))
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("assigned", [False, True], ids=["logits", "assigned"])
@@ -73,11 +74,7 @@ def test_value_and_gradient(views: tuple[int, ...], assigned: bool, dtype: torch
         within_budget("gradient", found[1], single[1].to(dtype), truth[1], dtype, floor=size)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_cpu_level(level: str) -> None:
-    run_at_level(level, __file__, "value_and_gradient or common_shift or nonfinite or rows_that_count")
-
-
+@pytest.mark.levels
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_common_shift_costs_no_digit(device: str) -> None:
     """Logits of 4.0 at τ = 0.04 and far beyond."""
@@ -90,6 +87,7 @@ def test_a_common_shift_costs_no_digit(device: str) -> None:
     torch.testing.assert_close(found[1].double(), truth[1], rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_nonfinite_logits_are_as_in_pytorch(dtype: torch.dtype, device: str) -> None:
@@ -111,6 +109,7 @@ def test_nonfinite_logits_are_as_in_pytorch(dtype: torch.dtype, device: str) -> 
     torch.testing.assert_close(kept, expected[1][:, finite], rtol=1e-2, atol=2e-2 if dtype != torch.float32 else 1e-4)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("count", [0, 1, 4, 9])
 def test_rows_that_count(count: int, device: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import sslfast
-from helpers import LEVELS, SHAPES, roundings, run_at_level, within_budget
+from helpers import SHAPES, roundings, within_budget
 from sslfast import reference
 from sslfast.ops import sinkhorn as op
 
@@ -37,6 +37,7 @@ def from_rows(x: Tensor, temperature: float, iterations: int = 3) -> Tensor:
     return official(torch.log_softmax(x / temperature, 1), 1.0, iterations)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", SHAPES + LONG_SHAPES, ids=str)
@@ -54,11 +55,7 @@ def test_assignments(shape: tuple[int, int], dtype: torch.dtype, device: str) ->
         within_budget(start, q, roundings(plain, x.to(wide)), plain(x.double()), wide)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_cpu_level(level: str) -> None:
-    run_at_level(level, __file__, "assignments or positions or large_logits or infinite or rows_that_count")
-
-
+@pytest.mark.levels
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_positions_are_balanced_each_on_its_own(dtype: torch.dtype, device: str) -> None:
@@ -82,6 +79,7 @@ def test_the_bias_makes_the_assignments(iterations: int, device: str) -> None:
     torch.testing.assert_close(sslfast.sinkhorn_bias(x, 0.1, iterations), bias)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("device", DEVICES)
 def test_large_logits_stay_finite_and_right(device: str) -> None:
     """Where exp(x/τ) overflows: 4.0 at τ = 0.04 in float32, ±0.6 at 0.05 in float16; and far apart, both ways."""
@@ -98,6 +96,7 @@ def test_large_logits_stay_finite_and_right(device: str) -> None:
     assert official(cases[0][0], 0.04).isnan().any()
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=name_of)
 def test_infinite_and_nan_logits(dtype: torch.dtype, device: str) -> None:
@@ -115,6 +114,7 @@ def test_infinite_and_nan_logits(dtype: torch.dtype, device: str) -> None:
             assert sslfast.sinkhorn(x, 0.5).isnan().any() and sslfast.sinkhorn_bias(x, 0.5).isnan().any()
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("count", [0, 1, 9, 30, 77])
 def test_rows_that_count(count: int, device: str) -> None:
