@@ -80,7 +80,14 @@ from .losses.decorrelation.visreg import (
     visreg as visreg,
 )
 from .losses.decorrelation.w_mse import Whitening2d as Whitening2d, WMSELoss as WMSELoss, norm_mse_loss as norm_mse_loss
+from .losses.distillation.cross_entropy import (
+    assignment_cross_entropy as assignment_cross_entropy,
+    distillation_cross_entropy as distillation_cross_entropy,
+)
+from .losses.distillation.diagnostics import PrototypeDiagnostics as PrototypeDiagnostics
+from .losses.distillation.dino import DINOLoss as DINOLoss
 from .losses.distillation.gram_anchor import GramLoss as GramLoss, gram_anchor as gram_anchor
+from .losses.distillation.ibot import IBOTPatchLoss as IBOTPatchLoss
 from .losses.distillation.koleo import KoLeoLoss as KoLeoLoss, koleo as koleo
 from .losses.distillation.negative_cosine import (
     BYOLLoss as BYOLLoss,
@@ -91,6 +98,8 @@ from .losses.distillation.negative_cosine import (
     negative_cosine as negative_cosine,
     sim_siam as sim_siam,
 )
+from .losses.distillation.sinkhorn import sinkhorn as sinkhorn, sinkhorn_bias as sinkhorn_bias
+from .losses.distillation.swav import SwAVLoss as SwAVLoss, swav as swav
 from .losses.masked.masked_feature import MaskedFeatureLoss as MaskedFeatureLoss
 from .losses.masked.masked_patch import MaskedPatchLoss as MaskedPatchLoss
 from .losses.masked.masked_token import (

@@ -10,13 +10,16 @@ from typing import Any
 
 import lightly.loss.barlow_twins_loss as barlow_twins_loss
 import lightly.loss.dcl_loss as dcl_loss
+import lightly.loss.dino_loss as dino_loss
 import lightly.loss.frossl_loss as frossl_loss
 import lightly.loss.hypersphere_loss as hypersphere_loss
+import lightly.loss.ibot_loss as ibot_loss
 import lightly.loss.koleo_loss as koleo_loss
 import lightly.loss.lejepa_loss as lejepa_loss
 import lightly.loss.mmcr_loss as mmcr_loss
 import lightly.loss.negative_cosine_similarity as negative_cosine_similarity
 import lightly.loss.ntx_ent_loss as ntx_ent_loss
+import lightly.loss.swav_loss as swav_loss
 import lightly.loss.tico_loss as tico_loss
 import lightly.loss.vicreg_loss as vicreg_loss
 import lightly.loss.vicregl_loss as vicregl_loss
@@ -31,6 +34,7 @@ from . import (
     _cosine as cosine,
     _lightly_contrastive as contrastive,
     _lightly_moments as moments,
+    _lightly_prototypes as prototypes,
     _lightly_slices as slices,
 )
 from ._serve import Package, Unserved, served, unserved_tensors
@@ -139,6 +143,24 @@ class KoLeoLoss(koleo_loss.KoLeoLoss):
     forward = served(koleo_loss.KoLeoLoss.forward, _fast_koleo)
 
 
+class SwaVLoss(swav_loss.SwaVLoss):
+    """``lightly.loss.SwaVLoss``: assignments are K numbers a view, and neither they nor a softmax is stored."""
+
+    forward = served(swav_loss.SwaVLoss.forward, prototypes.fast_swav)
+
+
+class DINOLoss(dino_loss.DINOLoss):
+    """``lightly.loss.DINOLoss``: every view is read once each way; ``center`` is updated by lightly's own code."""
+
+    forward = served(dino_loss.DINOLoss.forward, prototypes.fast_dino)
+
+
+class IBOTPatchLoss(ibot_loss.IBOTPatchLoss):
+    """``lightly.loss.IBOTPatchLoss``; ``center`` is lightly's own module."""
+
+    forward = served(ibot_loss.IBOTPatchLoss.forward, prototypes.fast_ibot)
+
+
 def _mask_at_index(tokens: Any, index: Any, mask_token: Any) -> Tensor | Unserved:
     unserved = unserved_tensors(tokens, dim=3) or unserved_tensors(mask_token, dim=3)
     if unserved:
@@ -161,13 +183,10 @@ _PROTOTYPES = "softmax over prototypes: sslfast has no kernel for it"
 _UNCHANGED = {
     _PROTOTYPES: (
         "CAPILoss",
-        "DINOLoss",
-        "IBOTPatchLoss",
         "IBOTPlusPlusPatchLoss",
         "MSNLoss",
         "PMSNCustomLoss",
         "PMSNLoss",
-        "SwaVLoss",
     ),
     _NO_KERNEL: (
         "CO2Regularizer",
@@ -203,6 +222,9 @@ def contents() -> Package:
             WMSELoss,
             SIGReg,
             NegativeCosineSimilarity,
+            SwaVLoss,
+            DINOLoss,
+            IBOTPatchLoss,
         ),
         functions=(get_at_index, set_at_index, mask_at_index),
         through={"DirectCLRLoss": "NTXentLoss", "LeJEPALoss": "SIGReg", "LeWMLoss": "SIGReg"},

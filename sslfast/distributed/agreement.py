@@ -21,7 +21,15 @@ from .._checks import FLOATS
 from .collectives import Ranks, averaged
 
 _DTYPES = (*FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-_CALLS = ("shard", "gather", "similarity_terms", "similarity_logsigmoid", "second_moment")
+_CALLS = (
+    "shard",
+    "gather",
+    "similarity_terms",
+    "similarity_logsigmoid",
+    "second_moment",
+    "sinkhorn",
+    "row_totals",
+)
 Trait = bool | int | float | str
 REFUSED = -1  # in place of the number of rows
 SHOWN = 8  # ranks named for one value of an error

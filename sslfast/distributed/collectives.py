@@ -84,8 +84,15 @@ class Ranks:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of ``x`` over the ranks."""
+        return self._reduced(x, dist.ReduceOp.SUM)
+
+    def all_reduce_largest(self, x: Tensor) -> Tensor:
+        """The largest of each number of ``x`` over the ranks."""
+        return self._reduced(x, dist.ReduceOp.MAX)
+
+    def _reduced(self, x: Tensor, how: Any) -> Tensor:
         total = x.to(self._carrier(x.device), copy=True).contiguous()
-        dist.all_reduce(total, group=self.group)
+        dist.all_reduce(total, how, group=self.group)
         return total.to(x.device)
 
     def post(self, block: Block, arriving: Block) -> _Message:

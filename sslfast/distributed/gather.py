@@ -7,12 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .._checks import check_integers, check_keys
+from .._checks import accumulator, check_integers, check_keys
 from ..ops.similarity_logsigmoid import similarity_logsigmoid
 from ..ops.similarity_lse import terms_of
+from ..ops.sinkhorn import column_sums, updated
 from ..ops.types import ROW_LSE, MomentOptions, Pairs, SecondMoment, SimilarityTerms, Want
 from . import moments
-from .agreement import sizes_of
+from .agreement import Trait, sizes_of
 from .collectives import Ranks, gather_rows, parts_of_mine, total
 from .scope import Scope, Shard
 
@@ -41,7 +42,7 @@ class GatherScope(Scope):
         self.ranks = ranks
 
     @torch.compiler.disable(reason=NOT_TRACED)
-    def shard(self, x: Tensor, traits: Mapping[str, int | float] | None = None) -> Shard:
+    def shard(self, x: Tensor, traits: Mapping[str, int | float | str] | None = None) -> Shard:
         sizes = sizes_of(self.ranks, "shard", x, traits or {})
         rank = self.ranks.rank
         return Shard(local=sizes[rank], offset=sum(sizes[:rank]), total=sum(sizes), sizes=sizes)
@@ -75,6 +76,46 @@ class GatherScope(Scope):
     @torch.compiler.disable(reason=NOT_TRACED)
     def moment(self, a: Tensor, b: Tensor | None, options: MomentOptions) -> SecondMoment:
         return moments.second_moment(self.ranks, a, b, options)
+
+    @torch.compiler.disable(reason=NOT_TRACED)
+    def sinkhorn_bias(
+        self,
+        logits: Tensor,
+        temperature: float,
+        iterations: int = 3,
+        *,
+        row_start: bool = False,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        positions, prototypes = logits.shape[1:]
+        traits = {
+            "positions": positions,
+            "prototypes": prototypes,
+            "iterations": iterations,
+            "the temperature": float(temperature),
+            "the start (True: rows)": row_start,
+        }
+        self._agreed_columns("sinkhorn", logits, traits)
+        bias = logits.new_zeros(positions, prototypes, dtype=accumulator(logits)) if row_start else None
+        for _ in range(iterations):
+            largest, sums = column_sums(logits, bias, temperature, rows)
+            if bias is None:
+                most = self.ranks.all_reduce_largest(largest)
+                sums = torch.exp(largest - most) * sums
+                largest = most
+            bias = updated(bias, largest, self.ranks.all_reduce(sums))
+        assert bias is not None
+        return bias
+
+    @torch.compiler.disable(reason=NOT_TRACED)
+    def row_totals(self, total: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        self._agreed_columns("row_totals", total, {"features": len(total)})
+        every = self.ranks.all_reduce(torch.cat([total, rows.reshape(1).to(total)]))
+        return every[:-1], every[-1]
+
+    def _agreed_columns(self, call: str, x: Tensor, traits: Mapping[str, Trait]) -> None:
+        """What the ranks are about to sum has the same columns; its rows are each rank's own, and may be none."""
+        sizes_of(self.ranks, call, x.new_empty(1), traits)
 
     @torch.compiler.disable(reason=NOT_TRACED)
     def gather(self, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..ops.second_moment import moment_of
 from ..ops.similarity_logsigmoid import similarity_logsigmoid
 from ..ops.similarity_lse import terms_of
+from ..ops.sinkhorn import bias_of
 from ..ops.types import ROW_LSE, MomentOptions, Pairs, SecondMoment, SimilarityTerms, Want
 
 STRATEGIES = ("gather", "ring")
@@ -71,10 +72,10 @@ class Scope:
         0.3408
     """
 
-    def shard(self, x: Tensor, traits: Mapping[str, int | float] | None = None) -> Shard:
+    def shard(self, x: Tensor, traits: Mapping[str, int | float | str] | None = None) -> Shard:
         """The place of the local rows ``x`` [n, ...] in the global batch.
 
-        ``traits``: numbers that must be the same on every rank, by the words that an error uses.
+        ``traits``: what must be the same on every rank, by the words that an error uses.
         """
         n = x.shape[0]
         return Shard(local=n, offset=0, total=n, sizes=(n,))
@@ -135,6 +136,25 @@ class Scope:
         """:meth:`second_moment`, its options as one argument."""
         options.check(a, b)
         return moment_of(a, b, options)
+
+    def sinkhorn_bias(
+        self,
+        logits: Tensor,
+        temperature: float,
+        iterations: int = 3,
+        *,
+        row_start: bool = False,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """The bias f [S, K] of :func:`sslfast.sinkhorn_bias` over the rows of the whole scope; the same on every rank.
+
+        ``logits`` [B, S, K] have been checked. A rank may have no row.
+        """
+        return bias_of(logits, temperature, iterations, row_start, rows)
+
+    def row_totals(self, total: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum [K] and the number [] of rows of which this rank has ``total`` and ``rows``, perhaps none."""
+        return total, rows
 
     def gather(self, x: Tensor) -> Tensor:
         """The rows ``x`` [n, ...] of all ranks, in rank order; the gradient of each row is summed over the ranks."""

@@ -3,6 +3,7 @@
 from .augment_views import augment_views
 from .block_mask import block_mask
 from .characteristic_sums import characteristic_sums
+from .distillation_cross_entropy import distillation_cross_entropy
 from .ema_update import ema_update
 from .embed_patches import embed_patches
 from .gather_patches import gather_patches, scatter_patches
@@ -25,6 +26,7 @@ from .scatter_tokens import scatter_tokens
 from .second_moment import second_moment
 from .similarity_logsigmoid import similarity_logsigmoid
 from .similarity_lse import similarity_lse, similarity_terms
+from .sinkhorn import sinkhorn_assign, sinkhorn_bias, sinkhorn_sums, sinkhorn_update
 from .unit_slices import unit_slices
 from .view_params import view_params
 
@@ -33,6 +35,7 @@ __all__ = [
     "block_mask",
     "characteristic_sums",
     "ema_update",
+    "distillation_cross_entropy",
     "embed_patches",
     "gather_patches",
     "gather_tokens",
@@ -58,5 +61,9 @@ __all__ = [
     "similarity_lse",
     "similarity_terms",
     "unit_slices",
+    "sinkhorn_assign",
+    "sinkhorn_bias",
+    "sinkhorn_sums",
+    "sinkhorn_update",
     "view_params",
 ]

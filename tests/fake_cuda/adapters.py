@@ -43,6 +43,13 @@ def lightly() -> tuple[dict[str, Case], Package]:
         "Whitening2d": lambda x: x.made(lambda: adapter.Whitening2d(D))(x.z()),
         "WMSELoss": lambda x: x.made(lambda: adapter.WMSELoss(4, w_size=12))(x.z(2 * N, 4)),
         "SIGReg": lambda x: x.made(lambda: adapter.SIGReg(num_vectors=9))(x.z(2, N, D)),
+        "SwaVLoss": lambda x: adapter.SwaVLoss(0.5, 3, 0.5)([x.z(), x.z()], [x.z()]),
+        "DINOLoss": lambda x: x.made(lambda: adapter.DINOLoss(D).to(x.dtype))(
+            [x.fixed(), x.fixed()], [x.z(), x.z(), x.z()]
+        ),
+        "IBOTPatchLoss": lambda x: x.made(lambda: adapter.IBOTPatchLoss(D))(
+            x.fixed(B * L // 4, D), x.z(B * L // 4, D), x.mask().view(B, 4, 4)
+        ),
         "covariance_loss": lambda x: adapter.covariance_loss(x.z()),
         "get_at_index": lambda x: adapter.get_at_index(x.z(B, L, D), x.ids(B, 5)),
         "set_at_index": lambda x: adapter.set_at_index(x.z(B, L, D), x.ids(B, 5), x.z(B, 5, D)),

@@ -15,11 +15,13 @@ import sslfast
 from sslfast import masking, nn as nn_
 from sslfast._checks import accumulator
 from sslfast.ops.characteristic_sums import characteristic_sums
+from sslfast.ops.distillation_cross_entropy import distillation_cross_entropy
 from sslfast.ops.gram_anchor import gram_anchor
 from sslfast.ops.koleo import koleo
 from sslfast.ops.negative_cosine import negative_cosine
 from sslfast.ops.neighbour_distance import neighbour_distance
 from sslfast.ops.nt_xent import nt_xent
+from sslfast.ops.sinkhorn import assigned, bias_of, column_sums
 from sslfast.ops.unit_slices import unit_slices
 
 from .inputs import PATCH, B, Case, D, Inputs, L, N
@@ -202,7 +204,40 @@ DISTILLATION: dict[str, Case] = {
     "koleo": lambda x: sslfast.koleo(x.z(), 2),
     "koleo/groups": lambda x: sslfast.koleo(x.z(), loss_group_size=N // 2),
     "KoLeoLoss": lambda x: sslfast.KoLeoLoss()(x.z()),
+    "sinkhorn": lambda x: sslfast.sinkhorn(x.fixed(), 0.3, rows=x.ids(N)[5]),
+    "sinkhorn_bias": lambda x: sslfast.sinkhorn_bias(x.fixed(N, 3, D), 0.3, start="rows"),
+    "distillation_cross_entropy": lambda x: sslfast.distillation_cross_entropy(
+        [x.z(), x.z(), x.z()], [x.fixed(), x.fixed()], teacher_bias=x.fixed(D), ignore_diagonal=True
+    ),
+    "distillation_cross_entropy/weighted rows of a buffer": lambda x: sslfast.distillation_cross_entropy(
+        x.z(3, N, D), x.fixed(2, N, D), teacher_bias=x.fixed(2, D), row_weights=x.fixed(N), rows=x.ids(N)[5]
+    ),
+    "ops.distillation_cross_entropy.distillation_cross_entropy": lambda x: distillation_cross_entropy(
+        [x.z(2, N, D), x.z(1, N, D)], [x.fixed(2, N, D)], None, (0.5, 0.5), ignore_diagonal=True
+    ),
+    "ops.sinkhorn.column_sums": lambda x: column_sums(x.fixed(N, 2, D), None, 0.3)[1],
+    "ops.sinkhorn.bias_of": lambda x: bias_of(x.fixed(N, 2, D), 0.3, 2, True),
+    "ops.sinkhorn.assigned": lambda x: assigned(x.fixed(N, 2, D), bias_of(x.fixed(N, 2, D), 0.3, 2, False), 0.3),
+    "assignment_cross_entropy": lambda x: sslfast.assignment_cross_entropy(x.z(), x.fixed()),
+    "swav": lambda x: sslfast.swav(
+        [x.z(), x.z()], [x.z()], [x.fixed(9, D), x.fixed(9, D)], temperature=0.5, sinkhorn_epsilon=0.5
+    ),
+    "SwAVLoss": lambda x: sslfast.SwAVLoss(0.5, 2, 0.5, diagnostics=True)([x.z(), x.z()], [x.z()]),
+    "DINOLoss": lambda x: _dino(x.made(lambda: sslfast.DINOLoss(D, diagnostics=True)), x),
+    "DINOLoss/Sinkhorn": lambda x: x.made(lambda: sslfast.DINOLoss(D, centering="sinkhorn"))(
+        x.fixed(2, N, D), [x.z(), x.z()], 0.5
+    ),
+    "IBOTPatchLoss": lambda x: x.made(lambda: sslfast.IBOTPatchLoss(D, diagnostics=True))(
+        x.fixed(2 * L, D), x.z(2 * L, D), x.mask()
+    ),
 }
+
+
+def _dino(module: Any, x: Inputs) -> list[Any]:
+    teacher = [x.fixed(), x.fixed()]
+    first = module(teacher, [x.z(), x.z(), x.z()], epoch=1, update_center=False)
+    module.update_center()
+    return [*first, *module(teacher, [x.z(), x.z()], 0.5), module.center]
 
 
 def _enqueued(queue: Any, x: Inputs) -> list[Tensor]:

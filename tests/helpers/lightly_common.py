@@ -40,4 +40,7 @@ def all_losses() -> dict[str, tuple]:
         "KoLeoLoss": (loss.KoLeoLoss(), (a,)),
         "Whitening2d": (loss.Whitening2d(6), (a,)),
         "WMSELoss": (loss.WMSELoss(6, w_size=12), (a,)),
+        "SwaVLoss": (loss.SwaVLoss(), ([a / 9, b / 9], [b / 5, a / 7])),
+        "DINOLoss": (loss.DINOLoss(6), ([a, b], [b, a, b])),
+        "IBOTPatchLoss": (loss.IBOTPatchLoss(6), (a, b, torch.arange(48).view(3, 4, 4) % 2 == 0)),
     }

@@ -26,6 +26,11 @@ WITHOUT = {
     "contrastive_diagnostics",
     "masking.gather_patches",
     "ops.unit_slices.unit_slices",
+    "sinkhorn",
+    "sinkhorn_bias",
+    "ops.sinkhorn.column_sums",
+    "ops.sinkhorn.bias_of",
+    "ops.sinkhorn.assigned",
     *(name for name in CONTRASTIVE | DECORRELATION if name.endswith("autocast region")),
 }
 EVERY = CONTRASTIVE | DECORRELATION | DISTILLATION | MASKED | TOKENS

@@ -340,6 +340,45 @@ def _neighbours(n: int, d: int) -> Problem:
     return Problem(function, (unit(n, d), unit(2 * n + 1, d, 1)))
 
 
+def _distilled(n: int, d: int) -> Problem:
+    def function(student: Tensor, teacher: Tensor) -> Tensor:
+        bias = sslfast.sinkhorn_bias(teacher[0], 0.2)
+        return sslfast.distillation_cross_entropy(student, teacher, teacher_bias=bias, ignore_diagonal=True)
+
+    return Problem(function, (rows(5, n, d),), (), (rows(2, n, d, seed=1),))
+
+
+def _assigned(n: int, d: int) -> Problem:
+    def function(student: Tensor, teacher: Tensor) -> Tensor:
+        return sslfast.assignment_cross_entropy(student, sslfast.sinkhorn(teacher, 0.2))
+
+    return Problem(function, (rows(n, d),), (), (rows(n, d, seed=1),))
+
+
+def _swav(n: int, d: int) -> Problem:
+    def function(first: Tensor, second: Tensor, small: Tensor) -> Tensor:
+        return sslfast.swav([first, second], [small], sinkhorn_epsilon=0.2)
+
+    return Problem(function, tuple(rows(n, d, seed=seed) for seed in range(3)))
+
+
+def _dino(n: int, d: int) -> Problem:
+    def function(student: Tensor, teacher: Tensor) -> Tensor:
+        criterion = sslfast.DINOLoss(d).to(student.device)
+        return criterion(teacher, student) + criterion(teacher.flip(1), student)
+
+    return Problem(function, (rows(4, n, d),), (), (rows(2, n, d, seed=1),))
+
+
+def _ibot(n: int, d: int) -> Problem:
+    mask = rows(3, n, seed=2) > 0.5
+
+    def function(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+        return sslfast.IBOTPatchLoss(d).to(student.device)(teacher, student, mask)
+
+    return Problem(function, (rows(3 * n, d),), (), (rows(3 * n, d, seed=1), mask))
+
+
 DISTILLATION = [
     Loss("gram_anchor", ("gram_anchor",), _gram),
     Loss("gram_anchor, all rows", ("gram_anchor",), _gram_of_all),
@@ -349,6 +388,11 @@ DISTILLATION = [
     Loss("nearest_neighbours", ("nearest_neighbours",), _neighbours),
     Loss("koleo", ("koleo",), lambda n, d: Problem(sslfast.koleo, (rows(n, d),))),
     Loss("koleo, topk", ("koleo",), lambda n, d: Problem(lambda x: sslfast.koleo(x, 3), (rows(n, d),))),
+    Loss("distillation_cross_entropy", ("distillation_cross_entropy", "sinkhorn_bias"), _distilled, triton=False),
+    Loss("assignment_cross_entropy", ("assignment_cross_entropy", "sinkhorn"), _assigned, triton=False),
+    Loss("swav", ("swav", "SwAVLoss"), _swav, triton=False),
+    Loss("DINOLoss", ("DINOLoss",), _dino, triton=False),
+    Loss("IBOTPatchLoss", ("IBOTPatchLoss",), _ibot, triton=False),
 ]
 
 # ------------------------------------------------------------------------------------------------------------- masked

@@ -1,0 +1,81 @@
+"""Cases of softmaxes over prototypes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from sslfast.ops.distillation_cross_entropy import distillation_cross_entropy as cross_entropy_of_rows
+from sslfast.ops.sinkhorn import assigned, bias_of, column_sums
+
+from .case import FLOATS, Case, case, given, name_of
+
+# Rows, positions, prototypes: several pieces, ragged tiles, one of everything, no row.
+LOGITS = ((70, 1, 33), (5, 3, 300), (1, 1, 1), (0, 1, 7))
+
+
+def sinkhorns() -> Iterator[Case]:
+    def bias(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+        return (lambda x: bias_of(x, 0.3, 3, False)), torch.randn(shape).to(dtype)
+
+    def started_by_rows(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+        return (lambda x, rows: bias_of(x, 0.3, 2, True, rows)), torch.randn(shape).to(dtype), torch.tensor(3)
+
+    def sums(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+        def call(x: torch.Tensor, f: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
+            first = column_sums(x, None, 0.3, rows)
+            return [*(first if len(x) else first[1:]), column_sums(x, f, 0.3)[1]]
+
+        f = torch.randn(shape[1:], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        return call, torch.randn(shape).to(dtype), f, torch.tensor(4)
+
+    def written(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+        f = torch.randn(shape[1:], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        call = lambda x, f, rows: [assigned(x, f, 0.3), assigned(x, f, 0.3, rows)]  # noqa: E731
+        return call, torch.randn(shape).to(dtype), f, torch.tensor(2)
+
+    makers = {
+        "sinkhorn_bias": (bias, started_by_rows),
+        "sinkhorn_sums": (sums,),
+        "sinkhorn_assign": (written,),
+    }
+    for operator, calls in makers.items():
+        for make, shape, dtype in itertools.product(calls, LOGITS, FLOATS):
+            name = f"{operator}, {make.__name__.replace('_', ' ')} {shape} {name_of(dtype)}"
+            yield case(name, (operator,), partial(make, shape, dtype), floor=10.0)
+
+
+# Views of the student and of the teacher, rows, prototypes.
+VIEWS = ((5, 2, 3, 40), (2, 2, 2, 1301), (1, 1, 1, 1), (1, 3, 4, 257), (2, 1, 0, 5))
+
+
+def cross_entropies() -> Iterator[Case]:
+    operators = ("distillation_cross_entropy", "distillation_cross_entropy_backward")
+
+    def make(
+        views: tuple[int, ...], dtype: torch.dtype, assigned: bool, diagonal: bool, count: bool
+    ) -> tuple[Any, ...]:
+        students, teachers, batch, prototypes = views
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        teacher = torch.randn(teachers, batch, prototypes)
+        bias = None if assigned else torch.randn(teachers, 2, prototypes).to(wide)
+
+        def call(student: list[torch.Tensor], teacher: torch.Tensor, bias: Any, rows: Any) -> torch.Tensor:
+            return cross_entropy_of_rows(
+                student, [teacher], bias, (0.3, 0.2), ignore_diagonal=diagonal, assigned=assigned, rows=rows
+            )
+
+        student = [given(1, batch, prototypes, dtype=dtype) for _ in range(students)]
+        target = (teacher.softmax(-1) if assigned else teacher).to(dtype)
+        return call, student, target, bias, torch.tensor(2) if count else None
+
+    for views, dtype in itertools.product(VIEWS, FLOATS):
+        for given_targets, diagonal, count in ((False, False, False), (False, True, True), (True, True, False)):
+            if diagonal and views[0] == views[1] == 1:
+                continue
+            name = f"distillation_cross_entropy {views} {name_of(dtype)} {given_targets} {diagonal} {count}"
+            yield case(name, operators, partial(make, views, dtype, given_targets, diagonal, count), floor=1.0)
