@@ -70,10 +70,15 @@ from .losses.masked.masked_token import (
 from .ops.l2_normalize import l2_normalize as l2_normalize
 from .ops.masked_feature_loss import masked_feature_loss as masked_feature_loss
 from .ops.masked_patch_loss import masked_patch_loss as masked_patch_loss
+from .ops.prototype_cross_entropy import prototype_cross_entropy as prototype_cross_entropy
 from .ops.second_moment import second_moment as second_moment
 from .ops.similarity_logsigmoid import similarity_logsigmoid as similarity_logsigmoid
 from .ops.similarity_lse import similarity_lse as similarity_lse, similarity_terms as similarity_terms
-from .ops.types import SecondMoment as SecondMoment, SimilarityTerms as SimilarityTerms
+from .ops.types import (
+    NormalizedPrototypes as NormalizedPrototypes,
+    SecondMoment as SecondMoment,
+    SimilarityTerms as SimilarityTerms,
+)
 
 # What stands above, without the modules.
 __all__ = sorted(

@@ -13,6 +13,7 @@ from .masked_rows import masked_rows
 from .multiblock_mask import multiblock_mask
 from .nt_xent import nt_xent
 from .partition_mask import partition_mask
+from .prototype_cross_entropy import normalized_prototypes, prototype_cross_entropy
 from .random_mask import random_mask
 from .scatter_tokens import scatter_tokens
 from .second_moment import second_moment
@@ -32,8 +33,10 @@ __all__ = [
     "masked_patch_loss",
     "masked_rows",
     "multiblock_mask",
+    "normalized_prototypes",
     "nt_xent",
     "partition_mask",
+    "prototype_cross_entropy",
     "random_mask",
     "scatter_patches",
     "scatter_tokens",
