@@ -71,6 +71,7 @@ struct CrossEntropy {
   const Blocks<T> of_k;
   const Tiling<T> tiling;
   const FeaturePlan<T> student, teacher;
+  const int64_t lent, most_tiles;  // tiles that dW has room for, and of the first chunk
   const int64_t splits, workers, stride;  // stride: numbers that a block and a tile leave: max and sum, and crosses
   const SplitFactor<T> student_factor, teacher_factor;  // log2(e)/τ
   int64_t *order, *starts, *teachers, *next;            // samples that count; pairs by student view
@@ -87,12 +88,14 @@ struct CrossEntropy {
         tiling(input, of_k, learns),
         student(input.student.count, input.samples, tiling.in_tile, input.d),
         teacher(input.teacher.count, input.samples, tiling.in_tile, input.d),
+        lent(gradient.prototypes != nullptr && tiling.lds + tiling.ldt <= input.d ? 1 : 0),
+        most_tiles(tiling.in_chunk + lent),
         splits(split_count(of_k.count, threads)),
         workers(threads < splits ? threads : splits),
         stride(2 * (tiling.lds + tiling.ldt) + input.pairs * tiling.ldb),
         student_factor(kLog2e / input.student_temperature),
         teacher_factor(kLog2e / input.teacher_temperature) {
-    const int64_t tiles = tiling.in_chunk;
+    const int64_t tiles = most_tiles;
     order = arena.take<int64_t>(in.samples);
     starts = arena.take<int64_t>(in.student.count + 1);
     teachers = arena.take<int64_t>(in.pairs);
@@ -105,7 +108,7 @@ struct CrossEntropy {
     losses = arena.take<double>(tiles);
     merged = arena.take<T>(tiles * 2 * (kTile + kSlack));
     statistics = arena.take<T>(tiles * of_k.count * stride);
-    exponentials = arena.take<T>(tiling.kept * tiles * of_k.height * (tiling.lds + tiling.ldt));
+    exponentials = arena.take<T>(tiling.kept * tiling.in_chunk * of_k.height * (tiling.lds + tiling.ldt));
     dstudent = out.student != nullptr ? arena.take<T>(splits * tiles * student.size) : nullptr;
     const int64_t before = arena.bytes;
     Scratch(*this, arena);
@@ -155,17 +158,18 @@ struct CrossEntropy {
             at + 2 * (tiling.lds + tiling.ldt)};
   }
   // Where the exponentials of a tile and block b are kept, the student's and then the teacher's; null for nowhere. In
-  // the first chunk dW is not in use yet and has room for them.
+  // the first chunk dW is not in use yet, and has room for its first tile.
   T* exponentials_of(int64_t tile, int64_t b, bool fresh) const {
-    const int64_t slot = b * tiling.kept / of_k.count, columns = tiling.lds + tiling.ldt;
-    if ((b + 1) * tiling.kept / of_k.count > slot)
-      return exponentials + (slot * tiling.in_chunk + tile) * of_k.height * columns;
-    if (fresh && tiling.in_chunk == 1 && out.prototypes != nullptr && columns <= in.d)
-      return static_cast<T*>(out.prototypes) + of_k.first(b) * in.d;
-    return nullptr;
+    const int64_t columns = tiling.lds + tiling.ldt, slot = b * tiling.kept / of_k.count;
+    if (fresh && lent != 0) {
+      if (tile == 0) return static_cast<T*>(out.prototypes) + of_k.first(b) * in.d;
+      --tile;
+    }
+    if ((b + 1) * tiling.kept / of_k.count == slot) return nullptr;
+    return exponentials + (slot * tiling.in_chunk + tile) * of_k.height * columns;
   }
   T* dstudent_of(int64_t split, int64_t tile) const {
-    return dstudent + (split * tiling.in_chunk + tile) * student.size;
+    return dstudent + (split * most_tiles + tile) * student.size;
   }
   // Samples of a tile in a chunk of `count`.
   int64_t samples_of(int64_t tile, int64_t count) const {
@@ -317,13 +321,16 @@ struct CrossEntropy {
   // Visit 2 of block b in a split; `fresh`: the first chunk, whose products are the first in dW.
   void descend(int64_t split, int64_t b, int64_t count, int64_t tiles, bool fresh, const Scratch& mine) const {
     const int64_t rows_k = of_k.length(b);
-    const bool again = exponentials_of(0, b, fresh) == nullptr;
+    const bool again = exponentials_of(tiles - 1, b, fresh) == nullptr;
     if (again || dstudent != nullptr) pack_prototypes(in.of_student, of_k, b, mine.student_block, mine.row);
     if (again) pack_prototypes(in.of_teacher, of_k, b, mine.teacher_block, mine.row);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t some = samples_of(tile, count), columns = student.views * some;
-      T* e = again ? mine.exponentials : exponentials_of(tile, b, fresh);
-      if (again) observe_tile(b, tile, some, e, statistics_at(mine.statistics), mine);
+      T* e = exponentials_of(tile, b, fresh);
+      if (e == nullptr) {
+        e = mine.exponentials;
+        observe_tile(b, tile, some, e, statistics_at(mine.statistics), mine);
+      }
       weights(b, tile, some, e, mine.x, mine.row + of_k.padded);
       if (out.prototypes != nullptr) {
         T* dw = static_cast<T*>(out.prototypes) + of_k.first(b) * in.d;
@@ -405,14 +412,15 @@ struct CrossEntropy {
   }
 
   double run(const Parallel& parallel) {
-    const int64_t count = prepare(), at_once = tiling.in_chunk * tiling.in_tile;
+    const int64_t count = prepare();
     if (count < in.samples) clear(out.student, in.student.count * in.samples * in.d);  // rows that take no part
     if (count == 0) {
       clear(out.prototypes, in.prototypes * in.d);
       clear(out.gain, in.prototypes);
     }
     double loss = 0;
-    for (int64_t first = 0; first < count; first += at_once) {
+    int64_t at_once = most_tiles * tiling.in_tile;
+    for (int64_t first = 0; first < count; first += at_once, at_once = tiling.in_chunk * tiling.in_tile) {
       const int64_t left = count - first;
       loss += chunk(order + first, left < at_once ? left : at_once, first == 0, left <= at_once, parallel);
     }

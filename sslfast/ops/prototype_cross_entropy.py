@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _native
-from .._checks import FLOATS, accumulator, is_real, whole_numbers, warn_once
+from .._checks import FLOATS, accumulator, is_real, readable, warn_once, whole_numbers
 from ._prototype_operators import Inputs, by_reference
 from .types import NormalizedPrototypes
 
@@ -166,7 +166,7 @@ def _check_features(student: Tensor, teacher: Tensor, w: Tensor, u: Tensor) -> N
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and a.is_cpu and type(a) is type(b) and a.data_ptr() == b.data_ptr()
+    return readable(a) and readable(b) and a.data_ptr() == b.data_ptr()
 
 
 def _checked_pairs(
@@ -183,8 +183,10 @@ def _checked_pairs(
     else:
         found = []
         for pair in pairs:
-            t, v = whole_numbers("pairs", pair, "pairs (teacher's view, student's view)")
-            found.append((t, v))
+            views = whole_numbers("pairs", pair, "pairs (teacher's view, student's view)")
+            if len(views) != 2:
+                raise ValueError(f"pairs must be pairs (teacher's view, student's view), got {pair!r}")
+            found.append((views[0], views[1]))
         if not found:
             raise ValueError("pairs must name at least one pair, got none")
     for t, v in found:

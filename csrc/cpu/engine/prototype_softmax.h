@@ -74,7 +74,7 @@ void merge_blocks(T* block_max, T* block_sum, int64_t stride, int64_t blocks, in
       store(block_sum + b * stride + j, factor);
     }
     store(max + j, shift);
-    store(total + j, sum);
+    store(total + j, sum + sum * T(0));  // an infinite logit makes its softmax NaN, as in PyTorch
   }
 }
 
