@@ -16,10 +16,10 @@ from torch import Tensor
 
 from .. import _backends, _native
 from .._checks import FLOATS, accumulator, is_real, readable, warn_once, whole_numbers
-from ._prototype_operators import Inputs, by_reference
+from ._prototype_operators import Inputs, by_reference, by_triton
 from .types import NormalizedPrototypes
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
 MOST_VIEWS = 192  # kMostViews of csrc/cpu/prototype_cross_entropy.h
 Prototypes = Tensor | NormalizedPrototypes
 
@@ -28,6 +28,10 @@ def why_not(backend: str, student: Tensor) -> str | None:
     """The reason ``backend`` cannot serve inputs like ``student``, or ``None`` if it can."""
     if backend == "cpu":
         return _native.why_no_cpu(student.device, "student")
+    if backend == "triton":
+        if student.dtype == torch.float64:
+            return "the Triton kernels take float32, bfloat16 and float16, not float64"
+        return _native.why_no_triton(student.device)
     return f"prototype_cross_entropy has no {backend} implementation"
 
 
@@ -124,6 +128,8 @@ def prototype_cross_entropy(
     backend = _backends.serve("prototype_cross_entropy", student, "triton", why_not)
     if backend == "reference":
         return by_reference(inputs)
+    if backend == "triton":
+        return by_triton(inputs)
     learns = torch.is_grad_enabled()
     need_prototypes = learns and (w.requires_grad or (gain is not None and gain.requires_grad))
     inputs = inputs._replace(need_student=learns and student.requires_grad, need_prototypes=need_prototypes)
