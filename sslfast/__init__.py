@@ -61,6 +61,10 @@ from .losses.decorrelation.vicreg import (
 )
 from .losses.decorrelation.vicregl import VICRegLLoss as VICRegLLoss, vicregl as vicregl
 from .losses.decorrelation.w_mse import Whitening2d as Whitening2d, WMSELoss as WMSELoss, norm_mse_loss as norm_mse_loss
+from .losses.distillation.teacher_bias import (
+    center_update_ as center_update_,
+    prototype_sinkhorn as prototype_sinkhorn,
+)
 from .losses.masked.masked_feature import MaskedFeatureLoss as MaskedFeatureLoss
 from .losses.masked.masked_patch import MaskedPatchLoss as MaskedPatchLoss
 from .losses.masked.masked_token import (

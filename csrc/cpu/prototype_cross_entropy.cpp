@@ -13,53 +13,11 @@
 #include "cpu/prototype_cross_entropy.h"
 
 #include "cpu/engine/prototype_softmax.h"
+#include "cpu/engine/prototype_tiling.h"
 
 namespace sslfast {
 namespace SSLFAST_CPU_LEVEL {
 namespace {
-
-// Of the exponentials so much is kept from visit 1 to visit 2 at most, or this part of all logits where it is more: a
-// step then takes an eighth of what it takes with all logits in memory. The blocks that are not kept are computed again.
-constexpr int64_t kLeastKept = 24 << 20, kMostKept = 96 << 20;
-constexpr int64_t kPartKept = 6;
-constexpr int64_t kSplits = 16;  // parts of the prototypes that threads take in turns
-
-// How many samples make a tile, how many tiles a chunk, and of how many blocks of prototypes the exponentials are kept.
-template <typename T>
-struct Tiling {
-  int64_t in_tile = 1, in_chunk = 1, kept = 0;
-  int64_t lds = 0, ldt = 0, ldb = 0;  // columns of a tile of the student, of the teacher, of one view; readable
-
-  static int64_t columns(int64_t views, int64_t samples) {
-    return round_up((views - 1) * samples + round_up(samples, kLanes<T>), kLanes<T>);
-  }
-
-  Tiling(const PrototypeInput& in, const Blocks<T>& of_k, bool learns) {
-    const int64_t views = in.student.count > in.teacher.count ? in.student.count : in.teacher.count;
-    const int64_t most = kTile / views < in.samples ? kTile / views : in.samples;
-    double best = 0;
-    for (int64_t samples = most < kLanes<T> ? most : kLanes<T>; samples <= most; samples += kLanes<T>) {
-      const double work = static_cast<double>(3 * round_up(in.student.count * samples, kColumns<T>) +
-                                              round_up(in.teacher.count * samples, kColumns<T>)) /
-                          static_cast<double>(samples);
-      if (best != 0 && work > best) continue;
-      best = work;
-      in_tile = samples;
-    }
-    lds = columns(in.student.count, in_tile);
-    ldt = columns(in.teacher.count, in_tile);
-    ldb = round_up(in_tile, kLanes<T>);
-    const int64_t block_bytes = of_k.height * (lds + ldt) * static_cast<int64_t>(sizeof(T));
-    const int64_t tiles = (in.samples + in_tile - 1) / in_tile, part = tiles * of_k.count * block_bytes / kPartKept;
-    const int64_t budget = part < kLeastKept ? kLeastKept : part < kMostKept ? part : kMostKept;
-    // Without a gradient only features and sums stay, which are hundreds of times smaller.
-    const int64_t fit = budget / (of_k.count * block_bytes);
-    in_chunk = learns ? (fit < 1 ? 1 : fit) : 16;
-    in_chunk = in_chunk < tiles ? in_chunk : tiles;
-    kept = learns ? budget / (in_chunk * block_bytes) : 0;
-    kept = kept < of_k.count ? kept : of_k.count;
-  }
-};
 
 template <typename T>
 struct CrossEntropy {
@@ -71,7 +29,7 @@ struct CrossEntropy {
   const Blocks<T> of_k;
   const Tiling<T> tiling;
   const FeaturePlan<T> student, teacher;
-  const int64_t lent, most_tiles;  // tiles that dW has room for, and of the first chunk
+  const int64_t lent, most_tiles;         // tiles that dW has room for, and of the first chunk
   const int64_t splits, workers, stride;  // stride: numbers that a block and a tile leave: max and sum, and crosses
   const SplitFactor<T> student_factor, teacher_factor;  // log2(e)/τ
   int64_t *order, *starts, *teachers, *next;            // samples that count; pairs by student view
@@ -168,9 +126,7 @@ struct CrossEntropy {
     if ((b + 1) * tiling.kept / of_k.count == slot) return nullptr;
     return exponentials + (slot * tiling.in_chunk + tile) * of_k.height * columns;
   }
-  T* dstudent_of(int64_t split, int64_t tile) const {
-    return dstudent + (split * most_tiles + tile) * student.size;
-  }
+  T* dstudent_of(int64_t split, int64_t tile) const { return dstudent + (split * most_tiles + tile) * student.size; }
   // Samples of a tile in a chunk of `count`.
   int64_t samples_of(int64_t tile, int64_t count) const {
     const int64_t left = count - tile * tiling.in_tile;
@@ -215,7 +171,8 @@ struct CrossEntropy {
     pack_prototypes(in.of_teacher, of_k, b, mine.teacher_block, mine.row);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       T* e = exponentials_of(tile, b, fresh);
-      observe_tile(b, tile, samples_of(tile, count), e == nullptr ? mine.exponentials : e, statistics_of(tile, b), mine);
+      observe_tile(b, tile, samples_of(tile, count), e == nullptr ? mine.exponentials : e, statistics_of(tile, b),
+                   mine);
     }
   }
 
@@ -433,7 +390,8 @@ struct CrossEntropy {
 int64_t prototype_cross_entropy_workspace(const PrototypeInput& input, const PrototypeGradient& gradient,
                                           int64_t threads) {
   Arena arena{nullptr};
-  with_accumulator(input.student.rows.type, [&](auto t) { CrossEntropy<decltype(t)>(input, gradient, threads, arena); });
+  with_accumulator(input.student.rows.type,
+                   [&](auto t) { CrossEntropy<decltype(t)>(input, gradient, threads, arena); });
   return arena.bytes;
 }
 
@@ -449,72 +407,30 @@ double prototype_cross_entropy(const PrototypeInput& input, const PrototypeGradi
 
 #ifdef SSLFAST_CPU_DISPATCH
 #include <tuple>
-#include <vector>
 
-#include "cpu/engine/operator.h"
+#include "cpu/engine/prototype_operator.h"
 
 namespace sslfast {
 namespace {
 
-// Two lists of views that pair up, each view in range.
-void check_pairs(const std::vector<int64_t>& views, const std::vector<int64_t>& others, int64_t count,
-                 const char* name) {
-  SSLFAST_CHECK(!views.empty() && views.size() == others.size(), "pairs must be two lists of the same length");
-  for (const int64_t view : views) SSLFAST_CHECK(view >= 0 && view < count, name, " has no view ", view);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_cross_entropy(
-    const Tensor& student_any, const Tensor& teacher_any, const Tensor& prototypes_any, const MaybeTensor& gain_any,
-    const Tensor& teacher_prototypes_any, const MaybeTensor& teacher_gain_any, const MaybeTensor& bias_any,
-    const MaybeTensor& weights_any, std::vector<int64_t> teacher_views, std::vector<int64_t> student_views,
+    const Tensor& student, const Tensor& teacher, const Tensor& prototypes, const MaybeTensor& gain,
+    const Tensor& teacher_prototypes, const MaybeTensor& teacher_gain, const MaybeTensor& teacher_bias,
+    const MaybeTensor& row_weights, std::vector<int64_t> teacher_views, std::vector<int64_t> student_views,
     double student_temperature, double teacher_temperature, bool normalize, bool normalize_teacher, bool need_student,
     bool need_prototypes) {
-  const Tensor student = as_contiguous(student_any), teacher = as_contiguous(teacher_any);
-  const Tensor prototypes = as_contiguous(prototypes_any), of_teacher = as_contiguous(teacher_prototypes_any);
-  const MaybeTensor gain = contiguous_or_none(gain_any), teacher_gain = contiguous_or_none(teacher_gain_any);
-  const MaybeTensor bias = contiguous_or_none(bias_any), weights = contiguous_or_none(weights_any);
-  SSLFAST_CHECK(student.dim() == 3 && teacher.dim() == 3 && student.size(1) == teacher.size(1) &&
-                    student.size(2) == teacher.size(2) && student.numel() > 0 && teacher.numel() > 0,
-                "student and teacher must be [views, samples, features] with the same samples and features");
-  const int64_t samples = student.size(1), d = student.size(2), k = prototypes.dim() == 2 ? prototypes.size(0) : 0;
-  const ScalarType kind = accumulator_type(student);
-  check_tensor(prototypes, "prototypes", {k, d}, prototypes.scalar_type(), student);
-  check_tensor(of_teacher, "teacher_prototypes", {k, d}, of_teacher.scalar_type(), student);
-  SSLFAST_CHECK(k > 0, "there must be prototypes");
-  check_optional(gain, "gain", k, kind, student);
-  check_optional(teacher_gain, "teacher_gain", k, kind, student);
-  check_optional(bias, "teacher_bias", k, kind, student);
-  check_optional(weights, "row_weights", samples, kind, student);
-  check_pairs(teacher_views, student_views, teacher.size(0), "teacher");
-  check_pairs(student_views, teacher_views, student.size(0), "student");
-  SSLFAST_CHECK(student.size(0) <= kMostViews && teacher.size(0) <= kMostViews, "at most ", kMostViews, " views");
-
-  Tensor loss = allocate(student, {}, kind);
-  Tensor dstudent = allocate(student, {need_student ? student.size(0) : 0, samples, d}, kind);
-  Tensor dprototypes = allocate(student, {need_prototypes ? k : 0, d}, kind);
-  Tensor dgain = allocate(student, {need_prototypes && normalize ? k : 0}, kind);
-  if (need_prototypes) advise_huge_pages(dprototypes.mutable_data_ptr(), k * d * dprototypes.element_size());
-  const PrototypeInput input{
-      {{student.const_data_ptr(), element_type(student, "student")}, student.size(0)},
-      {{teacher.const_data_ptr(), element_type(teacher, "teacher")}, teacher.size(0)},
-      samples,
-      d,
-      k,
-      {{prototypes.const_data_ptr(), element_type(prototypes, "prototypes")}, data_or_null(gain), normalize},
-      {{of_teacher.const_data_ptr(), element_type(of_teacher, "teacher_prototypes")},
-       data_or_null(teacher_gain),
-       normalize_teacher},
-      data_or_null(bias),
-      data_or_null(weights),
-      teacher_views.data(),
-      student_views.data(),
-      static_cast<int64_t>(student_views.size()),
-      student_temperature,
-      teacher_temperature};
+  const PrototypeArguments given(student, teacher, {prototypes, gain, normalize},
+                                 {teacher_prototypes, teacher_gain, normalize_teacher}, teacher_bias, row_weights,
+                                 teacher_views, student_views, {student_temperature, teacher_temperature});
+  const PrototypeInput& input = given.input;
+  const int64_t k = need_prototypes ? input.prototypes : 0;
+  Tensor loss = given.empty({}), dgain = given.empty({normalize ? k : 0}), dprototypes = given.empty({k, input.d});
+  Tensor dstudent = given.empty({need_student ? input.student.count : 0, input.samples, input.d});
+  advise_huge_pages(data_or_null(dprototypes), k * input.d * static_cast<int64_t>(dprototypes.element_size()));
   const PrototypeGradient gradient{data_or_null(dstudent), data_or_null(dprototypes), data_or_null(dgain)};
   const Parallel parallel = torch_parallel();
   Tensor memory =
-      scratch(student, SSLFAST_CALL(prototype_cross_entropy_workspace, input, gradient, parallel.threads));
+      scratch(given.student, SSLFAST_CALL(prototype_cross_entropy_workspace, input, gradient, parallel.threads));
   set_scalar(loss, SSLFAST_CALL(prototype_cross_entropy, input, gradient, aligned(memory), parallel));
   return {loss, dstudent, dprototypes, dgain};
 }

@@ -75,7 +75,9 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _is_plain(x: Tensor) -> bool:
     """A tensor that no tracer and no transform has wrapped: it may be handed on and written to."""
-    return type(x) is Tensor and not isinstance(x, FakeTensor) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return (
+        type(x) is Tensor and not isinstance(x, FakeTensor) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -236,7 +238,7 @@ _library.autograd("prototype_attend_triton", _attend_backward, _attend_setup_con
 def by_triton(given: Inputs) -> Tensor:
     """Streamed, from the student's log-sum-exp and the teacher's attended prototypes, ``a_m = Σ_k p_mk w_k``:
 
-        Σ_k p_mk s_nk = h_n·a_m/τ_s,   H_n = log Σ_k exp s_nk − h_n·a_m/τ_s
+    Σ_k p_mk s_nk = h_n·a_m/τ_s,   H_n = log Σ_k exp s_nk − h_n·a_m/τ_s
     """
     student, teacher = given.student, given.teacher
     if given.row_weights is not None:

@@ -166,9 +166,7 @@ def _check_features(student: Tensor, teacher: Tensor, w: Tensor, u: Tensor) -> N
             f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
         )
     if len(w) != len(u):
-        raise ValueError(
-            f"student_prototypes and teacher_prototypes must be equally many, got {len(w)} and {len(u)}"
-        )
+        raise ValueError(f"student_prototypes and teacher_prototypes must be equally many, got {len(w)} and {len(u)}")
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

@@ -20,7 +20,7 @@ def prototype_cross_entropy(
     teacher_bias: Tensor | None = None,
     row_weights: Tensor | None = None,
 ) -> Tensor:
-    """Mean over pairs (t, v) of ``Σ_b w_b·H(softmax(g_tb·uᵀ/τ_t + β), softmax(h_vb·wᵀ/τ_s))``; h [V, B, D], w [K, D]."""
+    """Mean over pairs (t, v) of ``Σ_b weight_b·H(softmax(g_tb·uᵀ/τ_t + β), softmax(h_vb·wᵀ/τ_s))``; h [V, B, D]."""
     if row_weights is not None:
         # A row without weight takes no part, whatever it holds.
         taken = (row_weights != 0)[:, None]

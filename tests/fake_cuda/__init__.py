@@ -13,6 +13,7 @@ WAITS = {
 CASES: dict[str, Case] = {
     **losses.CONTRASTIVE,
     **losses.DECORRELATION,
+    **losses.DISTILLATION,
     **losses.MASKED,
     **images.TOKENS,
     **images.MASKS,

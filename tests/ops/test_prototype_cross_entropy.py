@@ -73,7 +73,11 @@ def by(function: Any, given: dict[str, Any], kind: torch.dtype) -> tuple[Tensor,
         w, u = (make(*part) for part in parts)
     pairs = given["pairs"]
     if function is prototype_cross_entropy:
-        options: dict[str, Any] = {"pairs": pairs, "teacher_bias": tensors.get("bias"), "row_weights": tensors.get("weights")}
+        options: dict[str, Any] = {
+            "pairs": pairs,
+            "teacher_bias": tensors.get("bias"),
+            "row_weights": tensors.get("weights"),
+        }
         loss = function(tensors["student"], tensors["teacher"], w, u, **options, **given.get("temperatures", {}))
     else:
         if pairs is None:
@@ -94,7 +98,9 @@ def check(given: dict[str, Any], dtype: torch.dtype) -> None:
     assert mine[0].dtype == wide
     # A gradient is a difference of two distributions that may cancel: its floor is the size of their terms.
     floors = (1e-3, GRAD_LOSS * 10 / given["student"].shape[1], GRAD_LOSS * 10 / len(given["w"]), 1e-1)
-    for name, a, right, own, floor in zip(("loss", "dstudent", "dw", "dgain"), mine, truth, plain, floors, strict=False):
+    for name, a, right, own, floor in zip(
+        ("loss", "dstudent", "dw", "dgain"), mine, truth, plain, floors, strict=False
+    ):
         assert a.dtype == (wide if name in ("loss", "dgain") else dtype)
         within_budget(name, a, own, right, dtype if a.dtype == dtype else wide, floor=floor)
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of prototype_cross_entropy: values and gradients, through the interpreter where there is no GPU."""
+"""The Triton kernels of prototype_cross_entropy: value and gradients, in the interpreter where there is no GPU."""
 
 from __future__ import annotations
 

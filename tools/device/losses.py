@@ -279,6 +279,33 @@ MOMENTS = [
     of_columns("covariance_loss", lambda a, b: sslfast.covariance_loss(a) + sslfast.covariance_loss(b)),
 ]
 
+# ------------------------------------------------------------------------------------------------------- distillation
+
+
+def _prototypes(n: int, d: int) -> Problem:
+    def function(student: Tensor, w: Tensor, gain: Tensor, teacher: Tensor, u: Tensor, bias: Tensor) -> Tensor:
+        prototypes = sslfast.NormalizedPrototypes(w, gain)
+        return sslfast.prototype_cross_entropy(student, teacher, prototypes, u, teacher_bias=bias)
+
+    student = unit(3 * n, d).view(3, n, d)
+    given = unit(2 * n, d, seed=1).view(2, n, d), unit(2 * n, d, seed=4), rows(2 * n, seed=5)
+    return Problem(function, (student, rows(2 * n, d, seed=2), 1 + rows(2 * n, seed=3).square()), (), given)
+
+
+def _sinkhorn(n: int, d: int) -> Problem:
+    def function(student: Tensor, w: Tensor, teacher: Tensor) -> Tensor:
+        bias = sslfast.prototype_sinkhorn(teacher, w.detach(), 0.1)
+        center = sslfast.center_update_(torch.zeros_like(bias), teacher, w.detach(), 0.0)
+        return sslfast.prototype_cross_entropy(student, teacher, w, teacher_temperature=0.1, teacher_bias=bias - center)
+
+    return Problem(function, (unit(n, d), unit(2 * n, d, seed=2)), (), (unit(n, d, seed=1),))
+
+
+DISTILLATION = [
+    Loss("prototype_cross_entropy", ("prototype_cross_entropy", "NormalizedPrototypes"), _prototypes),
+    Loss("prototype_sinkhorn", ("prototype_sinkhorn", "center_update_"), _sinkhorn),
+]
+
 # ------------------------------------------------------------------------------------------------------------- masked
 
 
@@ -317,7 +344,7 @@ FORMS = [
     for loss in CONTRASTIVE if loss.name in WITH_FORMS for form in ("streamed", "banded")
 ]  # fmt: skip
 
-LOSSES: Sequence[Loss] = [*CONTRASTIVE, *FORMS, *MOMENTS, *MASKED]
+LOSSES: Sequence[Loss] = [*CONTRASTIVE, *FORMS, *MOMENTS, *DISTILLATION, *MASKED]
 # Modules without a state: nothing but their function's arguments, kept.
 THIN = (
     *("BarlowTwinsLoss", "ClipLoss", "DCLLoss", "DCLWLoss", "FroSSLLoss", "HypersphereLoss", "InfoNCELoss", "MMCRLoss"),
