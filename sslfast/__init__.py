@@ -71,6 +71,7 @@ from .losses.masked.masked_token import (
     MaskedTokenLoss as MaskedTokenLoss,
     masked_token_cross_entropy as masked_token_cross_entropy,
 )
+from .nn.dino_head import DINOHead as DINOHead
 from .ops.l2_normalize import l2_normalize as l2_normalize
 from .ops.masked_feature_loss import masked_feature_loss as masked_feature_loss
 from .ops.masked_patch_loss import masked_patch_loss as masked_patch_loss

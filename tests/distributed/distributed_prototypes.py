@@ -37,7 +37,7 @@ def ranks_with_other_prototypes_all_raise(rank: int, world: int) -> None:
     told = _refused(lambda: prototype_sinkhorn(h, torch.randn(11 + rank, 7), gather_distributed=True))
     assert "disagree on the width" in told, told
     told = _refused(lambda: prototype_sinkhorn(h, torch.randn(11, 7), iterations=2 + rank, gather_distributed=True))
-    assert "disagree on iterations" in told, told
+    assert "disagree on how many iterations" in told, told
     bad = (lambda: h[:, :5]) if rank == 1 else (lambda: h)
     told = _refused(lambda: prototype_sinkhorn(bad(), torch.randn(11, 7), gather_distributed=True))
     assert ("features" if rank == 1 else "refused") in told, told

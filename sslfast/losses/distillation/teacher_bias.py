@@ -49,7 +49,7 @@ def prototype_sinkhorn(
 
     Raises:
         TypeError, ValueError: an argument's type, shape, dtype, device or value does not fit; it is named. The ranks
-            disagree on K.
+            disagree on K or ``iterations``.
 
     Source: Caron et al. 2020, "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", section
     3.1 and appendix A; values as the distributed Sinkhorn of facebookresearch/swav and dinov2, where these are finite.
@@ -76,7 +76,7 @@ def prototype_sinkhorn(
         nothing = None if taken is None else torch.where(taken, 0.0, float("-inf")).to(kind)
         level: Tensor | None = nothing  # −r_n, −∞ for a row that takes no part
         f = u.new_zeros(len(u), dtype=kind)
-        _agree(scope, h, {"temperature": temperature, "iterations": count})
+        scope.shard(h, {"how many iterations": count})  # or the ranks would wait for each other for ever
         for step in range(count):
             columns = [similarity_lse(part, h, 1 / temperature, bias=level) for part in u.split(PART)]
             f = -_over_ranks(torch.cat(columns), scope)
@@ -87,15 +87,6 @@ def prototype_sinkhorn(
                 level = -(rows[0] if len(rows) == 1 else torch.stack(rows).logsumexp(0))
                 level = level if nothing is None else level + nothing
     return f
-
-
-def _agree(scope: Scope, like: Tensor, options: dict[str, float]) -> None:
-    """Ranks that iterate differently would wait for each other for ever."""
-    every = scope.gather(torch.tensor([list(options.values())], dtype=torch.float64, device=like.device))
-    if len(every) > 1:
-        for name, values in zip(options, every.T.tolist(), strict=True):
-            if len(set(values)) > 1:
-                raise ValueError(f"prototype_sinkhorn: the ranks disagree on {name}: {values}, by rank")
 
 
 def _over_ranks(columns: Tensor, scope: Scope) -> Tensor:

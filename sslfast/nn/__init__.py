@@ -1,0 +1,1 @@
+"""Modules and updates with a kernel behind them."""
