@@ -1,7 +1,8 @@
 """DINO's and iBOT's losses from the bottleneck's features: student and prototypes learn, the teacher is given.
 
 ``V`` crops of ``B`` images of which the teacher sees two (DINO), or ``V = 1``: ``B`` masked tokens, student against
-teacher row by row (iBOT). What is timed begins at the last layer, which belongs to the loss.
+teacher row by row (iBOT). ``S`` iterations of Sinkhorn–Knopp balance the teacher; 0: DINO's centre. What is timed
+begins at the last layer, which belongs to the loss.
 """
 
 from __future__ import annotations
@@ -46,13 +47,18 @@ def _teacher(case: Case) -> tuple[Tensor, Tensor, Tensor]:
 def _plain(case: Case) -> Loss:
     """facebookresearch/dino's loss on logits of the last layer."""
     features, prototypes, center = _teacher(case)
-    crops, targets = case.shape["V"], _targets(case)
+    crops, targets, iterations = case.shape["V"], _targets(case), case.shape["S"]
+
+    def assignments() -> Tensor:
+        logits = F.linear(features.flatten(0, 1), prototypes)
+        if iterations:
+            return sinkhorn_knopp(logits, TEACHER_TEMPERATURE, iterations)
+        return F.softmax((logits - center) / TEACHER_TEMPERATURE, dim=-1)
 
     def function(student: Tensor, w: Tensor) -> Tensor:
         student_out = (F.linear(student.flatten(0, 1), w) / STUDENT_TEMPERATURE).chunk(crops)
         with torch.no_grad():
-            logits = F.linear(features.flatten(0, 1), prototypes)
-            teacher_out = F.softmax((logits - center) / TEACHER_TEMPERATURE, dim=-1).chunk(targets)
+            teacher_out = assignments().chunk(targets)
         total, terms = torch.zeros((), dtype=student.dtype, device=student.device), 0
         for t, q in enumerate(teacher_out):
             for v in range(crops):
@@ -64,12 +70,30 @@ def _plain(case: Case) -> Loss:
     return function
 
 
+def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int) -> Tensor:
+    """facebookresearch/dinov2's on one process: assignments [N, K]."""
+    q = torch.exp(logits / temperature).t()  # [K, N]
+    k, n = q.shape
+    q /= torch.sum(q)
+    for _ in range(iterations):
+        q /= torch.sum(q, dim=1, keepdim=True)
+        q /= k
+        q /= torch.sum(q, dim=0, keepdim=True)
+        q /= n
+    q *= n
+    return q.t()
+
+
 def _fused(case: Case) -> Loss:
     features, prototypes, center = _teacher(case)
-    bias = -center / TEACHER_TEMPERATURE
+    iterations = case.shape["S"]
     pairs = [(0, 0)] if case.shape["V"] == 1 else None
 
     def function(student: Tensor, w: Tensor) -> Tensor:
+        if iterations:
+            bias = sslfast.prototype_sinkhorn(features.flatten(0, 1), prototypes, TEACHER_TEMPERATURE, iterations)
+        else:
+            bias = -center / TEACHER_TEMPERATURE
         return sslfast.prototype_cross_entropy(
             student,
             features,
@@ -96,10 +120,11 @@ class Benchmark(Contrastive):
 BENCHMARK = Benchmark(
     op="prototype_cross_entropy",
     sweep=[
-        {"B": 64, "V": 10, "K": 65536, "D": 256},
-        {"B": 1024, "V": 1, "K": 65536, "D": 256},
-        {"B": 64, "V": 10, "K": 4096, "D": 256},
-        {"B": 32, "V": 10, "K": 1024, "D": 256},
+        {"B": 64, "V": 10, "K": 65536, "D": 256, "S": 0},
+        {"B": 1024, "V": 1, "K": 65536, "D": 256, "S": 0},
+        {"B": 1024, "V": 1, "K": 65536, "D": 256, "S": 3},
+        {"B": 64, "V": 10, "K": 4096, "D": 256, "S": 0},
+        {"B": 32, "V": 10, "K": 1024, "D": 256, "S": 0},
     ],
     inputs=_inputs,
     plain=_plain,
@@ -107,7 +132,7 @@ BENCHMARK = Benchmark(
     pairs=lambda shape: (shape["V"] * shape["B"], shape["K"]),
     share=4.0,
     forward=2.0,
-    tiny={"B": 4, "V": 3, "K": 64, "D": 16},
+    tiny={"B": 4, "V": 3, "K": 64, "D": 16, "S": 3},
 )
 PROVIDERS, TINY = BENCHMARK.providers, BENCHMARK.tiny
 cases, setup, truth = BENCHMARK.cases, BENCHMARK.setup, BENCHMARK.truth

@@ -80,8 +80,8 @@ struct CrossEntropy {
     return wanted < blocks ? wanted : blocks;
   }
 
-  // Of a worker: logits and exponentials of two tiles, a block of prototypes for each side, what a block leaves where it
-  // is visited again, a row, and the edge of a product.
+  // Of a worker: logits and exponentials of two tiles, a block of prototypes for each side, what a block leaves where
+  // it is visited again, a row, and the edge of a product.
   struct Scratch {
     T *x, *y, *exponentials, *student_block, *teacher_block, *statistics, *row, *edge;
 
@@ -413,7 +413,7 @@ double prototype_cross_entropy(const PrototypeInput& input, const PrototypeGradi
 namespace sslfast {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_cross_entropy(
+std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_cross_entropy_cpu(
     const Tensor& student, const Tensor& teacher, const Tensor& prototypes, const MaybeTensor& gain,
     const Tensor& teacher_prototypes, const MaybeTensor& teacher_gain, const MaybeTensor& teacher_bias,
     const MaybeTensor& row_weights, std::vector<int64_t> teacher_views, std::vector<int64_t> student_views,
@@ -438,7 +438,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_cross_entropy(
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) {
-  m.impl("prototype_cross_entropy", TORCH_BOX(&sslfast::prototype_cross_entropy));
-}
+SSLFAST_REGISTER(CPU, prototype_cross_entropy)
 #endif  // SSLFAST_CPU_DISPATCH

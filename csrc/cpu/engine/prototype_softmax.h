@@ -57,8 +57,9 @@ inline vec<T> cross_columns(const T* x, int64_t rows, const T* p, int64_t ldp) {
   return total;
 }
 
-// From the blocks' maxima and sums of `columns` columns: max, the column's maximum over all blocks, total = Σ 2^(x−max),
-// and, in place of each block's sum, 2^(its maximum − max). Block b's numbers lie `stride` further than block b − 1's.
+// From the blocks' maxima and sums of `columns` columns: max, the column's maximum over all blocks, total =
+// Σ 2^(x − max), and, in place of each block's sum, 2^(its maximum − max). Block b's numbers lie `stride` further than
+// block b − 1's.
 template <typename T>
 void merge_blocks(T* block_max, T* block_sum, int64_t stride, int64_t blocks, int64_t columns, T* max, T* total) {
   for (int64_t j = 0; j < columns; j += kLanes<T>) {

@@ -7,7 +7,8 @@ namespace SSLFAST_CPU_LEVEL {
 namespace {
 
 // Of the exponentials so much is kept from visit 1 to visit 2 at most, or this part of all logits where it is more: a
-// step then takes an eighth of what it takes with all logits in memory. The blocks that are not kept are computed again.
+// step then takes an eighth of what it takes with all logits in memory. The blocks that are not kept are computed
+// again.
 constexpr int64_t kLeastKept = 24 << 20, kMostKept = 96 << 20;
 constexpr int64_t kPartKept = 6;
 constexpr int64_t kSplits = 16;  // parts of the prototypes that threads take in turns
