@@ -70,7 +70,7 @@ class DINOHead(nn.Module):
         layers: list[nn.Module] = []
         for i, (width, following) in enumerate(zip(widths, widths[1:], strict=False)):
             linear = nn.Linear(width, following)
-            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.normal_(linear.weight, std=0.02)  # published: cut off at 100 deviations
             nn.init.zeros_(linear.bias)
             layers.append(linear)
             if i + 1 < nlayers:
@@ -100,7 +100,7 @@ class _Prototypes(nn.Module):
         super().__init__()
         rows = torch.empty(count, width)
         if not normalized:
-            nn.init.trunc_normal_(rows, std=0.02)
+            nn.init.normal_(rows, std=0.02)
             self.weight = nn.Parameter(rows)
             return
         nn.init.kaiming_uniform_(rows, a=5**0.5)  # as a linear layer's: only the direction counts
