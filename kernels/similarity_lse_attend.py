@@ -22,13 +22,14 @@ from ._tiles import EXACT, LOG2E, block_ranges, dot_products, finite_or_zero, lo
 def _similarity_attend_kernel(
     Q,  # [M, D]
     K,  # [N, D]
+    V,  # [N, D], or None where the mean is of k
     Scale,  # []
     Bias,  # [N] or None
     RowIds,  # [M] or None
     ColIds,  # [N], with RowIds
     ColRanges,  # [4, tiles], with RowIds
     RowPartial,  # [2, splits, M]: maxima, then sums
-    Partial,  # [splits, M, D]: Σ_j 2^(x_ij − max_i) k_j
+    Partial,  # [splits, M, D]: Σ_j 2^(x_ij − max_i) k_j, or v_j
     M,
     N,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -51,7 +52,10 @@ def _similarity_attend_kernel(
 
     tiles, begin, end = tiles_of_part(N, BLOCK_N)
     for tile in range(begin, end):
-        col0, cols, kj = load_tile_rows(K, tile, chunk, N, D, BLOCK_N, BLOCK_D, UPCAST)
+        col0, cols, vj = load_tile_rows(K if V is None else V, tile, chunk, N, D, BLOCK_N, BLOCK_D, UPCAST)
+        kj = vj
+        if V is not None and D <= BLOCK_K:
+            kj = load_rows(K, cols, 0, N, D, BLOCK_K, UPCAST)
         x = dot_products(qi, kj, Q, K, rows, cols, M, N, D, BLOCK_K, PRECISION, UPCAST) * scale
         if Bias is not None:
             x += (tl.load(Bias + cols, mask=cols < N, other=0.0) * LOG2E)[None, :]
@@ -70,7 +74,7 @@ def _similarity_attend_kernel(
         p = tl.exp2(x - (safe - SHIFT)[:, None])
         shrink = tl.exp2(top - safe)
         total = total * shrink + tl.sum(p, 1)
-        attended = tl.dot(p.to(kj.dtype), kj, attended * shrink[:, None], input_precision=PRECISION)
+        attended = tl.dot(p.to(vj.dtype), vj, attended * shrink[:, None], input_precision=PRECISION)
         top = new
 
     part = tl.program_id(2).to(tl.int64)
@@ -113,9 +117,17 @@ def _similarity_attend_merge_kernel(
 
 
 def streamed_attend(
-    q: Tensor, k: Tensor, scale: Tensor, vectors: list[Tensor | None], config: Config
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    vectors: list[Tensor | None],
+    config: Config,
+    values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Row LSE [M] and attended mean [M, D] of padded q and k; vectors: bias, row_ids, col_ids of ``similarity_lse``."""
+    """Row LSE [M] and attended mean [M, D] of padded q and k; vectors: bias, row_ids, col_ids of ``similarity_lse``.
+
+    ``values`` [N, D]: the mean is of these rows instead of k's.
+    """
     bias, row_ids, col_ids = vectors
     (m, d), n = q.shape, k.shape[0]
     grid = owner_grid(q, n, config)
@@ -125,7 +137,7 @@ def streamed_attend(
     row_max, row_sum, row_lse = (q.new_empty(m, dtype=torch.float32) for _ in range(3))
     ranges = None if row_ids is None else block_ranges(col_ids, None, 0, config.block_n)
     _similarity_attend_kernel[grid](
-        q, k, scale, bias, row_ids, col_ids, ranges, row_partial, partial, m, n,
+        q, k, values, scale, bias, row_ids, col_ids, ranges, row_partial, partial, m, n,
         **launch_options(config, q), **EXACT,
     )  # fmt: skip
     merge(row_partial, row_max, row_sum, row_lse)

@@ -100,20 +100,30 @@ from .losses.distillation.negative_cosine import (
 )
 from .losses.distillation.sinkhorn import sinkhorn as sinkhorn, sinkhorn_bias as sinkhorn_bias
 from .losses.distillation.swav import SwAVLoss as SwAVLoss, swav as swav
+from .losses.distillation.teacher_bias import (
+    center_update_ as center_update_,
+    prototype_sinkhorn as prototype_sinkhorn,
+)
 from .losses.masked.masked_feature import MaskedFeatureLoss as MaskedFeatureLoss
 from .losses.masked.masked_patch import MaskedPatchLoss as MaskedPatchLoss
 from .losses.masked.masked_token import (
     MaskedTokenLoss as MaskedTokenLoss,
     masked_token_cross_entropy as masked_token_cross_entropy,
 )
+from .nn.dino_head import DINOHead as DINOHead
 from .ops.l2_normalize import l2_normalize as l2_normalize
 from .ops.masked_feature_loss import masked_feature_loss as masked_feature_loss
 from .ops.masked_patch_loss import masked_patch_loss as masked_patch_loss
 from .ops.nearest_neighbours import Neighbours as Neighbours, nearest_neighbours as nearest_neighbours
+from .ops.prototype_cross_entropy import prototype_cross_entropy as prototype_cross_entropy
 from .ops.second_moment import second_moment as second_moment
 from .ops.similarity_logsigmoid import similarity_logsigmoid as similarity_logsigmoid
 from .ops.similarity_lse import similarity_lse as similarity_lse, similarity_terms as similarity_terms
-from .ops.types import SecondMoment as SecondMoment, SimilarityTerms as SimilarityTerms
+from .ops.types import (
+    NormalizedPrototypes as NormalizedPrototypes,
+    SecondMoment as SecondMoment,
+    SimilarityTerms as SimilarityTerms,
+)
 
 # What stands above, without the modules.
 __all__ = sorted(

@@ -218,3 +218,21 @@ class SecondMoment(NamedTuple):
     off_diagonal: Tensor
     diagonal: Tensor
     distance: Tensor
+
+
+class NormalizedPrototypes(NamedTuple):
+    """Prototypes with weight normalisation: rows ``gain_k·v_k/max(‖v_k‖, 1e-12)`` of ``direction`` v, never stored.
+
+    Attributes:
+        direction: [K, D].
+        gain: [K], or ``None`` for ones; DINO's ``last_layer.weight_g`` without its second dimension.
+
+    Example:
+        >>> prototypes = sslfast.NormalizedPrototypes(torch.tensor([[3.0, 4.0]]))
+        >>> h = torch.eye(2)
+        >>> round(sslfast.prototype_cross_entropy(h, h, prototypes).item(), 4)  # one prototype: nothing to tell apart
+        0.0
+    """
+
+    direction: Tensor
+    gain: Tensor | None = None

@@ -21,6 +21,7 @@ from .negative_cosine import negative_cosine
 from .neighbour_distance import neighbour_distance
 from .nt_xent import nt_xent
 from .partition_mask import partition_mask
+from .prototype_cross_entropy import normalized_prototypes, prototype_cross_entropy
 from .random_mask import random_mask
 from .scatter_tokens import scatter_tokens
 from .second_moment import second_moment
@@ -51,8 +52,10 @@ __all__ = [
     "nearest_neighbours",
     "neighbour_distance",
     "neighbour_similarity",
+    "normalized_prototypes",
     "nt_xent",
     "partition_mask",
+    "prototype_cross_entropy",
     "random_mask",
     "scatter_patches",
     "scatter_tokens",

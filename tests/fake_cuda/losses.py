@@ -199,6 +199,28 @@ DECORRELATION: dict[str, Case] = {
     "second_moment/wide": lambda x: sslfast.second_moment(x.z(N, 256), center=False),
 }
 
+DISTILLATION: dict[str, Case] = {
+    "prototype_cross_entropy": lambda x: sslfast.prototype_cross_entropy(
+        x.z(3, N, D), x.fixed(2, N, D), x.z(40, D), x.fixed(40, D), teacher_bias=x.fixed(40), row_weights=x.fixed(N)
+    ),
+    "prototype_cross_entropy/rows, shared prototypes": lambda x: sslfast.prototype_cross_entropy(
+        x.z(), x.fixed(), x.z(40, D)
+    ),
+    "NormalizedPrototypes": lambda x: sslfast.prototype_cross_entropy(
+        x.z(2, N, D), x.fixed(2, N, D), sslfast.NormalizedPrototypes(x.z(40, D), x.z(40))
+    ),
+    "DINOHead": lambda x: _of_head(x.made(lambda: sslfast.DINOHead(D, 40, hidden_dim=24, bottleneck_dim=16)), x),
+    "prototype_sinkhorn": lambda x: sslfast.prototype_sinkhorn(x.fixed(), x.fixed(40, D), row_weights=x.fixed(N)),
+    "center_update_": lambda x: sslfast.center_update_(x.fixed(40), x.fixed(2, N, D), x.fixed(40, D)),
+    "center_update_/normalised": lambda x: sslfast.center_update_(
+        x.fixed(1, 40), x.fixed(), sslfast.NormalizedPrototypes(x.fixed(40, D), x.fixed(40)), row_weights=x.fixed(N)
+    ),
+}
+
+
+def _of_head(head: sslfast.DINOHead, x: Inputs) -> Tensor:
+    return sslfast.prototype_cross_entropy(head(x.z(2, N, D)), x.fixed(2, N, 16), head.prototypes)
+
 
 DISTILLATION: dict[str, Case] = {
     "koleo": lambda x: sslfast.koleo(x.z(), 2),

@@ -18,7 +18,7 @@ import torch
 from fake_cuda import CASES
 from fake_cuda.inputs import Case, Inputs
 from fake_cuda.worker import tensors
-from sslfast import _backends, masking, sigreg
+from sslfast import NormalizedPrototypes, _backends, masking, sigreg
 from sslfast.ops.gram_anchor import gram_anchor
 from sslfast.ops.koleo import koleo
 from sslfast.ops.l2_normalize import l2_normalize
@@ -26,6 +26,7 @@ from sslfast.ops.nearest_neighbours import nearest_neighbours
 from sslfast.ops.negative_cosine import negative_cosine
 from sslfast.ops.neighbour_distance import neighbour_distance
 from sslfast.ops.nt_xent import nt_xent
+from sslfast.ops.prototype_cross_entropy import prototype_cross_entropy
 from sslfast.ops.second_moment import second_moment
 from sslfast.ops.similarity_logsigmoid import similarity_logsigmoid
 from sslfast.ops.similarity_lse import similarity_lse, similarity_terms
@@ -34,6 +35,9 @@ STACK = 64 * 1024
 M, F, IMAGES = 400, 64, 64  # rows, features and images that are work for several threads
 # The other threads' stacks are OpenMP's.
 LARGE: dict[str, Case] = {
+    "prototype_cross_entropy": lambda x: prototype_cross_entropy(
+        x.z(3, M, F), x.fixed(2, M, F), NormalizedPrototypes(x.z(4 * M, F), x.z(4 * M)), x.fixed(4 * M, F)
+    ),
     "nt_xent": lambda x: nt_xent(x.z(M, F), x.z(M, F), 0.01),
     "similarity_terms": lambda x: similarity_terms(
         x.z(M, F), x.z(M, F), 5.0, columns=True, positives=x.ids(M), hardest=True, row_ids=x.ids(M), col_ids=x.ids(M)

@@ -161,10 +161,11 @@ KERNELS = {
     "similarity_finish": Kernel("similarity_bands", constants={"D": 512, "ROWS": 16, "WIDTH": 128}),
     "similarity_attend": Kernel(
         "similarity_lse_attend",
-        launches={"all": "", "rows": "Bias RowIds ColIds ColRanges"},
+        launches={"all": "V", "rows": "V Bias RowIds ColIds ColRanges", "values": "RowIds ColIds ColRanges"},
         table="_configs.SIMILARITY_OWNER",
         sweep=SIMILARITY,
     ),
+    "prototype_attend_backward": Kernel("prototype_attend", table="_configs.SIMILARITY_OWNER", sweep=SIMILARITY),
     "similarity_attend_merge": Kernel("similarity_lse_attend", constants={"D": 128, "PARTS": 16, "BLOCK_D": 128}),
     "nearest_neighbours": Kernel(
         "nearest_neighbours",
@@ -275,7 +276,7 @@ WITH_PRODUCTS = {name: kernel for name, kernel in KERNELS.items() if kernel.tabl
 INTEGERS = {"D", "N", "x_stride", "dx_stride", "grad_off_stride", "grad_diagonal_row", "grad_diagonal_column"}
 FLOATS = {"eps", "floor", "scale", "step", "off_weight", "distance_weight", "penalty_weight"}
 # Of the inputs' type.
-DATA = {"Z", "Q", "K", "A", "B", "X", "Y", "Left", "Right", "Hat", "Operand", "GradA", "GradB", "W", "Own", "Out"}
+DATA = {"Z", "Q", "K", "V", "A", "B", "X", "Y", "Left", "Right", "Hat", "Operand", "GradA", "GradB", "W", "Own", "Out"}
 FLOAT64 = {"SquareSums", "ColumnSums"}
 INT64 = {"Best", "Keys", "Index", "Order", "Starts"}
 INT32 = {"InRange", "RowInRange", "ColInRange"}

@@ -17,7 +17,7 @@ FLOORS = (
     ("reference",),
     ("ops",),
     ("distributed",),
-    ("losses", "augment", "pretext", "masking", "nn", "grad_cache"),
+    ("losses", "nn", "augment", "pretext", "masking", "grad_cache"),
     ("adapters",),
     ("__init__", "__main__"),
 )

@@ -379,6 +379,25 @@ def _ibot(n: int, d: int) -> Problem:
     return Problem(function, (rows(3 * n, d),), (), (rows(3 * n, d, seed=1), mask))
 
 
+def _prototypes(n: int, d: int) -> Problem:
+    def function(student: Tensor, w: Tensor, gain: Tensor, teacher: Tensor, u: Tensor, bias: Tensor) -> Tensor:
+        prototypes = sslfast.NormalizedPrototypes(w, gain)
+        return sslfast.prototype_cross_entropy(student, teacher, prototypes, u, teacher_bias=bias)
+
+    student = unit(3 * n, d).view(3, n, d)
+    given = unit(2 * n, d, seed=1).view(2, n, d), unit(2 * n, d, seed=4), rows(2 * n, seed=5)
+    return Problem(function, (student, rows(2 * n, d, seed=2), 1 + rows(2 * n, seed=3).square()), (), given)
+
+
+def _sinkhorn(n: int, d: int) -> Problem:
+    def function(student: Tensor, w: Tensor, teacher: Tensor) -> Tensor:
+        bias = sslfast.prototype_sinkhorn(teacher, w.detach(), 0.1)
+        center = sslfast.center_update_(torch.zeros_like(bias), teacher, w.detach(), 0.0)
+        return sslfast.prototype_cross_entropy(student, teacher, w, teacher_temperature=0.1, teacher_bias=bias - center)
+
+    return Problem(function, (unit(n, d), unit(2 * n, d, seed=2)), (), (unit(n, d, seed=1),))
+
+
 DISTILLATION = [
     Loss("gram_anchor", ("gram_anchor",), _gram),
     Loss("gram_anchor, all rows", ("gram_anchor",), _gram_of_all),
@@ -393,6 +412,8 @@ DISTILLATION = [
     Loss("swav", ("swav", "SwAVLoss"), _swav, triton=False),
     Loss("DINOLoss", ("DINOLoss",), _dino, triton=False),
     Loss("IBOTPatchLoss", ("IBOTPatchLoss",), _ibot, triton=False),
+    Loss("prototype_cross_entropy", ("prototype_cross_entropy", "NormalizedPrototypes"), _prototypes),
+    Loss("prototype_sinkhorn", ("prototype_sinkhorn", "center_update_"), _sinkhorn),
 ]
 
 # ------------------------------------------------------------------------------------------------------------- masked

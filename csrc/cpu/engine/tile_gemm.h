@@ -37,16 +37,18 @@ enum class Store { scaled, add, replace };
 
 // C[rows × vectors·lanes] (+)= Σ_k A[i][k]·B[k][·] over `chunks` runs of `run` values of k, A moving by `jump` from
 // run to run and the last run being `last` long. Scaled: C = acc·high + acc·low, a scale with twice the precision.
+// C's leading dimension is kLdc, or one that is known at run time.
 template <typename T, int R, int V, int kRowStride, int kStep, int kLdc, Store kStore>
 static inline __attribute__((always_inline)) void micro_tile(const T* a, const T* b, int64_t chunks, int64_t run,
-                                                             int64_t last, int64_t jump, T* c, T high, T low) {
+                                                             int64_t last, int64_t jump, T* c, T high, T low,
+                                                             int64_t ldc = kLdc) {
   vec<T> acc[R][V];
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       acc[i][v] = vec<T>{};
-      if constexpr (kStore == Store::add) __builtin_prefetch(c + i * kLdc + v * kLanes<T>, 1);
+      if constexpr (kStore == Store::add) __builtin_prefetch(c + i * ldc + v * kLanes<T>, 1);
     }
   for (int64_t chunk = 0; chunk < chunks; ++chunk, a += jump) {
     const int64_t length = chunk + 1 == chunks ? last : run;
@@ -65,7 +67,7 @@ static inline __attribute__((always_inline)) void micro_tile(const T* a, const T
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      T* out = c + i * kLdc + v * kLanes<T>;
+      T* out = c + i * ldc + v * kLanes<T>;
       if constexpr (kStore == Store::scaled)
         store(out, acc[i][v] * high + acc[i][v] * low);
       else if constexpr (kStore == Store::replace)
@@ -78,11 +80,11 @@ static inline __attribute__((always_inline)) void micro_tile(const T* a, const T
 // micro_tile for the `rows` ≤ kRows rows that are left at a tile's lower edge: one instantiation per height.
 template <typename T, int V, int kRowStride, int kStep, int kLdc, Store kStore, int R = kRows>
 static inline void micro_rows(int64_t rows, const T* a, const T* b, int64_t chunks, int64_t run, int64_t last,
-                              int64_t jump, T* c, T high, T low) {
+                              int64_t jump, T* c, T high, T low, int64_t ldc = kLdc) {
   if (rows >= R)
-    micro_tile<T, R, V, kRowStride, kStep, kLdc, kStore>(a, b, chunks, run, last, jump, c, high, low);
+    micro_tile<T, R, V, kRowStride, kStep, kLdc, kStore>(a, b, chunks, run, last, jump, c, high, low, ldc);
   else if constexpr (R > 1)
-    micro_rows<T, V, kRowStride, kStep, kLdc, kStore, R - 1>(rows, a, b, chunks, run, last, jump, c, high, low);
+    micro_rows<T, V, kRowStride, kStep, kLdc, kStore, R - 1>(rows, a, b, chunks, run, last, jump, c, high, low, ldc);
 }
 
 // A factor in two parts, with twice the precision of T. Both have its sign and, unless it is zero, neither is zero: an

@@ -1,0 +1,55 @@
+// How the samples and the prototypes of a cross-entropy are cut into tiles, chunks and blocks.
+#pragma once
+#include "cpu/prototype_cross_entropy.h"
+
+namespace sslfast {
+namespace SSLFAST_CPU_LEVEL {
+namespace {
+
+// Of the exponentials so much is kept from visit 1 to visit 2 at most, or this part of all logits where it is more: a
+// step then takes an eighth of what it takes with all logits in memory. The blocks that are not kept are computed
+// again.
+constexpr int64_t kLeastKept = 24 << 20, kMostKept = 96 << 20;
+constexpr int64_t kPartKept = 6;
+constexpr int64_t kSplits = 16;  // parts of the prototypes that threads take in turns
+
+// How many samples make a tile, how many tiles a chunk, and of how many blocks of prototypes the exponentials are kept.
+template <typename T>
+struct Tiling {
+  int64_t in_tile = 1, in_chunk = 1, kept = 0;
+  int64_t lds = 0, ldt = 0, ldb = 0;  // columns of a tile of the student, of the teacher, of one view; readable
+
+  static int64_t columns(int64_t views, int64_t samples) {
+    return round_up((views - 1) * samples + round_up(samples, kLanes<T>), kLanes<T>);
+  }
+
+  Tiling(const PrototypeInput& in, const Blocks<T>& of_k, bool learns) {
+    const int64_t views = in.student.count > in.teacher.count ? in.student.count : in.teacher.count;
+    const int64_t most = kTile / views < in.samples ? kTile / views : in.samples;
+    double best = 0;
+    for (int64_t samples = most < kLanes<T> ? most : kLanes<T>; samples <= most; samples += kLanes<T>) {
+      const double work = static_cast<double>(3 * round_up(in.student.count * samples, kColumns<T>) +
+                                              round_up(in.teacher.count * samples, kColumns<T>)) /
+                          static_cast<double>(samples);
+      if (best != 0 && work > best) continue;
+      best = work;
+      in_tile = samples;
+    }
+    lds = columns(in.student.count, in_tile);
+    ldt = columns(in.teacher.count, in_tile);
+    ldb = round_up(in_tile, kLanes<T>);
+    const int64_t block_bytes = of_k.height * (lds + ldt) * static_cast<int64_t>(sizeof(T));
+    const int64_t tiles = (in.samples + in_tile - 1) / in_tile, part = tiles * of_k.count * block_bytes / kPartKept;
+    const int64_t budget = part < kLeastKept ? kLeastKept : part < kMostKept ? part : kMostKept;
+    // Without a gradient only features and sums stay, which are hundreds of times smaller.
+    const int64_t fit = budget / (of_k.count * block_bytes);
+    in_chunk = learns ? (fit < 1 ? 1 : fit) : 16;
+    in_chunk = in_chunk < tiles ? in_chunk : tiles;
+    kept = learns ? budget / (in_chunk * block_bytes) : 0;
+    kept = kept < of_k.count ? kept : of_k.count;
+  }
+};
+
+}  // namespace
+}  // namespace SSLFAST_CPU_LEVEL
+}  // namespace sslfast

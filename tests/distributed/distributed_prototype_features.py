@@ -1,0 +1,52 @@
+"""Cases of test_distributed.py: the teacher's bias is that of one process on the rows of all ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distributed_common import SIZES, batch, case
+from sslfast import NormalizedPrototypes, center_update_, prototype_sinkhorn
+
+
+@case
+def teacher_bias_of_all_rows(rank: int, world: int) -> None:
+    """Uneven ranks, and iBOT's: 3 and 7 masked tokens in buffers of one length."""
+    u = torch.randn(11, 7, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    for sizes in SIZES[world]:
+        (h, *_), parts = batch(sizes, torch.float64)
+        mine = parts[rank][0]
+        masked = torch.arange(len(h)) % 3 != 1
+        of_rank = masked.split(list(sizes))[rank]
+        for weights, own in ((None, None), (masked.double(), of_rank.double())):
+            right = prototype_sinkhorn(h, u, 0.3, row_weights=weights)
+            found = prototype_sinkhorn(mine, u, 0.3, row_weights=own, gather_distributed=True)
+            torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-11)
+            for prototypes in (u, NormalizedPrototypes(u)):
+                center, whole = torch.ones(1, 11, dtype=torch.float64), torch.ones(1, 11, dtype=torch.float64)
+                center_update_(whole, h, prototypes, row_weights=weights)
+                center_update_(center, mine, prototypes, row_weights=own, gather_distributed=True)
+                torch.testing.assert_close(center, whole, rtol=1e-9, atol=1e-11)
+
+
+@case
+def ranks_with_other_prototypes_all_raise(rank: int, world: int) -> None:
+    if world == 1:
+        return
+    h = torch.randn(4, 7)
+    told = _refused(lambda: prototype_sinkhorn(h, torch.randn(11 + rank, 7), gather_distributed=True))
+    assert "disagree on the width" in told, told
+    told = _refused(lambda: prototype_sinkhorn(h, torch.randn(11, 7), iterations=2 + rank, gather_distributed=True))
+    assert "disagree on how many iterations" in told, told
+    bad = (lambda: h[:, :5]) if rank == 1 else (lambda: h)
+    told = _refused(lambda: prototype_sinkhorn(bad(), torch.randn(11, 7), gather_distributed=True))
+    assert ("features" if rank == 1 else "refused") in told, told
+
+
+def _refused(call: object) -> str:
+    try:
+        found = call()  # type: ignore[operator]
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    assert isinstance(found, Tensor)
+    return "no error"
