@@ -36,7 +36,7 @@ SERVED = {
         "TiCoLoss",
     ),
     *("MMCRLoss", "FroSSLLoss", "WMSELoss", "Whitening2d", "SIGReg", "NegativeCosineSimilarity"),
-    *("SwaVLoss", "DINOLoss", "IBOTPatchLoss"),
+    *("SwaVLoss", "DINOLoss", "IBOTPatchLoss", "KoLeoLoss"),
 }
 
 

@@ -199,7 +199,7 @@ DECORRELATION: dict[str, Case] = {
     "second_moment/wide": lambda x: sslfast.second_moment(x.z(N, 256), center=False),
 }
 
-DISTILLATION: dict[str, Case] = {
+_PROTOTYPES: dict[str, Case] = {
     "prototype_cross_entropy": lambda x: sslfast.prototype_cross_entropy(
         x.z(3, N, D), x.fixed(2, N, D), x.z(40, D), x.fixed(40, D), teacher_bias=x.fixed(40), row_weights=x.fixed(N)
     ),
@@ -209,7 +209,9 @@ DISTILLATION: dict[str, Case] = {
     "NormalizedPrototypes": lambda x: sslfast.prototype_cross_entropy(
         x.z(2, N, D), x.fixed(2, N, D), sslfast.NormalizedPrototypes(x.z(40, D), x.z(40))
     ),
-    "DINOHead": lambda x: _of_head(x.made(lambda: sslfast.DINOHead(D, 40, hidden_dim=24, bottleneck_dim=16)), x),
+    "DINOHead": lambda x: _of_head(
+        x.made(lambda: sslfast.DINOHead(D, 40, hidden_dim=24, bottleneck_dim=16).to(x.dtype)), x
+    ),
     "prototype_sinkhorn": lambda x: sslfast.prototype_sinkhorn(x.fixed(), x.fixed(40, D), row_weights=x.fixed(N)),
     "center_update_": lambda x: sslfast.center_update_(x.fixed(40), x.fixed(2, N, D), x.fixed(40, D)),
     "center_update_/normalised": lambda x: sslfast.center_update_(
@@ -222,7 +224,7 @@ def _of_head(head: sslfast.DINOHead, x: Inputs) -> Tensor:
     return sslfast.prototype_cross_entropy(head(x.z(2, N, D)), x.fixed(2, N, 16), head.prototypes)
 
 
-DISTILLATION: dict[str, Case] = {
+_LOGITS: dict[str, Case] = {
     "koleo": lambda x: sslfast.koleo(x.z(), 2),
     "koleo/groups": lambda x: sslfast.koleo(x.z(), loss_group_size=N // 2),
     "KoLeoLoss": lambda x: sslfast.KoLeoLoss()(x.z()),
@@ -294,6 +296,8 @@ def _of_four(function: Any) -> Case:
 
 
 DISTILLATION: dict[str, Case] = {
+    **_PROTOTYPES,
+    **_LOGITS,
     "negative_cosine": _function(sslfast.negative_cosine),
     "negative_cosine/a target": lambda x: sslfast.negative_cosine(x.z(), x.fixed(), convention="distance"),
     "negative_cosine/in an autocast region": _mixed(sslfast.negative_cosine),

@@ -26,12 +26,15 @@ WITHOUT = {
     "contrastive_diagnostics",
     "masking.gather_patches",
     "ops.unit_slices.unit_slices",
+    "center_update_",
+    "center_update_/normalised",
+    "prototype_sinkhorn",
     "sinkhorn",
     "sinkhorn_bias",
     "ops.sinkhorn.column_sums",
     "ops.sinkhorn.bias_of",
     "ops.sinkhorn.assigned",
-    *(name for name in CONTRASTIVE | DECORRELATION if name.endswith("autocast region")),
+    *(name for name in CONTRASTIVE | DECORRELATION | DISTILLATION if name.endswith("autocast region")),
 }
 EVERY = CONTRASTIVE | DECORRELATION | DISTILLATION | MASKED | TOKENS
 LEARNING = {name: case for name, case in EVERY.items() if name not in WITHOUT}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sslfast
-from helpers import DTYPES, LEVELS, roundings, run_at_level, within_budget
+from helpers import DTYPES, roundings, within_budget
 from sslfast import NormalizedPrototypes, prototype_cross_entropy, reference
 
 pytestmark = pytest.mark.sanitize
@@ -105,12 +105,14 @@ def check(given: dict[str, Any], dtype: torch.dtype) -> None:
         within_budget(name, a, own, right, dtype if a.dtype == dtype else wide, floor=floor)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_value_and_gradients(case: Case, dtype: torch.dtype) -> None:
     check(inputs_of(case), dtype)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("case", CASES[1:4], ids=str)
 def test_bias_weights_and_gain(case: Case) -> None:
     """DINO's centre, rows of weight 0, weight normalisation with a gain that learns."""
@@ -123,6 +125,7 @@ def test_bias_weights_and_gain(case: Case) -> None:
     check(given, torch.float64)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("scale", [30.0, 1e3])
 def test_large_logits(scale: float) -> None:
     """Neither features nor prototypes of norm 1: logits whose exponentials leave float32's range."""
@@ -144,12 +147,6 @@ def test_more_logits_than_are_kept(case: Case) -> None:
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-6 * b.abs().max().item())
-
-
-@pytest.mark.levels
-@pytest.mark.parametrize("level", LEVELS)
-def test_levels(level: str) -> None:
-    run_at_level(level, __file__, "test_value_and_gradients or test_bias or test_large")
 
 
 # ---------------------------------------------------------------------------------------------------------- contracts
