@@ -209,9 +209,7 @@ _PROTOTYPES: dict[str, Case] = {
     "NormalizedPrototypes": lambda x: sslfast.prototype_cross_entropy(
         x.z(2, N, D), x.fixed(2, N, D), sslfast.NormalizedPrototypes(x.z(40, D), x.z(40))
     ),
-    "DINOHead": lambda x: _of_head(
-        x.made(lambda: sslfast.DINOHead(D, 40, hidden_dim=24, bottleneck_dim=16).to(x.dtype)), x
-    ),
+    "DINOHead": lambda x: _of_head(x.made(lambda: sslfast.DINOHead(D, 40, hidden_dim=24, bottleneck_dim=16)), x),
     "prototype_sinkhorn": lambda x: sslfast.prototype_sinkhorn(x.fixed(), x.fixed(40, D), row_weights=x.fixed(N)),
     "center_update_": lambda x: sslfast.center_update_(x.fixed(40), x.fixed(2, N, D), x.fixed(40, D)),
     "center_update_/normalised": lambda x: sslfast.center_update_(
