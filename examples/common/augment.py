@@ -9,8 +9,17 @@ from sslfast.augment import ViewSpec, recipe
 from .data import Dataset
 
 
-def views_for(data: Dataset) -> list[ViewSpec]:
-    """Two views alike: SimCLR's for photographs; for drawings on black weaker ones, in which a class survives."""
+def views_for(data: Dataset, local: int = 0) -> list[ViewSpec]:
+    """Two views alike: SimCLR's for photographs; for drawings on black weaker ones, in which a class survives.
+
+    ``local``: so many more follow, of smaller parts of the image and no larger than the two see at least.
+    """
+    views = _two_views(data)
+    least = views[0].scale[0]
+    return views + [replace(views[0], scale=(least / 2, least))] * local
+
+
+def _two_views(data: Dataset) -> list[ViewSpec]:
     views = recipe("simclr", size=data.view_size)
     if data.photos:
         return views

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,17 +52,19 @@ def run(settings: Settings, data: Dataset, console: Console) -> report.Result | 
     start = time.perf_counter()
     rank, world = ranks.place()
     method, seed = settings.method, settings.seed
-    losses = method.losses(world)
     notes = list(data.notes)
     batch_size = batch_of(data, settings.batch_size or method.batch_size, notes)
     steps_per_epoch = len(data.train) // batch_size
     epochs = settings.epochs or math.ceil(method.steps / steps_per_epoch)
-    views = views_for(data)
+    views = views_for(data, method.learner.local_views)
     initial = build(data, method.hidden, method.width, seed)
 
-    small = embedded_views(initial, data, views, min(8, batch_size), seed)
-    operators = method.operators if world == 1 else method.operators_over_ranks
-    backend = serving_backend(losses["fused"], operators, *small)
+    measured = (
+        initial if method.measured_width is None else initial.of_width(method.hidden, method.measured_width, seed)
+    )
+    small = embedded_views(measured, data, views[:2], min(8, batch_size), seed)
+    alone = partial(method.of_two_views, method.fused if world == 1 else method.fused_over_ranks)
+    backend = serving_backend(alone, method.operators if world == 1 else method.operators_over_ranks, *small)
     if rank == 0:
         spread = "" if world == 1 else f" over {world} ranks"
         console.print(
@@ -70,12 +73,16 @@ def run(settings: Settings, data: Dataset, console: Console) -> report.Result | 
             markup=False,
         )
     schedule = Schedule(epochs, batch_size, method.learning_rate, seed)
-    models = {name: initial.copy() for name in losses}
-    runs = {name: train(models[name], data, views, loss, schedule, name) for name, loss in losses.items()}
+    learners = method.learners(initial, world)
+    runs = {name: train(learner, data, views, schedule, name) for name, learner in learners.items()}
     if rank > 0:
         return None
     console.print("Evaluating the features ...")
-    features = {name: evaluate.encode(model.encoder, data) for name, model in models.items()}
+    for name, learner in learners.items():
+        told = ", ".join(f"{what} {value:.3g}" for what, value in learner.findings().items())
+        if told:
+            notes.append(f"{name}, last batch: {told}")
+    features = {name: evaluate.encode(learner.encoder, data) for name, learner in learners.items()}
     features["untrained"] = evaluate.encode(untrained(initial, data), data)
     features["raw pixels"] = evaluate.raw_pixels(data)
     accuracies = evaluate.accuracies(features, data)
@@ -100,11 +107,11 @@ def run(settings: Settings, data: Dataset, console: Console) -> report.Result | 
             "sslfast": sslfast.__version__,
         },
         backend=backend,
-        backend_alone=serving_backend(method.fused, method.operators, *small),
+        backend_alone=serving_backend(partial(method.of_two_views, method.fused), method.operators, *small),
         curves={name: curve for name, (curve, _) in runs.items()},
         training_seconds={name: seconds for name, (_, seconds) in runs.items()},
         accuracies=accuracies,
-        costs=_costs(method, batch_size, models["fused"], data, views, seed, console),
+        costs=_costs(method, batch_size, learners["fused"].model, data, views[:2], seed, console),
         seconds=0.0,
     )
     settings.output.mkdir(parents=True, exist_ok=True)
@@ -126,8 +133,8 @@ def _costs(
     At a width that is not the training's, a projector of that width with random weights stands on the trained encoder.
     """
     costs: list[Cost] = []
-    losses = method.losses()
-    sizes = dict.fromkeys(((batch_size, method.width), *method.large))  # each once, in order
+    losses = method.alone()
+    sizes = dict.fromkeys(((batch_size, method.measured_width or method.width), *method.large))  # each once, in order
     for pairs, width in sizes:
         if costs:
             # The matrix grows as N² or D², and no buffer grows faster.
@@ -175,6 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         mae.run(mae.Settings(given.output, given.epochs, given.batch_size, given.seed), data, Console())
         return
     method = METHODS[given.method]
+    if method.fused_over_ranks is None and dist.is_torchelastic_launched():
+        parser.error(f"--method {method.name} runs on one process, without torchrun")
     with ranks.group():
         world, batch_size = ranks.place()[1], given.batch_size or method.batch_size
         if batch_size < 2 * world:

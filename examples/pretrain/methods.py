@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
 
 import sslfast
 from examples.common.measure import Loss
 
+from . import distillation
+from .learners import BYOL, DINO, EmaUpdate, Learner, LeJEPA, SimSiam, SwAV, diagnosed, slices_of
 from .losses import OverRanks, barlow_twins, vicreg
+from .model import Model
 
 TEMPERATURE = 0.3
+PROTOTYPES = DINO.prototypes
+LE_JEPA_LAMBDA = 0.05
 LAMBDA = 0.002  # about 1/D: at 0.005 and above the features of these small images are worse
+
+
+def _embeddings(loss: Any, z0: Tensor, z1: Tensor) -> Tensor:
+    return loss(z0, z1)
+
+
+def _predictions(loss: Any, z0: Tensor, z1: Tensor) -> Tensor:
+    return loss(z0, z1, z0.detach(), z1.detach())
+
+
+def _scores(loss: Any, z0: Tensor, z1: Tensor) -> Tensor:
+    return diagnosed(loss([z0, z1]))[0]
+
+
+def _scores_of_both(loss: Any, z0: Tensor, z1: Tensor) -> Tensor:
+    criterion = type(loss)(z0.shape[1])  # with a centre for so many prototypes
+    return criterion([z0.detach(), z1.detach()], [z0, z1])
+
+
+def _on_slices(loss: Any, z0: Tensor, z1: Tensor) -> Tensor:
+    return loss(torch.stack([z0, z1]), slices_of(z0.shape[1], 0))
 
 
 @dataclass(frozen=True)
@@ -23,7 +54,8 @@ class Method:
         name: on the command line and in file names.
         title: for a reader.
         loss: the same of the loss, with its parameters.
-        fused, fused_over_ranks: sslfast's loss of this process's views, and of those of all ranks.
+        fused, fused_over_ranks: sslfast's loss of this process's views, and of those of all ranks; ``None``: the
+            method runs on one process.
         plain: the same function as ``fused`` in plain PyTorch.
         operators, operators_over_ranks: the operators that the fused loss reaches, by who serves it then; none of them
             when the reference does.
@@ -33,14 +65,18 @@ class Method:
         learning_rate: the largest of the schedule.
         steps: of a training.
         large: the (N, D) at which the loss alone is measured beside the training's, smallest first.
+        learner: what is trained, beside the loss.
+        of_two_views: calls the loss, as the learner does, with the embeddings or scores [N, D] of two views, which is what
+            is measured alone.
+        measured_width: D there, where that is not the embeddings'.
     """
 
     name: str
     title: str
     loss: str
-    fused: Loss
-    fused_over_ranks: Loss
-    plain: Loss
+    fused: Any
+    fused_over_ranks: Any
+    plain: Any
     operators: Mapping[str, str]
     operators_over_ranks: Mapping[str, str]
     hidden: tuple[int, ...]
@@ -49,12 +85,33 @@ class Method:
     learning_rate: float
     steps: int
     large: tuple[tuple[int, int], ...]
+    learner: type[Learner] = Learner
+    of_two_views: Callable[[Any, Tensor, Tensor], Tensor] = _embeddings
+    measured_width: int | None = None
 
-    def losses(self, world: int = 1) -> dict[str, Loss]:
-        """``fused`` and ``plain`` for so many ranks."""
+    def losses(self, world: int = 1) -> dict[str, Any]:
+        """``fused`` and ``plain`` for so many ranks, as the learner calls them."""
         if world == 1:
             return {"fused": self.fused, "plain": self.plain}
         return {"fused": self.fused_over_ranks, "plain": OverRanks(self.plain)}
+
+    def alone(self) -> dict[str, Loss]:
+        """The same as functions of two views' embeddings, on one process."""
+        return {name: partial(self.of_two_views, copy.deepcopy(loss)) for name, loss in self.losses().items()}
+
+    def learners(self, model: Model, world: int = 1) -> dict[str, Learner]:
+        """Of the same weights, each in memory of its own."""
+        averages: dict[str, EmaUpdate] = {"fused": sslfast.nn.ema_update_, "plain": distillation.ema_update}
+        made = {}
+        for name, loss in self.losses(world).items():
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # predictors and prototypes start alike
+                made[name] = self.learner(model.copy(), copy.deepcopy(loss), averages[name])
+        return made
+
+
+def _fused_le_jepa(z: Tensor, slices: Tensor) -> Tensor:
+    return sslfast.le_jepa(z, None, LE_JEPA_LAMBDA, slices=slices)
 
 
 SIMCLR = Method(
@@ -112,4 +169,84 @@ VICREG = Method(
     large=((256, 2048), (256, 8192)),
 )
 
-METHODS = {method.name: method for method in (SIMCLR, BARLOW, VICREG)}
+BYOL_ = Method(
+    name="byol",
+    title="BYOL",
+    loss="squared distance of predictions and targets",
+    fused=sslfast.byol,
+    fused_over_ranks=None,
+    plain=distillation.byol,
+    operators={"sslfast::negative_cosine": "cpu"},
+    operators_over_ranks={},
+    hidden=(256,),
+    width=128,
+    batch_size=256,
+    learning_rate=2e-3,
+    steps=400,
+    large=((4096, 256),),
+    learner=BYOL,
+    of_two_views=_predictions,
+)
+
+SIMSIAM = replace(
+    BYOL_,
+    name="simsiam",
+    title="SimSiam",
+    loss="negative cosine",
+    fused=sslfast.sim_siam,
+    plain=distillation.sim_siam,
+    learner=SimSiam,
+)
+
+SWAV = Method(
+    name="swav",
+    title="SwAV",
+    loss=f"swapped prediction, K = {PROTOTYPES}",
+    fused=sslfast.SwAVLoss(diagnostics=True),
+    fused_over_ranks=None,
+    plain=distillation.SwAV(),
+    operators={"sslfast::distillation_cross_entropy": "cpu"},
+    operators_over_ranks={},
+    hidden=(256,),
+    width=64,
+    batch_size=256,
+    learning_rate=2e-3,
+    steps=300,
+    large=((512, 3000), (1024, 16384)),
+    learner=SwAV,
+    of_two_views=_scores,
+    measured_width=PROTOTYPES,
+)
+
+DINO_ = replace(
+    SWAV,
+    name="dino",
+    title="DINO",
+    loss=f"cross entropy with the teacher, K = {PROTOTYPES}",
+    fused=sslfast.DINOLoss(PROTOTYPES, diagnostics=True),
+    plain=distillation.DINO(PROTOTYPES),
+    large=((128, 16384), (256, 65536)),
+    learner=DINO,
+    of_two_views=_scores_of_both,
+)
+
+LEJEPA = Method(
+    name="lejepa",
+    title="LeJEPA",
+    loss=f"SIGReg and invariance, λ = {LE_JEPA_LAMBDA}",
+    fused=_fused_le_jepa,
+    fused_over_ranks=None,
+    plain=partial(distillation.le_jepa, lambda_param=LE_JEPA_LAMBDA),
+    operators={"sslfast::characteristic_sums": "cpu", "sslfast::characteristic_sums_triton": "triton"},
+    operators_over_ranks={},
+    hidden=(256,),
+    width=32,
+    batch_size=256,
+    learning_rate=2e-3,
+    steps=300,
+    large=((1024, 64), (4096, 64)),
+    learner=LeJEPA,
+    of_two_views=_on_slices,
+)
+
+METHODS = {each.name: each for each in (SIMCLR, BARLOW, VICREG, BYOL_, SIMSIAM, SWAV, DINO_, LEJEPA)}

@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from examples.common import ranks
 from examples.common.data import Dataset
-from examples.common.measure import Loss
 from sslfast.augment import MultiViewTransform, ViewSpec
 
+from .learners import Learner
 from .model import Model
 
 WEIGHT_DECAY = 1e-4
@@ -42,16 +42,15 @@ class Schedule:
 
 
 def train(
-    model: Model, data: Dataset, views: Sequence[ViewSpec], loss: Loss, schedule: Schedule, label: str
+    learner: Learner, data: Dataset, views: Sequence[ViewSpec], schedule: Schedule, label: str
 ) -> tuple[list[float], float]:
-    """Train ``model`` in place with AdamW.
+    """Train ``learner`` in place with AdamW.
 
     With several ranks each trains on its part of every batch, with batch statistics of its own, and
     DistributedDataParallel keeps the weights alike.
 
     Args:
-        views: the two that are made of each image.
-        loss: takes the embeddings of both views, [rows, D] each, where ``rows`` is this rank's part of the batch.
+        views: those that are made of each image, all of one size.
         label: shown by the progress bar.
 
     Returns:
@@ -60,10 +59,8 @@ def train(
     generator = Generator().manual_seed(schedule.seed)
     rank, world = ranks.place()
     transform = MultiViewTransform(views, seed=schedule.seed, stacked=True)
-    embed: nn.Module = nn.Sequential(model.encoder, model.projector)
-    if world > 1:
-        embed = DistributedDataParallel(embed)
-    parameters = [*model.encoder.parameters(), *model.projector.parameters()]
+    step: nn.Module = learner if world == 1 else DistributedDataParallel(learner)
+    parameters = [p for p in learner.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=WEIGHT_DECAY)
     steps_per_epoch = len(data.train) // schedule.batch_size
     steps = schedule.epochs * steps_per_epoch
@@ -72,8 +69,7 @@ def train(
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - rise))
     scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm_up, cosine], [rise])
 
-    model.encoder.train()
-    model.projector.train()
+    learner.train()
     losses: list[float] = []
     start = time.perf_counter()
     with tqdm(total=steps, desc=f"{label:>5} loss", unit="step", disable=rank > 0) as progress:
@@ -81,12 +77,12 @@ def train(
             order = torch.randperm(len(data.train), generator=generator)
             for batch in order[: steps_per_epoch * schedule.batch_size].split(schedule.batch_size):
                 ids = batch.tensor_split(world)[rank]
-                both = transform(data.train[ids], ids, epoch=epoch)  # [2, n, C, s, s]
-                value = loss(*embed(both.flatten(0, 1)).chunk(2))
+                value = step(transform(data.train[ids], ids, epoch=epoch))  # [V, n, C, s, s]
                 optimizer.zero_grad()
                 value.backward()
                 optimizer.step()
                 scheduler.step()
+                learner.after_step((len(losses) + 1) / steps)
                 losses.append(ranks.mean(value.detach()).item())
                 progress.update()
                 progress.set_postfix(loss=f"{losses[-1]:.3f}")
