@@ -66,8 +66,8 @@ class Method:
         steps: of a training.
         large: the (N, D) at which the loss alone is measured beside the training's, smallest first.
         learner: what is trained, beside the loss.
-        of_two_views: calls the loss, as the learner does, with the embeddings or scores [N, D] of two views, which is what
-            is measured alone.
+        of_two_views: calls the loss, as the learner does, with the embeddings or scores [N, D] of two views: what is
+            measured alone.
         measured_width: D there, where that is not the embeddings'.
     """
 
