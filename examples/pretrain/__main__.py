@@ -137,8 +137,9 @@ def _costs(
     sizes = dict.fromkeys(((batch_size, method.measured_width or method.width), *method.large))  # each once, in order
     for pairs, width in sizes:
         if costs:
-            # The matrix grows as N² or D², and no buffer grows faster.
-            growth = max(pairs / costs[-1].pairs, width / costs[-1].width) ** 2
+            # The matrix grows as N² or D², that of scores as N·K, and no buffer grows faster.
+            rows, columns = pairs / costs[-1].pairs, width / costs[-1].width
+            growth = max(rows, columns) ** 2 if method.measured_width is None else rows * columns
             peaks = costs[-1].peak_bytes
             losses = {name: loss for name, loss in losses.items() if (peaks[name] or 0) * growth <= MEMORY_MOST}
         if losses:

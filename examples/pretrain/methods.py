@@ -96,8 +96,12 @@ class Method:
         return {"fused": self.fused_over_ranks, "plain": OverRanks(self.plain)}
 
     def alone(self) -> dict[str, Loss]:
-        """The same as functions of two views' embeddings, on one process."""
-        return {name: partial(self.of_two_views, copy.deepcopy(loss)) for name, loss in self.losses().items()}
+        """The same as functions of two views' embeddings, on one process; nothing is told beside the loss."""
+        losses = copy.deepcopy(self.losses())
+        for loss in losses.values():
+            if hasattr(loss, "diagnostics"):
+                loss.diagnostics = False
+        return {name: partial(self.of_two_views, loss) for name, loss in losses.items()}
 
     def learners(self, model: Model, world: int = 1) -> dict[str, Learner]:
         """Of the same weights, each in memory of its own."""
