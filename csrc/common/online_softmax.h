@@ -1,5 +1,5 @@
-// A softmax's sum while its numbers go by, in units of log 2: Σ 2^(x − largest), relative to the largest so far. For the
-// host and the device.
+// A softmax's sum while its numbers go by, in units of log 2: Σ 2^(x − largest), relative to the largest so far. For
+// the host and the device.
 #pragma once
 #include "half.h"
 
@@ -21,7 +21,8 @@ SSLFAST_INLINE OnlineSum<A> nothing_summed() {
   return {A(-3.0e38), A(0)};
 }
 
-// One exponential: that of the difference, by which either the sum or the number is the smaller. A NaN stays in the sum.
+// One exponential: that of the difference, by which either the sum or the number is the smaller. A NaN stays in the
+// sum.
 template <typename A>
 SSLFAST_INLINE OnlineSum<A> with_number(const OnlineSum<A>& so_far, A x) {
   const bool larger = x > so_far.largest;

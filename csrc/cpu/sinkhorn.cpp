@@ -1,5 +1,5 @@
-// Sinkhorn–Knopp in the log domain on the CPU. The assignments after n iterations are softmax_k(x/τ + f), so all that is
-// kept is f [K]; each iteration reads the logits once and takes one exponential of each:
+// Sinkhorn–Knopp in the log domain on the CPU. The assignments after n iterations are softmax_k(x/τ + f), so all that
+// is kept is f [K]; each iteration reads the logits once and takes one exponential of each:
 //     f ← −log Σ_b exp(x_bk/τ)                    the first: column maxima and sums
 //     f ← f − log Σ_b softmax_k(x_b/τ + f)_k      the others: a row's softmax, added to the column sums
 #include "cpu/sinkhorn.h"

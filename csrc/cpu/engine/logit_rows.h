@@ -30,7 +30,8 @@ static inline const A* chunk_of(const T* __restrict__ x, int64_t count, A* __res
   return buffer;
 }
 
-// The largest of n numbers, a multiple of a vector; kLeast of −∞ alone. A NaN may be passed over: its exponential is NaN.
+// The largest of n numbers, a multiple of a vector; kLeast of −∞ alone. A NaN may be passed over: its exponential is
+// NaN.
 template <typename A>
 static inline A largest_of(const A* x, int64_t n) {
   vec<A> a = broadcast(kLeast<A>), b = a;
