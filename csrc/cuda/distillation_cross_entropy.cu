@@ -1,6 +1,7 @@
 // Cross entropy of students' logits against teachers' on the GPU: a block of threads a row. Memory traffic is the
 // bound: forward, teachers' rows are read for their log-sum-exp and again, from the cache, beside each student's;
-// backward, a block has a stretch of columns of one sample, reads all its views once and writes the students' gradients.
+// backward, a block has a stretch of columns of one sample, reads all its views once and writes the students'
+// gradients.
 #include "checks/distillation_cross_entropy.h"
 
 #include <tuple>
