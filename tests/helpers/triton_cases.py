@@ -294,8 +294,7 @@ def argument_type(function: Any, name: str, dtype: str) -> str:
         return "*i32"
     if name in FLOAT64:
         return "*fp64"
-    return "*i64" if name.endswith(("Ids", "Positives", "Ranges", "Step")) else "*fp32"
-    return "*i64" if name in INT64 or name.endswith(("Ids", "Positives", "Ranges")) else "*fp32"
+    return "*i64" if name in INT64 or name.endswith(("Ids", "Positives", "Ranges", "Step")) else "*fp32"
 
 
 def table_of(kernel: str) -> dict[tuple[int, int, bool], Any]:
