@@ -136,14 +136,23 @@ def ranks_that_do_not_all_learn(rank: int, world: int) -> None:
 # ------------------------------------------------------------------------------------------------- ranks that refuse
 
 
+# Not of two views, or taking ranks without a row; their refusals are cases of their own.
+ELSEWHERE = {"sigreg", "le_jepa", "le_wm", "visreg", "swav", "sinkhorn", "sinkhorn_bias"}
+ELSEWHERE |= {"prototype_sinkhorn", "center_update_"}
+
+
 def _calls() -> dict[str, Callable[..., Any]]:
     """Every public loss over ranks, of two views."""
     found: dict[str, Callable[..., Any]] = {}
     for name in sslfast.__all__:
         function = getattr(sslfast, name)
-        if inspect.isfunction(function) and "gather_distributed" in inspect.signature(function).parameters:
+        if name in ELSEWHERE or not inspect.isfunction(function):
+            continue
+        if "gather_distributed" in inspect.signature(function).parameters:
             found[name] = function
     special = {
+        "byol": lambda a, b, **over: sslfast.byol(a, b, b, a, **over),
+        "sim_siam": lambda a, b, **over: sslfast.sim_siam(a, b, b, a, **over),
         "moco": lambda a, b, **over: sslfast.moco(a, b, QUEUE.to(a.dtype), **over),
         "sup_con": lambda a, b, **over: sslfast.sup_con(torch.stack([a, b], 1), **over),
         "clip": lambda a, b, **over: sslfast.clip(a, b, 2.0, **over),
@@ -174,7 +183,14 @@ def _grid(a: Tensor) -> Tensor:
     return torch.rand(len(a), 2, 2, 2, dtype=a.dtype if a.is_floating_point() else torch.float32)
 
 
-ONE_TENSOR = ("MemoryQueue", "group_nt_xent", "mmcr", "sup_con", "uniformity")  # made of the views, or of the first
+ONE_TENSOR = (
+    "MemoryQueue",
+    "group_nt_xent",
+    "koleo",
+    "mmcr",
+    "sup_con",
+    "uniformity",
+)  # made of the views, or of the first
 REFUSED = {
     "no rows": lambda a, b: (a[:0], b[:0]),
     "one view shorter": lambda a, b: (a, b[:-1]),

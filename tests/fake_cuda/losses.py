@@ -219,7 +219,8 @@ _PROTOTYPES: dict[str, Case] = {
 
 
 def _of_head(head: sslfast.DINOHead, x: Inputs) -> Tensor:
-    return sslfast.prototype_cross_entropy(head(x.z(2, N, D)), x.fixed(2, N, 16), head.prototypes)
+    z = x.z(2, N, D).to(next(head.parameters()).dtype)
+    return sslfast.prototype_cross_entropy(head(z), x.fixed(2, N, 16), head.prototypes)
 
 
 _LOGITS: dict[str, Case] = {

@@ -213,3 +213,14 @@ def test_the_operator_checks_what_it_is_given(device: str) -> None:
     for message, arguments in wrong.items():
         with pytest.raises(RuntimeError, match=message):
             update(*arguments)
+
+
+def test_the_reference_is_the_same_average() -> None:
+    student = torch.randn(7, 5)
+    found = []
+    for backend in ("cpu", "reference"):
+        teacher = torch.linspace(-1, 1, 35).view(7, 5).clone()
+        with sslfast.use_backend(backend):
+            sslfast.nn.ema_update_([teacher], [student], 0.9)
+        found.append(teacher)
+    torch.testing.assert_close(*found)

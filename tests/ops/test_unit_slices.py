@@ -61,3 +61,11 @@ def test_operator() -> None:
         unit_slices(torch.tensor(0), 0, MOST_FEATURES + 1, 1)
     compiled = torch.compile(lambda step: unit_slices(step, 1, 6, 5), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(torch.tensor(4)), unit_slices(torch.tensor(4), 1, 6, 5))
+
+
+def test_the_reference_draws_the_same_directions() -> None:
+    found = []
+    for backend in ("cpu", "reference"):
+        with sslfast.use_backend(backend):
+            found.append(unit_slices(torch.tensor(3), 7, 10, 33).double())
+    torch.testing.assert_close(*found, rtol=0, atol=3e-7)

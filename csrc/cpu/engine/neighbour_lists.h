@@ -8,6 +8,7 @@
 
 namespace sslfast {
 namespace SSLFAST_CPU_LEVEL {
+namespace {
 
 template <typename T>
 static inline bool precedes(T x, int64_t i, T y, int64_t j) {
@@ -162,5 +163,6 @@ static void take_tile(const T* x, const TilePlace& at, bool finite, const Neighb
   if constexpr (kColumnsToo) take_columns(x, at, finite, of_column, lists, down);
 }
 
+}  // namespace
 }  // namespace SSLFAST_CPU_LEVEL
 }  // namespace sslfast

@@ -17,6 +17,7 @@ struct SliceInput {
 };
 
 namespace SSLFAST_CPU_LEVEL {
+namespace {
 
 // Knots are taken in groups of eight, 8j + 1 … 8j + 8, around the pivot P = 8j + 4: with the multiples b = 1 … 4 of the
 // angle, cos((P ± b)θ) = cos Pθ cos bθ ∓ sin Pθ sin bθ and sin((P ± b)θ) = sin Pθ cos bθ ± cos Pθ sin bθ, so four
@@ -111,5 +112,6 @@ static inline void tame(T* x, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r) store(x + r * kTile, within_few_turns<T>(load(x + r * kTile)));
 }
 
+}  // namespace
 }  // namespace SSLFAST_CPU_LEVEL
 }  // namespace sslfast
