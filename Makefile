@@ -22,7 +22,7 @@ help:
 	@echo "make demo   train on real images, fused beside plain; table, picture and JSON in out/demo"
 	@echo "            (METHOD=simclr, barlow, vicreg, byol, simsiam, swav, dino, lejepa or mae;"
 	@echo "            DATA=digits, DATA=fashion-mnist or DATA=<folder of images>;"
-	@echo "            RANKS=2 on two processes, all but mae)"
+	@echo "            RANKS=2 on two processes: simclr, barlow, vicreg)"
 	@echo "make check  the inner loop: build in place and run the quick tests, in two minutes"
 	@echo "make test   build in place and run every test (JOBS=0 in one process)"
 	@echo "make triton-versions  every Triton kernel ahead of time, for every GPU, by other versions of Triton too"

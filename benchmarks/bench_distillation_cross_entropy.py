@@ -12,7 +12,7 @@ import sslfast
 from . import peers
 from .bench_sinkhorn import EXPONENTIAL
 from .harness import Case
-from .masking import Benchmark, Function, Problem, leaf, normal
+from .masking import Function, Problem, leaf, normal, of_logits
 
 TEACHERS, STUDENTS = 2, 10
 
@@ -50,17 +50,8 @@ def _cost(case: Case) -> tuple[float, float]:
     return EXPONENTIAL * exponentials, (3 * TEACHERS + 3 * STUDENTS) * view * case.torch_dtype.itemsize
 
 
-BENCHMARK = Benchmark(
-    op="distillation_cross_entropy",
-    own="lightly",
-    sweep=[{"B": 64, "K": 65536}, {"B": 32, "K": 1024}],
-    problem=_problem,
-    published=_published,
-    fused=_fused,
-    whole_cost=_cost,
-    tiny={"B": 9, "K": 70},
-    pictures=False,
-)
+CALLS = {"problem": _problem, "published": _published, "fused": _fused, "whole_cost": _cost}
+BENCHMARK = of_logits("distillation_cross_entropy", "lightly", (64, 65536), **CALLS)
 PROVIDERS, BASELINES, TINY = BENCHMARK.providers, BENCHMARK.baselines, BENCHMARK.tiny
 cases, setup, truth = BENCHMARK.cases, BENCHMARK.setup, BENCHMARK.truth
 cost, why_skip = BENCHMARK.cost, BENCHMARK.why_skip

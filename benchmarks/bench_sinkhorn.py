@@ -11,7 +11,7 @@ from torch import Tensor
 import sslfast
 
 from .harness import Case
-from .masking import Benchmark, Function, Problem, normal
+from .masking import Function, Problem, normal, of_logits
 
 TEMPERATURE = 0.05
 EXPONENTIAL = 16.0  # operations of one: seven fused multiply-adds, and what rounds the argument
@@ -47,17 +47,8 @@ def _cost(case: Case) -> tuple[float, float]:
     return 4 * EXPONENTIAL * entries, 4 * entries * case.torch_dtype.itemsize + 4 * entries
 
 
-BENCHMARK = Benchmark(
-    op="sinkhorn",
-    own="dinov2",
-    sweep=[{"B": 1024, "K": 65536}, {"B": 512, "K": 3000}, {"B": 32, "K": 1024}],
-    problem=_problem,
-    published=_published,
-    fused=_fused,
-    whole_cost=_cost,
-    tiny={"B": 9, "K": 70},
-    pictures=False,
-)
+CALLS = {"problem": _problem, "published": _published, "fused": _fused, "whole_cost": _cost}
+BENCHMARK = of_logits("sinkhorn", "dinov2", (1024, 65536), (512, 3000), **CALLS)
 PROVIDERS, BASELINES, TINY = BENCHMARK.providers, BENCHMARK.baselines, BENCHMARK.tiny
 cases, setup, truth = BENCHMARK.cases, BENCHMARK.setup, BENCHMARK.truth
 cost, why_skip = BENCHMARK.cost, BENCHMARK.why_skip

@@ -9,7 +9,7 @@ import sslfast
 from . import peers
 from .bench_sinkhorn import EXPONENTIAL
 from .harness import Case
-from .masking import Benchmark, Function, Problem, leaf, normal
+from .masking import Function, Problem, leaf, normal, of_logits
 
 HIGH, LOW = 2, 6
 VISITS = 3  # of an assigned view's scores, for its bias
@@ -41,17 +41,8 @@ def _cost(case: Case) -> tuple[float, float]:
     return EXPONENTIAL * exponentials, (VISITS * assigned + 3 * every) * case.torch_dtype.itemsize
 
 
-BENCHMARK = Benchmark(
-    op="swav",
-    own="lightly",
-    sweep=[{"B": 512, "K": 3000}, {"B": 32, "K": 1024}],
-    problem=_problem,
-    published=_published,
-    fused=_fused,
-    whole_cost=_cost,
-    tiny={"B": 9, "K": 70},
-    pictures=False,
-)
+CALLS = {"problem": _problem, "published": _published, "fused": _fused, "whole_cost": _cost}
+BENCHMARK = of_logits("swav", "lightly", (512, 3000), **CALLS)
 PROVIDERS, BASELINES, TINY = BENCHMARK.providers, BENCHMARK.baselines, BENCHMARK.tiny
 cases, setup, truth = BENCHMARK.cases, BENCHMARK.setup, BENCHMARK.truth
 cost, why_skip = BENCHMARK.cost, BENCHMARK.why_skip

@@ -137,6 +137,12 @@ def of_tokens(op: str, width: int, **options: Any) -> Benchmark:
     )
 
 
+def of_logits(op: str, own: str, *sizes: tuple[int, int], **options: Any) -> Benchmark:
+    """Of logits or scores [B, K] in memory: these sizes, and 32 × 1,024."""
+    sweep = [{"B": b, "K": k} for b, k in (*sizes, (32, 1024))]
+    return Benchmark(op=op, own=own, sweep=sweep, tiny={"B": 9, "K": 70}, pictures=False, **options)
+
+
 def problem_with_position(case: Case, learn: list[Tensor], given: dict[str, Tensor], rows: int) -> Problem:
     """``learn``, the position of class token and tokens where it does, and what else is ``given``; for ``rows``."""
     b, d = case.shape["B"], case.shape["D"]

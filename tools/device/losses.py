@@ -1,13 +1,12 @@
 """Every public loss as a call of (rows, features), in float64 on the CPU: what stage A holds against the truth.
 
-``waits`` says why a loss lets the host wait for the device, which no graph can capture: by what it promises, not by
-accident. A loss with state is made anew for each call, so that two calls see the same state.
+The calls are :class:`Loss`; those of a teacher and prototypes are in ``distillation.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,48 +15,8 @@ from torch.nn import functional as F
 import sslfast
 from sslfast.losses.contrastive.group_nt_xent import group_nt_xent
 
-
-class Problem(NamedTuple):
-    """``function(*learn, *scalars, *given)``; ``learn`` and floating-point ``given`` come in the dtype under test."""
-
-    function: Callable[..., Any]
-    learn: tuple[Tensor, ...]
-    scalars: tuple[float, ...] = ()
-    given: tuple[Tensor, ...] = ()
-
-
-class Loss(NamedTuple):
-    """One call. ``names``: public ones that it covers; ``make``: of rows and features; ``triton``: on such kernels."""
-
-    name: str
-    names: tuple[str, ...]
-    make: Callable[[int, int], Problem]
-    triton: bool = True
-    waits: str = ""
-    form: str = ""  # of the gradient, forced
-
-
-def rows(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def two(n: int, d: int, noise: float = 0.7) -> tuple[Tensor, Tensor]:
-    """Views whose rows resemble each other."""
-    z = rows(n, d)
-    return z, z + noise * rows(n, d, seed=1)
-
-
-def unit(n: int, d: int, seed: int = 0) -> Tensor:
-    return F.normalize(rows(n, d, seed=seed), dim=1)
-
-
-def labels(n: int, classes: int = 7) -> Tensor:
-    return torch.randint(0, classes, (n,), generator=torch.Generator().manual_seed(3))
-
-
-def of_two_views(name: str, function: Callable[..., Any], *scalars: float, **options: Any) -> Loss:
-    return Loss(name, (name.partition(",")[0],), lambda n, d: Problem(function, two(n, d), scalars), **options)
-
+from .distillation import DISTILLATION
+from .problems import Loss, Problem, labels, of_two_views, rows, two, unit
 
 # ----------------------------------------------------------------------------------------------------- contrastive
 
@@ -321,99 +280,6 @@ MOMENTS = [
     of_columns("invariance_loss", sslfast.invariance_loss, triton=False),
     of_columns("variance_loss", lambda a, b: sslfast.variance_loss(a) + sslfast.variance_loss(b), triton=False),
     of_columns("covariance_loss", lambda a, b: sslfast.covariance_loss(a) + sslfast.covariance_loss(b)),
-]
-
-# ------------------------------------------------------------------------------------------------------- distillation
-
-
-def _gram(n: int, d: int) -> Problem:
-    return Problem(sslfast.gram_anchor, (rows(3, n, d),), (), (rows(3, n, d, seed=1),))
-
-
-def _gram_of_all(n: int, d: int) -> Problem:
-    function = lambda x, y: sslfast.gram_anchor(x, y, normalize=False, per_image=False, negatives="keep")  # noqa: E731
-    return Problem(function, (d**-0.5 * rows(2, n, d),), (), (d**-0.5 * rows(2, n, d, seed=1),))
-
-
-def _neighbours(n: int, d: int) -> Problem:
-    function = lambda q, k: sslfast.nearest_neighbours(q, k, 5).similarity  # noqa: E731
-    return Problem(function, (unit(n, d), unit(2 * n + 1, d, 1)))
-
-
-def _distilled(n: int, d: int) -> Problem:
-    def function(student: Tensor, teacher: Tensor) -> Tensor:
-        bias = sslfast.sinkhorn_bias(teacher[0], 0.2)
-        return sslfast.distillation_cross_entropy(student, teacher, teacher_bias=bias, ignore_diagonal=True)
-
-    return Problem(function, (rows(5, n, d),), (), (rows(2, n, d, seed=1),))
-
-
-def _assigned(n: int, d: int) -> Problem:
-    def function(student: Tensor, teacher: Tensor) -> Tensor:
-        return sslfast.assignment_cross_entropy(student, sslfast.sinkhorn(teacher, 0.2))
-
-    return Problem(function, (rows(n, d),), (), (rows(n, d, seed=1),))
-
-
-def _swav(n: int, d: int) -> Problem:
-    def function(first: Tensor, second: Tensor, small: Tensor) -> Tensor:
-        return sslfast.swav([first, second], [small], sinkhorn_epsilon=0.2)
-
-    return Problem(function, tuple(rows(n, d, seed=seed) for seed in range(3)))
-
-
-def _dino(n: int, d: int) -> Problem:
-    def function(student: Tensor, teacher: Tensor) -> Tensor:
-        criterion = sslfast.DINOLoss(d).to(student.device)
-        return criterion(teacher, student) + criterion(teacher.flip(1), student)
-
-    return Problem(function, (rows(4, n, d),), (), (rows(2, n, d, seed=1),))
-
-
-def _ibot(n: int, d: int) -> Problem:
-    mask = rows(3, n, seed=2) > 0.5
-
-    def function(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-        return sslfast.IBOTPatchLoss(d).to(student.device)(teacher, student, mask)
-
-    return Problem(function, (rows(3 * n, d),), (), (rows(3 * n, d, seed=1), mask))
-
-
-def _prototypes(n: int, d: int) -> Problem:
-    def function(student: Tensor, w: Tensor, gain: Tensor, teacher: Tensor, u: Tensor, bias: Tensor) -> Tensor:
-        prototypes = sslfast.NormalizedPrototypes(w, gain)
-        return sslfast.prototype_cross_entropy(student, teacher, prototypes, u, teacher_bias=bias)
-
-    student = unit(3 * n, d).view(3, n, d)
-    given = unit(2 * n, d, seed=1).view(2, n, d), unit(2 * n, d, seed=4), rows(2 * n, seed=5)
-    return Problem(function, (student, rows(2 * n, d, seed=2), 1 + rows(2 * n, seed=3).square()), (), given)
-
-
-def _sinkhorn(n: int, d: int) -> Problem:
-    def function(student: Tensor, w: Tensor, teacher: Tensor) -> Tensor:
-        bias = sslfast.prototype_sinkhorn(teacher, w.detach(), 0.1)
-        center = sslfast.center_update_(torch.zeros_like(bias), teacher, w.detach(), 0.0)
-        return sslfast.prototype_cross_entropy(student, teacher, w, teacher_temperature=0.1, teacher_bias=bias - center)
-
-    return Problem(function, (unit(n, d), unit(2 * n, d, seed=2)), (), (unit(n, d, seed=1),))
-
-
-DISTILLATION = [
-    Loss("gram_anchor", ("gram_anchor",), _gram),
-    Loss("gram_anchor, all rows", ("gram_anchor",), _gram_of_all),
-    of_two_views("negative_cosine", sslfast.negative_cosine, triton=False),
-    of_two_views("byol", lambda p, z: sslfast.byol(p, z, z, p), triton=False),
-    of_two_views("sim_siam", lambda p, z: sslfast.sim_siam(p, z, z, p), triton=False),
-    Loss("nearest_neighbours", ("nearest_neighbours",), _neighbours),
-    Loss("koleo", ("koleo",), lambda n, d: Problem(sslfast.koleo, (rows(n, d),))),
-    Loss("koleo, topk", ("koleo",), lambda n, d: Problem(lambda x: sslfast.koleo(x, 3), (rows(n, d),))),
-    Loss("distillation_cross_entropy", ("distillation_cross_entropy", "sinkhorn_bias"), _distilled, triton=False),
-    Loss("assignment_cross_entropy", ("assignment_cross_entropy", "sinkhorn"), _assigned, triton=False),
-    Loss("swav", ("swav", "SwAVLoss"), _swav, triton=False),
-    Loss("DINOLoss", ("DINOLoss",), _dino, triton=False),
-    Loss("IBOTPatchLoss", ("IBOTPatchLoss",), _ibot, triton=False),
-    Loss("prototype_cross_entropy", ("prototype_cross_entropy", "NormalizedPrototypes"), _prototypes),
-    Loss("prototype_sinkhorn", ("prototype_sinkhorn", "center_update_"), _sinkhorn),
 ]
 
 # ------------------------------------------------------------------------------------------------------------- masked

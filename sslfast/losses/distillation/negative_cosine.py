@@ -260,7 +260,15 @@ class NegativeCosineLoss(_CosineLoss):
         return f"convention={self.convention!r}, {super().extra_repr()}"
 
 
-class BYOLLoss(_CosineLoss):
+class _SymmetricLoss(_CosineLoss):
+    """Of predictions and targets of both views."""
+
+    def __init__(self, eps: float = rows.EPS, gather_distributed: bool = False, *, diagnostics: bool = False) -> None:
+        super().__init__(eps, gather_distributed, diagnostics)
+        _check_options("cosine", eps)
+
+
+class BYOLLoss(_SymmetricLoss):
     """The module form of :func:`byol`.
 
     Args:
@@ -279,17 +287,13 @@ class BYOLLoss(_CosineLoss):
         torch.Size([])
     """
 
-    def __init__(self, eps: float = rows.EPS, gather_distributed: bool = False, *, diagnostics: bool = False) -> None:
-        super().__init__(eps, gather_distributed, diagnostics)
-        _check_options("distance", eps)
-
     def forward(self, p_a: Tensor, p_b: Tensor, z_a: Tensor, z_b: Tensor) -> Tensor | tuple[Tensor, CosineDiagnostics]:
         """The loss of the online network's predictions and the target network's projections of both views."""
         loss = byol(p_a, p_b, z_a, z_b, eps=self.eps, gather_distributed=self.gather_distributed)
         return self.diagnosed(loss, (p_a, p_b), (z_b, z_a))
 
 
-class SimSiamLoss(_CosineLoss):
+class SimSiamLoss(_SymmetricLoss):
     """The module form of :func:`sim_siam`.
 
     Args:
@@ -308,10 +312,6 @@ class SimSiamLoss(_CosineLoss):
         >>> sslfast.SimSiamLoss()(p, p, z, z).shape
         torch.Size([])
     """
-
-    def __init__(self, eps: float = rows.EPS, gather_distributed: bool = False, *, diagnostics: bool = False) -> None:
-        super().__init__(eps, gather_distributed, diagnostics)
-        _check_options("cosine", eps)
 
     def forward(self, p_a: Tensor, p_b: Tensor, z_a: Tensor, z_b: Tensor) -> Tensor | tuple[Tensor, CosineDiagnostics]:
         """The loss of predictions and projections of both views."""

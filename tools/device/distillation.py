@@ -1,0 +1,101 @@
+"""The losses of a teacher, of prototypes and of neighbours, as calls."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import sslfast
+
+from .problems import Loss, Problem, of_two_views, rows, unit
+
+
+def _gram(n: int, d: int) -> Problem:
+    return Problem(sslfast.gram_anchor, (rows(3, n, d),), (), (rows(3, n, d, seed=1),))
+
+
+def _gram_of_all(n: int, d: int) -> Problem:
+    function = lambda x, y: sslfast.gram_anchor(x, y, normalize=False, per_image=False, negatives="keep")  # noqa: E731
+    return Problem(function, (d**-0.5 * rows(2, n, d),), (), (d**-0.5 * rows(2, n, d, seed=1),))
+
+
+def _neighbours(n: int, d: int) -> Problem:
+    function = lambda q, k: sslfast.nearest_neighbours(q, k, 5).similarity  # noqa: E731
+    return Problem(function, (unit(n, d), unit(2 * n + 1, d, 1)))
+
+
+def _distilled(n: int, d: int) -> Problem:
+    def function(student: Tensor, teacher: Tensor) -> Tensor:
+        bias = sslfast.sinkhorn_bias(teacher[0], 0.2)
+        return sslfast.distillation_cross_entropy(student, teacher, teacher_bias=bias, ignore_diagonal=True)
+
+    return Problem(function, (rows(5, n, d),), (), (rows(2, n, d, seed=1),))
+
+
+def _assigned(n: int, d: int) -> Problem:
+    def function(student: Tensor, teacher: Tensor) -> Tensor:
+        return sslfast.assignment_cross_entropy(student, sslfast.sinkhorn(teacher, 0.2))
+
+    return Problem(function, (rows(n, d),), (), (rows(n, d, seed=1),))
+
+
+def _swav(n: int, d: int) -> Problem:
+    def function(first: Tensor, second: Tensor, small: Tensor) -> Tensor:
+        return sslfast.swav([first, second], [small], sinkhorn_epsilon=0.2)
+
+    return Problem(function, tuple(rows(n, d, seed=seed) for seed in range(3)))
+
+
+def _dino(n: int, d: int) -> Problem:
+    def function(student: Tensor, teacher: Tensor) -> Tensor:
+        criterion = sslfast.DINOLoss(d).to(student.device)
+        return criterion(teacher, student) + criterion(teacher.flip(1), student)
+
+    return Problem(function, (rows(4, n, d),), (), (rows(2, n, d, seed=1),))
+
+
+def _ibot(n: int, d: int) -> Problem:
+    mask = rows(3, n, seed=2) > 0.5
+
+    def function(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+        return sslfast.IBOTPatchLoss(d).to(student.device)(teacher, student, mask)
+
+    return Problem(function, (rows(3 * n, d),), (), (rows(3 * n, d, seed=1), mask))
+
+
+def _prototypes(n: int, d: int) -> Problem:
+    def function(student: Tensor, w: Tensor, gain: Tensor, teacher: Tensor, u: Tensor, bias: Tensor) -> Tensor:
+        prototypes = sslfast.NormalizedPrototypes(w, gain)
+        return sslfast.prototype_cross_entropy(student, teacher, prototypes, u, teacher_bias=bias)
+
+    student = unit(3 * n, d).view(3, n, d)
+    given = unit(2 * n, d, seed=1).view(2, n, d), unit(2 * n, d, seed=4), rows(2 * n, seed=5)
+    return Problem(function, (student, rows(2 * n, d, seed=2), 1 + rows(2 * n, seed=3).square()), (), given)
+
+
+def _sinkhorn(n: int, d: int) -> Problem:
+    def function(student: Tensor, w: Tensor, teacher: Tensor) -> Tensor:
+        bias = sslfast.prototype_sinkhorn(teacher, w.detach(), 0.1)
+        center = sslfast.center_update_(torch.zeros_like(bias), teacher, w.detach(), 0.0)
+        return sslfast.prototype_cross_entropy(student, teacher, w, teacher_temperature=0.1, teacher_bias=bias - center)
+
+    return Problem(function, (unit(n, d), unit(2 * n, d, seed=2)), (), (unit(n, d, seed=1),))
+
+
+DISTILLATION = [
+    Loss("gram_anchor", ("gram_anchor",), _gram),
+    Loss("gram_anchor, all rows", ("gram_anchor",), _gram_of_all),
+    of_two_views("negative_cosine", sslfast.negative_cosine, triton=False),
+    of_two_views("byol", lambda p, z: sslfast.byol(p, z, z, p), triton=False),
+    of_two_views("sim_siam", lambda p, z: sslfast.sim_siam(p, z, z, p), triton=False),
+    Loss("nearest_neighbours", ("nearest_neighbours",), _neighbours),
+    Loss("koleo", ("koleo",), lambda n, d: Problem(sslfast.koleo, (rows(n, d),))),
+    Loss("koleo, topk", ("koleo",), lambda n, d: Problem(lambda x: sslfast.koleo(x, 3), (rows(n, d),))),
+    Loss("distillation_cross_entropy", ("distillation_cross_entropy", "sinkhorn_bias"), _distilled, triton=False),
+    Loss("assignment_cross_entropy", ("assignment_cross_entropy", "sinkhorn"), _assigned, triton=False),
+    Loss("swav", ("swav", "SwAVLoss"), _swav, triton=False),
+    Loss("DINOLoss", ("DINOLoss",), _dino, triton=False),
+    Loss("IBOTPatchLoss", ("IBOTPatchLoss",), _ibot, triton=False),
+    Loss("prototype_cross_entropy", ("prototype_cross_entropy", "NormalizedPrototypes"), _prototypes),
+    Loss("prototype_sinkhorn", ("prototype_sinkhorn", "center_update_"), _sinkhorn),
+]
