@@ -179,7 +179,7 @@ mask_at_index = served(utils.mask_at_index, _mask_at_index)
 
 _NO_KERNEL = "sslfast has no faster form"
 _ONE_PASS = "one pass over the inputs already"
-_PROTOTYPES = "softmax over prototypes: sslfast has no kernel for it"
+_PROTOTYPES = "over prototypes, in a form that sslfast has no kernel for"
 _UNCHANGED = {
     _PROTOTYPES: (
         "CAPILoss",
