@@ -1,4 +1,4 @@
-"""Nearest neighbours and their distances on the CPU: against float64 truth, ties and NaN, contracts, wrong input."""
+"""Nearest neighbours on the CPU: against float64 truth, ties and NaN, contracts, wrong input."""
 
 from __future__ import annotations
 
@@ -8,54 +8,13 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
 
 import sslfast
-from helpers import SHAPES, roundings, within_budget
+from helpers import roundings, within_budget
+from neighbour_common import CASES, DTYPES, check_gradients, gradients, learning, rows, whole_rows, wide
 from sslfast import reference
-from sslfast.ops.neighbour_distance import neighbour_distance
 
 pytestmark = pytest.mark.sanitize
-
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-# (rows, columns or 0 for the rows themselves, features, count): one block and several, groups of blocks, one row, more
-# columns than are packed at a time, lists that are merged.
-CASES = [
-    *((m, 0, d, min(c, m - 1)) for (m, d), c in zip(SHAPES, (1, 3, 20, 2, 1, 1, 70, 1), strict=True) if m > 1),
-    (1700, 0, 16, 2),
-    (1, 300, 8, 300),
-    (67, 97, 13, 1),
-    (20, 9000, 130, 5),
-    (3, 6000, 33, 100),
-    (301, 257, 40, 1),
-    (2, 0, 3, 1),
-]
-
-
-def wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def rows(m: int, n: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
-    return torch.randn(m, d).to(dtype), torch.randn(n, d).to(dtype) if n else None
-
-
-def whole_rows(m: int, n: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
-    """Small whole numbers: every sum is exact, and many are equal."""
-    return torch.randint(-2, 3, (m, d)).to(dtype), torch.randint(-2, 3, (n, d)).to(dtype) if n else None
-
-
-def learning(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
-
-
-def gradients(function, *tensors: Tensor | None) -> list[Tensor]:
-    """Of what the function of q and k gives, each entry with a weight of its own; −inf and +inf have none."""
-    leaves = learning(*tensors)
-    found = function(*leaves)
-    weights = torch.linspace(-1, 2, found.numel(), dtype=found.dtype).view_as(found)
-    total = (found.masked_fill(found.isinf(), 0.0) * weights).sum()
-    return list(torch.autograd.grad(total, [t for t in leaves if t is not None]))
 
 
 @pytest.mark.levels
@@ -97,36 +56,12 @@ def test_gradients_reach_both_ends(case: tuple[int, int, int, int], dtype: torch
     *size, count = case
     q, k = rows(*size, dtype)
     index = sslfast.nearest_neighbours(q, k, count).index
-    for name, function, formula in (
-        ("similarity", lambda q, k: sslfast.nearest_neighbours(q, k, count).similarity, reference.neighbour_similarity),
-        ("distance", partial(neighbour_distance, index=index), partial(reference.neighbour_distance, eps=1e-8)),
-    ):
-        formula = partial(formula, index=index)
-        given = [None if t is None else t.to(wide(q)) for t in (q, k)]
-        plain = roundings(gradients, formula, *given)
-        truth = gradients(formula, *(None if t is None else t.double() for t in (q, k)))
-        for what, mine, single, true in zip(("dq", "dk"), gradients(function, q, k), plain, truth, strict=False):
-            assert mine.dtype == dtype
-            within_budget(f"{what} of {name}", mine, single.to(dtype), true, dtype, 1.0)
-
-
-@pytest.mark.levels
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_distances(case: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    *size, count = case
-    q, k = rows(*size, dtype)
-    index = torch.randint(-1, len(q if k is None else k), (len(q), count))
-    q[0] = (q if k is None else k)[index[0, 0].clamp(min=0)]  # identical rows
-    given = [None if t is None else t.to(wide(q)) for t in (q, k)]
-    plain = reference.neighbour_distance(*given, index, 1e-8)
-    truth = reference.neighbour_distance(*(None if t is None else t.double() for t in (q, k)), index, 1e-8)
-    found = neighbour_distance(q, k, index)
-    assert (found == float("inf")).equal(index < 0)
-    finite = [t.masked_fill(index < 0, 0.0) for t in (found, plain, truth)]
-    within_budget("distance", *finite, dtype)
-    if index[0, 0] >= 0:
-        torch.testing.assert_close(found[0, 0].double(), truth[0, 0], rtol=1e-5, atol=0)
+    check_gradients(
+        lambda q, k: sslfast.nearest_neighbours(q, k, count).similarity,
+        partial(reference.neighbour_similarity, index=index),
+        q,
+        k,
+    )
 
 
 @pytest.mark.levels
@@ -236,22 +171,13 @@ def test_operator_contracts() -> None:
     ids = torch.arange(20), torch.arange(30)
     for given in ((q, None, None, None, 3), (q, k, *ids, 2), (q.double(), k.double(), None, None, 1)):
         torch.library.opcheck(torch.ops.sslfast.nearest_neighbours, given)
-    index = torch.randint(0, 20, (20, 2))
-    torch.library.opcheck(torch.ops.sslfast.neighbour_distance, (q, k, index, 1e-8))
-    torch.library.opcheck(torch.ops.sslfast.neighbour_distance, (q, None, index, 1e-8))
-    grad = torch.randn(20, 2)
-    for keys in (None, k.detach()):
-        given = (grad, grad.abs(), index, q.detach(), keys, 1e-8, True, True)
-        torch.library.opcheck(torch.ops.sslfast.neighbour_gradient, given)
 
 
 def test_gradcheck_of_the_kernel_twice() -> None:
     q, k = learning(*rows(7, 9, 5, torch.float64))
-    index = torch.randint(-1, 7, (7, 2))
     for function, inputs in (
         (lambda q, k: sslfast.nearest_neighbours(q, k, 2).similarity, (q, k)),
         (lambda q: sslfast.nearest_neighbours(q, None, 2).similarity, (q,)),
-        (lambda q, k: neighbour_distance(q, k, index).masked_fill(index < 0, 0.0), (q, k)),
     ):
         assert torch.autograd.gradcheck(function, inputs)
         assert torch.autograd.gradgradcheck(function, inputs)
@@ -268,11 +194,6 @@ def test_compiles_without_graph_breaks() -> None:
 
 def test_operators_check_what_they_are_given() -> None:
     q, k = rows(6, 9, 4)
-    for index in (torch.full((6, 1), 9), torch.full((6, 1), -2)):
-        with pytest.raises(RuntimeError, match=r"index must be from -1 to 8"):
-            neighbour_distance(q, k, index)
-    with pytest.raises(RuntimeError, match="index has an unexpected shape"):
-        neighbour_distance(q, k, torch.zeros(5, 1, dtype=torch.int64))
     with pytest.raises(RuntimeError, match="count must be positive, got 0"):
         torch.ops.sslfast.nearest_neighbours(q, k, None, None, 0)
     with pytest.raises(RuntimeError, match="row_ids and col_ids must be given together"):
