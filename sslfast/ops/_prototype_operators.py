@@ -206,7 +206,7 @@ def _attend_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[T
 
 
 def _triton_attend(teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    from ..kernels import prototype_attend as kernel
+    from ..kernels import prototype_cross_entropy as kernel
 
     teacher_prototypes, prototypes, bias, scale = rest
     return kernel.prototype_attend(
@@ -215,7 +215,7 @@ def _triton_attend(teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _triton_attend_backward(grad: Tensor, teacher: Tensor, teacher_prototypes: Tensor, *rest: Any) -> Tensor:
-    from ..kernels import prototype_attend as kernel
+    from ..kernels import prototype_cross_entropy as kernel
 
     return kernel.prototype_attend_backward(grad, teacher.contiguous(), teacher_prototypes.contiguous(), *rest)
 

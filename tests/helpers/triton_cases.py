@@ -165,7 +165,7 @@ KERNELS = {
         table="_configs.SIMILARITY_OWNER",
         sweep=SIMILARITY,
     ),
-    "prototype_attend_backward": Kernel("prototype_attend", table="_configs.SIMILARITY_OWNER", sweep=SIMILARITY),
+    "prototype_attend_backward": Kernel("prototype_cross_entropy", table="_configs.SIMILARITY_OWNER", sweep=SIMILARITY),
     "similarity_attend_merge": Kernel("similarity_lse_attend", constants={"D": 128, "PARTS": 16, "BLOCK_D": 128}),
     "nearest_neighbours": Kernel(
         "nearest_neighbours",
