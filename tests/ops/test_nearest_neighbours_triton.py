@@ -119,3 +119,14 @@ def test_koleo(dtype: torch.dtype, topk: int) -> None:
     for what, mine, one, true in zip(("loss", "dx"), kernel, single, exact, strict=True):
         budget = torch.float32 if what == "loss" else dtype
         within_budget(what, mine, one.to(mine.dtype), true, budget, 1.0 if what == "loss" else 1 / x.numel())
+
+
+def test_identical_rows_are_as_far_apart_as_the_bound_makes_them() -> None:
+    """‖0 + eps‖ = √D·eps, on the kernel as in the formula: the loss of duplicates hangs on it."""
+    q = torch.randn(5, 33)
+    index = torch.tensor([[1], [0], [-1], [4], [3]])
+    q[1], q[4] = q[0], q[3]
+    with sslfast.use_backend("triton"):
+        found = neighbour_distance(q, None, index)
+    torch.testing.assert_close(found, reference.neighbour_distance(q, None, index, 1e-8), rtol=1e-5, atol=0)
+    assert found[2] == torch.inf and found[0] < 1e-7
