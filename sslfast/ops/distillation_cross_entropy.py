@@ -128,7 +128,7 @@ def distillation_cross_entropy(
     backend = _backends.serve("distillation_cross_entropy", student[0], "cuda", why_not)
     if backend == "reference":
         return by_reference(student, teacher, bias, *temperatures, ignore_diagonal, assigned, rows)
-    of_row: Tensor = torch.ops.sslfast.distillation_cross_entropy(
-        list(student), list(teacher), bias, *temperatures, ignore_diagonal, assigned, rows
+    of_row: Tensor = _library.run(
+        "distillation_cross_entropy", list(student), list(teacher), bias, *temperatures, ignore_diagonal, assigned, rows
     )[0]
     return of_row

@@ -110,8 +110,8 @@ def neighbours_of(
         keys = None if k is None else k.to(kind)
         with without_autocast(q):
             return Neighbours(*reference.nearest_neighbours(q.to(kind), keys, count, row_ids=row_ids, col_ids=col_ids))
-    operator = getattr(torch.ops.sslfast, "nearest_neighbours" + ("_triton" if backend == "triton" else ""))
-    return Neighbours(*operator(q, k, row_ids, col_ids, count))
+    name = "nearest_neighbours_triton" if backend == "triton" else "nearest_neighbours"
+    return Neighbours(*_library.run(name, q, k, row_ids, col_ids, count))
 
 
 def nearest_neighbours(

@@ -120,5 +120,5 @@ def neighbour_distance(q: Tensor, k: Tensor | None, index: Tensor, eps: float = 
     backend = _backends.serve("neighbour_distance", q, "triton", why_not)
     if backend == "reference":
         return by_reference(q, k, index, eps)
-    operator = getattr(torch.ops.sslfast, "neighbour_distance" + ("_triton" if backend == "triton" else ""))
-    return operator(q, k, index, eps)
+    name = "neighbour_distance_triton" if backend == "triton" else "neighbour_distance"
+    return _library.run(name, q, k, index, eps)
