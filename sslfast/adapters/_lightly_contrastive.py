@@ -182,11 +182,11 @@ def fast_det_con_s(
     self: Any, view0: Tensor, view1: Tensor, mask_view0: Tensor, mask_view1: Tensor
 ) -> Tensor | Unserved:
     inner, masks = self.detconbloss, (mask_view0, mask_view1)
-    unserved = _unserved_regions(inner, (view0, view1), masks) or overridden(inner, detcon_loss.DetConBLoss, "forward")
+    if overridden(inner, detcon_loss.DetConBLoss, "forward") or not is_unhooked(inner):
+        return inner(view0, view1, view0, view1, *masks)  # as lightly calls it
+    unserved = _unserved_regions(inner, (view0, view1), masks)
     if unserved:
         return unserved
-    if not is_unhooked(inner):
-        return Unserved("hooks on detconbloss")
     return det_con_s(view0, view1, *masks, inner.temperature, gather_distributed=gathers(inner))
 
 

@@ -16,6 +16,7 @@ from ... import _library
 from ..._checks import accumulator, check_temperature, is_real, without_autocast
 from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
+from ...ops.l2_normalize import l2_normalize
 from .._inputs import check_gather, two_views
 from ._inputs import inverse, row_dots
 from .memory_queue import memory_bank
@@ -69,19 +70,22 @@ def co2(
         1.1617
     """
     if queue is None:
-        q, k = two_views("q", q, "k", k, normalize)
+        q, k = two_views("q", q, "k", k, normalize=False)
     else:
-        q, k, queue = _prepared(("q", q), ("k", k), queue, normalize)
-    scale, scope, kind = inverse(temperature, q), scope_of(gather_distributed), accumulator(q)
+        q, k, queue = _prepared(("q", q), ("k", k), queue, normalize=False)
+    kind = accumulator(q)
+    q, k = q.to(kind), k.to(kind)  # first: a divergence is small beside what rounded rows differ by
+    if normalize:
+        q, k = l2_normalize(q), l2_normalize(k)
+    scale, scope = inverse(temperature, q), scope_of(gather_distributed)
     shard = scope.shard(q)
     with without_autocast(q):
-        rows = (scale * q.to(kind), scale * k.to(kind))
         if queue is None:
-            columns = Columns(scope.gather(k).to(kind), scope.gather(q).to(kind), None)
+            columns = Columns(scope.gather(k), scope.gather(q), None)
         else:
             columns = Columns(queue.to(kind), None, scale * row_dots(q, k.unsqueeze(1)).squeeze(1))
         total = _with_the_matrix if _library.in_forward_mode() else _Divergence.apply
-        return shard.weight * total(*rows, *columns)
+        return shard.weight * total(scale * q, scale * k, *columns)
 
 
 class Columns(NamedTuple):
@@ -232,11 +236,11 @@ class CO2Regularizer(nn.Module):
     @over_ranks()
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """The divergence of two views, each [N, D]."""
-        q, k = two_views("out0", out0, "out1", out1, normalize=True)
+        out0, out1 = two_views("out0", out0, "out1", out1, normalize=False)
         queue = None if self.memory_bank is None else self.memory_bank.queue
-        loss = co2(q, k, queue, self.t_consistency, normalize=False, gather_distributed=self.gather_distributed)
-        if self.memory_bank is not None and q.requires_grad:
-            self.memory_bank.enqueue(k)
+        loss = co2(out0, out1, queue, self.t_consistency, gather_distributed=self.gather_distributed)
+        if self.memory_bank is not None and out0.requires_grad:
+            self.memory_bank.enqueue(l2_normalize(out1.detach()))
         return self.alpha * loss
 
     def extra_repr(self) -> str:
