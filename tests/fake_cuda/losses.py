@@ -301,7 +301,7 @@ def _terms_of_itself(z: Tensor, ids: Tensor) -> Any:
     return sslfast.similarity_terms(z, None, 5.0, row_ids=ids, positives=ids.roll(1), hardest=True)
 
 
-def region_masks(x: Inputs) -> masking.Masks:
+def _masks(x: Inputs) -> masking.Masks:
     return masking.random_masks(x.ids(B), L)
 
 
@@ -350,7 +350,7 @@ AVERAGES: dict[str, Case] = {
 
 MASKED: dict[str, Case] = {
     "masked_patch_loss": lambda x: sslfast.masked_patch_loss(
-        x.images(), x.z(B, L, 48), region_masks(x), patch_size=PATCH, target="mae"
+        x.images(), x.z(B, L, 48), _masks(x), patch_size=PATCH, target="mae"
     ),
     "masked_patch_loss/a mask": lambda x: sslfast.masked_patch_loss(
         x.pixels(), x.z(B, L, 48), x.mask(), patch_size=PATCH, mean=[0.5] * 3, std=[0.2] * 3
@@ -361,7 +361,7 @@ MASKED: dict[str, Case] = {
     "masked_patch_loss/numbers": lambda x: sslfast.masked_patch_loss(
         x.pixels(), x.z(B, L, 48), x.mask().float(), patch_size=PATCH
     ),
-    "MaskedPatchLoss": lambda x: sslfast.MaskedPatchLoss(PATCH)(x.images(), x.z(B, L, 48), region_masks(x)),
+    "MaskedPatchLoss": lambda x: sslfast.MaskedPatchLoss(PATCH)(x.images(), x.z(B, L, 48), _masks(x)),
     "masking.compat.forward_loss": lambda x: masking.compat.forward_loss(
         x.pixels(), x.z(B, L, 48), x.mask().float(), patch_size=PATCH, norm_pix_loss=True
     ),

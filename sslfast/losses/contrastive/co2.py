@@ -121,9 +121,7 @@ class _Divergence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, of_q: Tensor, of_k: Tensor | None, positive: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, of_q: Tensor, of_k: Tensor | None, positive: Tensor | None) -> Tensor:
         inputs = (q, k, of_q, of_k, positive)
         made = [
             torch.zeros_like(x) if needed and x is not None else None

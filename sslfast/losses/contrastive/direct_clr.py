@@ -23,9 +23,7 @@ def direct_clr(
     gather_distributed: bool = False,
     strategy: str = "gather",
 ) -> Tensor:
-    """NT-Xent of the first ``loss_dim`` features of two views, mean over the 2N rows; the other features get no gradient.
-
-    The features stay where they are: the kernels read the columns of the wider rows.
+    """NT-Xent of the first ``loss_dim`` features of two views, mean over the 2N rows. The others get no gradient.
 
     Args:
         z0, z1: [N, D] or [N, ...], which is flattened: row ``i`` of both a view of image ``i``; float32, float64,
@@ -46,9 +44,7 @@ def direct_clr(
         0.5944
     """
     z0, z1 = leading("z0", z0, loss_dim), leading("z1", z1, loss_dim)
-    return nt_xent(
-        z0, z1, temperature, normalize=normalize, gather_distributed=gather_distributed, strategy=strategy
-    )
+    return nt_xent(z0, z1, temperature, normalize=normalize, gather_distributed=gather_distributed, strategy=strategy)
 
 
 def leading(name: str, z: Tensor, loss_dim: int) -> Tensor:

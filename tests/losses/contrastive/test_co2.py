@@ -110,7 +110,7 @@ def test_no_number_comes_out_of_nan() -> None:
 
 @pytest.mark.usefixtures("block")
 def test_derivatives_twice() -> None:
-    inputs = [*(z.requires_grad_() for z in two_views((4, 3))), torch.tensor(0.5, dtype=torch.float64, requires_grad=True)]
+    inputs = [x.requires_grad_() for x in (*two_views((4, 3)), torch.tensor(0.5, dtype=torch.float64))]
     for queue in (None, keys(5, 3)):
         assert torch.autograd.gradgradcheck(lambda q, k, t, n=queue: co2(q, k, n, t), inputs)
 

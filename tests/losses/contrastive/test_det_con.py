@@ -49,6 +49,10 @@ def plain_s(z0: Tensor, z1: Tensor, mask0: Tensor, mask1: Tensor, tau: float | T
     return plain_b(z0, z1, z0, z1, mask0, mask1, tau)
 
 
+def lightlys(loss: type, temperature: float):
+    return getattr(lightly_loss("detcon_loss"), loss.__name__)(temperature)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_formula(shape: tuple[int, int, int]) -> None:
     masks = drawn(shape)
@@ -64,9 +68,8 @@ def test_equals_lightly(temperature: float, shape: tuple[int, int, int]) -> None
     """To the rounding of its weights, which are float32 whatever the inputs."""
     masks = drawn(shape)
     for loss, count in ((DetConSLoss, 2), (DetConBLoss, 4)):
-        theirs = getattr(lightly_loss("detcon_loss"), loss.__name__)(temperature)
-        inputs = views(shape, count)
-        found, expected = (value_and_gradients(lambda *x, f=f: f(*x, *masks), *inputs) for f in (loss(temperature), theirs))
+        both, inputs = (loss(temperature), lightlys(loss, temperature)), views(shape, count)
+        found, expected = (value_and_gradients(lambda *x, f=f: f(*x, *masks), *inputs) for f in both)
         for mine, true in zip(found, expected, strict=True):
             torch.testing.assert_close(mine, true, rtol=1e-6, atol=1e-7 * true.abs().max().item())
 
@@ -75,10 +78,8 @@ def test_is_lightlys_where_its_weights_are_exact() -> None:
     """One, two or four regions of a mask."""
     masks = torch.tensor([[0, 0, 1, 2], [5, 5, 5, 5]]), torch.tensor([[1, 0, 1, 0], [5, 5, 5, 5]])
     for loss, count in ((DetConSLoss, 2), (DetConBLoss, 4)):
-        theirs = getattr(lightly_loss("detcon_loss"), loss.__name__)(0.2)
-        same_value_and_gradients(
-            lambda *x, f=loss(0.2): f(*x, *masks), lambda *x, f=theirs: f(*x, *masks), *views((2, 4, 6), count)
-        )
+        calls = [lambda *x, f=f: f(*x, *masks) for f in (loss(0.2), lightlys(loss, 0.2))]
+        same_value_and_gradients(*calls, *views((2, 4, 6), count))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -101,7 +102,10 @@ def test_predictions_against_targets(fixed: bool) -> None:
 
         return function
 
-    kernel, single = value_and_gradients(call(det_con_b), *inputs), roundings(value_and_gradients, call(plain_b), *inputs)
+    kernel, single = (
+        value_and_gradients(call(det_con_b), *inputs),
+        roundings(value_and_gradients, call(plain_b), *inputs),
+    )
     truth = value_and_gradients(call(plain_b), *(x.double() for x in inputs))
     for i, (k, r, t) in enumerate(zip(kernel, single, truth, strict=True)):
         within_budget(f"result {i}", k, r, t, torch.float32, 5.0 if t.dim() == 0 else 0.1)
@@ -158,9 +162,7 @@ def test_strides_and_autocast() -> None:
 
 def test_not_normalised() -> None:
     z, masks = [F.normalize(x, dim=2) for x in views((4, 3, 6))], drawn((4, 3))
-    torch.testing.assert_close(
-        det_con_s(*(3 * x for x in z), *masks, 0.9, normalize=False), det_con_s(*z, *masks, 0.1)
-    )
+    torch.testing.assert_close(det_con_s(*(3 * x for x in z), *masks, 0.9, normalize=False), det_con_s(*z, *masks, 0.1))
 
 
 def test_second_derivatives() -> None:

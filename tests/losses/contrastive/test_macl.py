@@ -13,7 +13,9 @@ from sslfast.losses.contrastive.macl import MACLLoss, macl
 from sslfast.losses.contrastive.nt_xent import nt_xent
 
 
-def plain(z0: Tensor, z1: Tensor, temperature: float | Tensor = 0.1, alpha: float = 0.5, threshold: float = 0.0) -> Tensor:
+def plain(
+    z0: Tensor, z1: Tensor, temperature: float | Tensor = 0.1, alpha: float = 0.5, threshold: float = 0.0
+) -> Tensor:
     z = torch.cat([F.normalize(z0), F.normalize(z1)])
     n = len(z0)
     s = z @ z.T
