@@ -40,14 +40,14 @@ def co2(
 
     With a queue both are over ``q_i·k_i`` and the queue's keys ``c = c'``; without one ``c`` are the keys of the batch
     and ``c'`` its queries. A regulariser, to be added to :func:`moco` or :func:`nt_xent`. Rows are visited in blocks of
-    at most 2²⁰ similarities (of more than 2²⁰ keys: one row), a few of which are in memory at a time, once: the
-    gradient comes along.
+    at most 2²⁰ similarities (of more than 2²⁰ keys: one row), a few of which are in memory at a time; the gradient
+    comes along in the forward.
 
     Args:
         q, k: [N, D], row ``i`` of both from image ``i``; float32, float64, bfloat16 or float16. Both receive a gradient
             if they want one.
-        queue: [K, D] negatives, as they are and without gradient (default: the rows of the batch). Where the dtypes
-            differ the wider one is used for all.
+        queue: [K, D] negatives, as they are and without gradient (default: the rows of the batch). In 16 bits it is
+            copied to float32.
         temperature: τ, finite and not zero (default 0.05); or a one-element tensor, which receives its gradient.
         normalize: divide the rows of q and k by their norms first (default).
         gather_distributed: over the batches of all ranks; with a queue, which every rank has a copy of, weigh this
@@ -60,7 +60,7 @@ def co2(
     Raises:
         TypeError, ValueError: shapes, widths, dtypes or devices do not fit, or the temperature is zero or not finite.
 
-    Source: Wei et al. 2021, "CO2: Consistent Contrast for Unsupervised Visual Representation Learning", equation 5, but
+    Source: Wei et al. 2021, "CO2: Consistent Contrast for Unsupervised Visual Representation Learning", section 3, but
     for the positive, which the paper leaves out of both softmaxes; value as lightly 1.6.0's ``CO2Regularizer``, whose
     result has no gradient.
 

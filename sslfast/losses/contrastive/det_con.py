@@ -127,7 +127,7 @@ def _det_con(
 
     ``views`` and ``masks``: of the first and the second view, as are ``targets`` where there are any.
     """
-    regions = _checked(views | targets)
+    regions = _checked({**views, **targets})
     mask = _checked_masks(masks, regions[0])  # [B, 2, m]
     b, _, m = mask.shape
     scale = inverse(temperature, regions[0])
