@@ -15,11 +15,19 @@ from ._version import __version__ as __version__
 from .adapters import Patch as Patch, patch as patch, unpatch as unpatch
 from .grad_cache import grad_cache_step as grad_cache_step
 from .losses.contrastive.clip import ClipLoss as ClipLoss, clip as clip
+from .losses.contrastive.co2 import CO2Regularizer as CO2Regularizer, co2 as co2
 from .losses.contrastive.dcl import DCLLoss as DCLLoss, DCLWLoss as DCLWLoss, dcl as dcl, dclw as dclw
+from .losses.contrastive.det_con import (
+    DetConBLoss as DetConBLoss,
+    DetConSLoss as DetConSLoss,
+    det_con_b as det_con_b,
+    det_con_s as det_con_s,
+)
 from .losses.contrastive.diagnostics import (
     Diagnostics as Diagnostics,
     contrastive_diagnostics as contrastive_diagnostics,
 )
+from .losses.contrastive.direct_clr import DirectCLRLoss as DirectCLRLoss, direct_clr as direct_clr
 from .losses.contrastive.hypersphere import (
     HypersphereLoss as HypersphereLoss,
     alignment as alignment,
@@ -34,6 +42,7 @@ from .losses.contrastive.info_nce import (
     symmetric_info_nce as symmetric_info_nce,
 )
 from .losses.contrastive.labelled_nt_xent import labelled_nt_xent as labelled_nt_xent
+from .losses.contrastive.macl import MACLLoss as MACLLoss, macl as macl
 from .losses.contrastive.memory_queue import MemoryQueue as MemoryQueue
 from .losses.contrastive.moco import MoCoLoss as MoCoLoss, MoCoV3Loss as MoCoV3Loss, moco as moco, moco_v3 as moco_v3
 from .losses.contrastive.nt_xent import NTXentLoss as NTXentLoss, nt_xent as nt_xent

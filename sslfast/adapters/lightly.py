@@ -10,15 +10,18 @@ from typing import Any
 
 import lightly.loss.barlow_twins_loss as barlow_twins_loss
 import lightly.loss.dcl_loss as dcl_loss
+import lightly.loss.detcon_loss as detcon_loss
 import lightly.loss.dino_loss as dino_loss
 import lightly.loss.frossl_loss as frossl_loss
 import lightly.loss.hypersphere_loss as hypersphere_loss
 import lightly.loss.ibot_loss as ibot_loss
 import lightly.loss.koleo_loss as koleo_loss
 import lightly.loss.lejepa_loss as lejepa_loss
+import lightly.loss.macl_loss as macl_loss
 import lightly.loss.mmcr_loss as mmcr_loss
 import lightly.loss.negative_cosine_similarity as negative_cosine_similarity
 import lightly.loss.ntx_ent_loss as ntx_ent_loss
+import lightly.loss.regularizer.co2 as co2
 import lightly.loss.swav_loss as swav_loss
 import lightly.loss.tico_loss as tico_loss
 import lightly.loss.vicreg_loss as vicreg_loss
@@ -69,6 +72,30 @@ class DCLLoss(dcl_loss.DCLLoss):
 
 class DCLWLoss(dcl_loss.DCLWLoss, DCLLoss):
     """``lightly.loss.DCLWLoss``."""
+
+
+class MACLLoss(macl_loss.MACLLoss):
+    """``lightly.loss.MACLLoss``: no 2N × 2N matrix."""
+
+    forward = served(macl_loss.MACLLoss.forward, contrastive.fast_macl)
+
+
+class DetConBLoss(detcon_loss.DetConBLoss):
+    """``lightly.loss.DetConBLoss``: no matrix of all regions against all."""
+
+    forward = served(detcon_loss.DetConBLoss.forward, contrastive.fast_det_con_b)
+
+
+class DetConSLoss(detcon_loss.DetConSLoss):
+    """``lightly.loss.DetConSLoss``: half of the similarities, none of which is stored."""
+
+    forward = served(detcon_loss.DetConSLoss.forward, contrastive.fast_det_con_s)
+
+
+class CO2Regularizer(co2.CO2Regularizer):
+    """``lightly.loss.regularizer.CO2Regularizer``, which has no gradient: the value, block by block."""
+
+    forward = served(co2.CO2Regularizer.forward, contrastive.fast_co2)
 
 
 class HypersphereLoss(hypersphere_loss.HypersphereLoss):
@@ -189,12 +216,8 @@ _UNCHANGED = {
         "PMSNLoss",
     ),
     _NO_KERNEL: (
-        "CO2Regularizer",
         "DSERegularizer",
-        "DetConBLoss",
-        "DetConSLoss",
         "EMPSSLLoss",
-        "MACLLoss",
         "PatchKernelAlignmentLoss",
     ),
     _ONE_PASS: ("invariance_loss", "norm_mse_loss", "repeat_token", "variance_loss"),
@@ -210,6 +233,10 @@ def contents() -> Package:
             NTXentLoss,
             DCLLoss,
             DCLWLoss,
+            MACLLoss,
+            DetConSLoss,
+            DetConBLoss,
+            CO2Regularizer,
             HypersphereLoss,
             BarlowTwinsLoss,
             VICRegLoss,

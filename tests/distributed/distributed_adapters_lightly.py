@@ -29,6 +29,12 @@ def _loss(module: str, name: str, **options: Any) -> Any:
     return peers.lightly_loss(module, name, gather_distributed=True, **options)  # Unavailable skips the case
 
 
+def _regions(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    """Two regions of each image in two views, and their masks."""
+    masks = torch.arange(2 * len(a)).view(-1, 2) % 3
+    return a.view(-1, 2, 3), b.view(-1, 2, 3), masks, masks.flip(1)
+
+
 def _banked() -> Any:
     torch.manual_seed(1)
     return _loss("ntx_ent_loss", "NTXentLoss", memory_bank_size=(16, 6))
@@ -70,6 +76,8 @@ def lightly_with_sslfast_in_it(rank: int, world: int) -> None:
         "a bank": _stateful(_banked),
         "DCLLoss": _loss("dcl_loss", "DCLLoss"),
         "DCLWLoss": _loss("dcl_loss", "DCLWLoss", sigma=0.3),
+        "DetConSLoss": lambda a, b: _loss("detcon_loss", "DetConSLoss")(*_regions(a, b)),
+        "DetConBLoss": lambda a, b: _loss("detcon_loss", "DetConBLoss")(*_regions(a, b)[:2], *_regions(b, a)),
         "BarlowTwinsLoss": _loss("barlow_twins_loss", "BarlowTwinsLoss"),
         "VICRegLoss": _loss("vicreg_loss", "VICRegLoss"),
         "TiCoLoss": _stateful(lambda: _loss("tico_loss", "TiCoLoss")),

@@ -12,7 +12,7 @@ from benchmarks import peers
 from sslfast.adapters._serve import Package
 
 from .inputs import PATCH, SIDE, B, Case, D, Inputs, L, N
-from .losses import vicregl_views
+from .losses import region_masks, vicregl_views
 
 
 def _adapter(package: str) -> Any:
@@ -31,6 +31,10 @@ def lightly() -> tuple[dict[str, Case], Package]:
         "NTXentLoss/with a bank": _views(adapter.NTXentLoss, memory_bank_size=(40, D)),
         "DCLLoss": _views(adapter.DCLLoss),
         "DCLWLoss": _views(adapter.DCLWLoss),
+        "MACLLoss": _views(adapter.MACLLoss),
+        "DetConSLoss": lambda x: adapter.DetConSLoss()(x.z(N, 3, D), x.z(N, 3, D), *region_masks(x)),
+        "DetConBLoss": lambda x: adapter.DetConBLoss()(*(x.z(N, 3, D) for _ in range(4)), *region_masks(x)),
+        "CO2Regularizer": _views(adapter.CO2Regularizer),
         "HypersphereLoss": _views(adapter.HypersphereLoss),
         "BarlowTwinsLoss": _views(adapter.BarlowTwinsLoss),
         "VICRegLoss": _views(adapter.VICRegLoss),

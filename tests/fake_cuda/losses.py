@@ -36,6 +36,11 @@ def _function(function: Any, **named: Any) -> Case:
     return lambda x: function(x.z(), x.z(), **named)
 
 
+def region_masks(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Of three regions of each image, in two views."""
+    return x.labels(3 * N).view(N, 3), x.labels(3 * N).view(N, 3) // 2
+
+
 def _mixed(function: Any, *options: Any) -> Case:
     """Of two dtypes, as an autocast region makes them."""
 
@@ -90,6 +95,21 @@ CONTRASTIVE: dict[str, Case] = {
     "dclw": _function(sslfast.dclw),
     "DCLLoss": _module(sslfast.DCLLoss),
     "DCLWLoss": _module(sslfast.DCLWLoss),
+    "direct_clr": _function(sslfast.direct_clr, loss_dim=5),
+    "DirectCLRLoss": _module(sslfast.DirectCLRLoss, 5, memory_bank_size=(40, 5)),
+    "macl": lambda x: sslfast.macl(x.z(), x.z(), x.number(0.5)),
+    "MACLLoss": _module(sslfast.MACLLoss, diagnostics=True),
+    "det_con_s": lambda x: sslfast.det_con_s(x.z(N, 3, D), x.z(N, 3, D), *region_masks(x), x.number(0.5)),
+    "det_con_b": lambda x: sslfast.det_con_b(*(x.z(N, 3, D) for _ in range(4)), *region_masks(x)),
+    "det_con_b/fixed targets": lambda x: sslfast.det_con_b(
+        *(x.z(N, 3, D) for _ in range(2)), *(x.fixed(N, 3, D) for _ in range(2)), *region_masks(x)
+    ),
+    "DetConSLoss": lambda x: sslfast.DetConSLoss()(x.z(N, 3, D), x.z(N, 3, D), *region_masks(x)),
+    "DetConBLoss": lambda x: sslfast.DetConBLoss()(*(x.z(N, 3, D) for _ in range(4)), *region_masks(x)),
+    "co2": lambda x: sslfast.co2(x.z(), x.z(), None, x.number(0.5)),
+    "co2/a queue": lambda x: sslfast.co2(x.z(), x.z(), x.fixed(40, D)),
+    "CO2Regularizer": _module(sslfast.CO2Regularizer, 2.0, 0.5),
+    "CO2Regularizer/with a bank": _module(sslfast.CO2Regularizer, memory_bank_size=(40, D)),
     "clip": lambda x: sslfast.clip(x.z(), x.z(), x.number(10.0), x.number(-1.0)),
     "clip/a frozen tower": lambda x: sslfast.ClipLoss(diagnostics=True)(x.fixed(), x.z(), 10.0),
     "ClipLoss": lambda x: sslfast.ClipLoss()(x.z(), x.z(), x.number(10.0), output_dict=True),
