@@ -29,7 +29,10 @@ CONVENTIONS = {"lightly": 1.0, "paper": -1.0}
 
 
 class _Gram(torch.autograd.Function):
-    """``X Xᵀ`` [..., n, n] in float64, where the products of float32 numbers are exact; one product backward."""
+    """``X Xᵀ`` [..., n, n] in float64, where the products of float32 numbers are exact; one product backward.
+
+    That one too: of ``(I + c Z Zᵀ)⁻¹ Z`` what lies along large directions cancels.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -41,7 +44,7 @@ class _Gram(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         with without_autocast(x):
-            return (grad + grad.mT).to(x.dtype) @ x
+            return ((grad + grad.mT) @ x.double()).to(x.dtype)
 
 
 class _LogDeterminant(torch.autograd.Function):
