@@ -41,10 +41,10 @@ class _Gram(torch.autograd.Function):
         return wide @ wide.mT
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor]:
         (x,) = ctx.saved_tensors
         with without_autocast(x):
-            return ((grad + grad.mT) @ x.double()).to(x.dtype)
+            return (((grad + grad.mT) @ x.double()).to(x.dtype),)
 
 
 class _LogDeterminant(torch.autograd.Function):
