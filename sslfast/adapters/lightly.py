@@ -127,9 +127,7 @@ class EMPSSLLoss(emp_ssl_loss.EMPSSLLoss):
 class PatchKernelAlignmentLoss(patch_kernel_alignment_loss.PatchKernelAlignmentLoss):
     """``lightly.loss.PatchKernelAlignmentLoss``: tokens are centred, not kernels, and the smaller matrices taken."""
 
-    forward = served(
-        patch_kernel_alignment_loss.PatchKernelAlignmentLoss.forward, dense.fast_patch_kernel_alignment
-    )
+    forward = served(patch_kernel_alignment_loss.PatchKernelAlignmentLoss.forward, dense.fast_patch_kernel_alignment)
 
 
 class Whitening2d(wmse_loss.Whitening2d):

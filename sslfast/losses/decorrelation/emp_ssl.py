@@ -149,11 +149,10 @@ def emp_ssl(
 def _smaller_gram(scope: Scope, z: Tensor, rows: int, eps: float) -> tuple[Tensor, float]:
     """Z Zᵀ [V, N, N] or ZᵀZ [V, D, D] of the ``rows`` of the whole scope, and what it is multiplied by."""
     d = z.shape[2]
+    c = d / (rows * eps)
     if rows <= d:
-        gram = _gram(scope.gather(z).transpose(0, 1))
-    else:
-        gram = scope.total(_gram(z.permute(1, 2, 0)))
-    return gram, d / (rows * eps)
+        return _gram(scope.gather(z).transpose(0, 1)), c
+    return scope.total(_gram(z.permute(1, 2, 0))), c
 
 
 def _checked_sign(tcr_eps: float, inv_coef: float, convention: str) -> float:

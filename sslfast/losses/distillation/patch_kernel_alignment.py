@@ -78,27 +78,22 @@ class _Alignment(torch.autograd.Function):
         if x.requires_grad:
             of_s = torch.where(s > EPS, 2 * alignment / s, 0)[:, None, None]  # a norm below its bound is a constant
             of_t = (-2 * r)[:, None, None]
+            weights = products.own.mul_(of_s)
             if x.shape[1] <= x.shape[2]:
-                w = products.own.mul_(of_s).addcmul_(products.teacher, of_t)
-                saved = (own, w)
+                ctx.save_for_backward(x, y, valid, own, weights.addcmul_(products.teacher, of_t))
             else:
-                saved = (own, products.own.mul_(of_s), other, products.cross[0].mT * of_t)
-            ctx.save_for_backward(x, y, valid, *saved)
+                ctx.save_for_backward(x, y, valid, own, weights, other, products.cross[0].mT * of_t)
         return 1 - alignment
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         x, y, valid, own, w, *others = ctx.saved_tensors
         with without_autocast(x):
             if torch.is_grad_enabled():
                 (found,) = _library.second_order(lambda x: _plain(x, y, valid), (x,), (True,), grad)
                 return found, None, None
-            if others:
-                other, of_cross = others
-                found = torch.baddbmm(own @ w, other, of_cross)
-            else:
-                found = w @ own
-            return found.mul_(grad[:, None, None]).to(x.dtype), None, None
+            dx = torch.baddbmm(own @ w, *others) if others else w @ own
+            return dx.mul_(grad[:, None, None]).to(x.dtype), None, None
 
 
 def _checked(

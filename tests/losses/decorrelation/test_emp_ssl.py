@@ -155,7 +155,9 @@ def test_autocast_keeps_single_precision(shape: tuple[int, int]) -> None:
 def test_compile_without_graph_breaks() -> None:
     inputs = views(3, 12, 6, torch.float32)
     step = torch.compile(lambda *z: emp_ssl(z), fullgraph=True, backend="aot_eager")
-    for a, b in zip(value_and_gradients(step, *inputs), value_and_gradients(lambda *z: emp_ssl(z), *inputs), strict=True):
+    for a, b in zip(
+        value_and_gradients(step, *inputs), value_and_gradients(lambda *z: emp_ssl(z), *inputs), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 
