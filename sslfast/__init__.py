@@ -60,6 +60,7 @@ from .losses.decorrelation.barlow_twins import (
     barlow_twins as barlow_twins,
     cross_correlation_loss as cross_correlation_loss,
 )
+from .losses.decorrelation.emp_ssl import EMPSSLLoss as EMPSSLLoss, emp_ssl as emp_ssl
 from .losses.decorrelation.frossl import FroSSLLoss as FroSSLLoss, frossl as frossl
 from .losses.decorrelation.le_jepa import (
     LeJEPALoss as LeJEPALoss,
@@ -106,6 +107,10 @@ from .losses.distillation.negative_cosine import (
     byol as byol,
     negative_cosine as negative_cosine,
     sim_siam as sim_siam,
+)
+from .losses.distillation.patch_kernel_alignment import (
+    PatchKernelAlignmentLoss as PatchKernelAlignmentLoss,
+    patch_kernel_alignment as patch_kernel_alignment,
 )
 from .losses.distillation.sinkhorn import sinkhorn as sinkhorn, sinkhorn_bias as sinkhorn_bias
 from .losses.distillation.swav import SwAVLoss as SwAVLoss, swav as swav

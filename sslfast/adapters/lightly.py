@@ -1,4 +1,4 @@
-"""lightly's losses (``lightly.loss``) and token functions (``lightly.models.utils``) with sslfast's kernels in them.
+"""lightly's losses (``lightly.loss``) and functions (``lightly.models.utils``) with sslfast's kernels in them.
 
 Names, constructors, ``forward`` and results are lightly's. ``docs/lightly.md`` says what is served, and what is left to
 lightly's own code.
@@ -12,6 +12,7 @@ import lightly.loss.barlow_twins_loss as barlow_twins_loss
 import lightly.loss.dcl_loss as dcl_loss
 import lightly.loss.detcon_loss as detcon_loss
 import lightly.loss.dino_loss as dino_loss
+import lightly.loss.emp_ssl_loss as emp_ssl_loss
 import lightly.loss.frossl_loss as frossl_loss
 import lightly.loss.hypersphere_loss as hypersphere_loss
 import lightly.loss.ibot_loss as ibot_loss
@@ -22,11 +23,13 @@ import lightly.loss.mmcr_loss as mmcr_loss
 import lightly.loss.negative_cosine_similarity as negative_cosine_similarity
 import lightly.loss.ntx_ent_loss as ntx_ent_loss
 import lightly.loss.regularizer.co2 as co2
+import lightly.loss.patch_kernel_alignment_loss as patch_kernel_alignment_loss
 import lightly.loss.swav_loss as swav_loss
 import lightly.loss.tico_loss as tico_loss
 import lightly.loss.vicreg_loss as vicreg_loss
 import lightly.loss.vicregl_loss as vicregl_loss
 import lightly.loss.wmse_loss as wmse_loss
+import lightly.models.modules.nn_memory_bank as nn_memory_bank
 import lightly.models.utils as utils
 import torch
 from torch import Tensor, nn
@@ -36,6 +39,8 @@ from ..masking import compat
 from . import (
     _cosine as cosine,
     _lightly_contrastive as contrastive,
+    _lightly_dense as dense,
+    _lightly_models as models,
     _lightly_moments as moments,
     _lightly_prototypes as prototypes,
     _lightly_slices as slices,
@@ -140,6 +145,18 @@ class FroSSLLoss(frossl_loss.FroSSLLoss):
     forward = served(frossl_loss.FroSSLLoss.forward, moments.fast_frossl)
 
 
+class EMPSSLLoss(emp_ssl_loss.EMPSSLLoss):
+    """``lightly.loss.EMPSSLLoss``: the determinant of the smaller Gram matrix, by a Cholesky factor."""
+
+    forward = served(emp_ssl_loss.EMPSSLLoss.forward, moments.fast_emp_ssl)
+
+
+class PatchKernelAlignmentLoss(patch_kernel_alignment_loss.PatchKernelAlignmentLoss):
+    """``lightly.loss.PatchKernelAlignmentLoss``: tokens are centred, not kernels, and the smaller matrices taken."""
+
+    forward = served(patch_kernel_alignment_loss.PatchKernelAlignmentLoss.forward, dense.fast_patch_kernel_alignment)
+
+
 class Whitening2d(wmse_loss.Whitening2d):
     """``lightly.loss.Whitening2d``: one triangular solve, no inverse and no convolution."""
 
@@ -188,6 +205,12 @@ class IBOTPatchLoss(ibot_loss.IBOTPatchLoss):
     forward = served(ibot_loss.IBOTPatchLoss.forward, prototypes.fast_ibot)
 
 
+class NNMemoryBankModule(nn_memory_bank.NNMemoryBankModule):
+    """``lightly.models.modules.NNMemoryBankModule``: no N × K matrix of similarities."""
+
+    forward = served(nn_memory_bank.NNMemoryBankModule.forward, models.fast_nearest)
+
+
 def _mask_at_index(tokens: Any, index: Any, mask_token: Any) -> Tensor | Unserved:
     unserved = unserved_tensors(tokens, dim=3) or unserved_tensors(mask_token, dim=3)
     if unserved:
@@ -203,6 +226,7 @@ covariance_loss = served(vicreg_loss.covariance_loss, moments.fast_covariance_lo
 get_at_index = served(utils.get_at_index, compat.get_at_index)
 set_at_index = served(utils.set_at_index, compat.set_at_index)
 mask_at_index = served(utils.mask_at_index, _mask_at_index)
+update_momentum = served(utils.update_momentum, models.fast_update_momentum)
 
 _NO_KERNEL = "sslfast has no faster form"
 _ONE_PASS = "one pass over the inputs already"
@@ -217,8 +241,6 @@ _UNCHANGED = {
     ),
     _NO_KERNEL: (
         "DSERegularizer",
-        "EMPSSLLoss",
-        "PatchKernelAlignmentLoss",
     ),
     _ONE_PASS: ("invariance_loss", "norm_mse_loss", "repeat_token", "variance_loss"),
     "VICRegLoss and VICRegLLoss do not call it any more": ("covariance_loss",),
@@ -244,6 +266,8 @@ def contents() -> Package:
             TiCoLoss,
             MMCRLoss,
             FroSSLLoss,
+            EMPSSLLoss,
+            PatchKernelAlignmentLoss,
             KoLeoLoss,
             Whitening2d,
             WMSELoss,
@@ -252,8 +276,9 @@ def contents() -> Package:
             SwaVLoss,
             DINOLoss,
             IBOTPatchLoss,
+            NNMemoryBankModule,
         ),
-        functions=(get_at_index, set_at_index, mask_at_index),
+        functions=(get_at_index, set_at_index, mask_at_index, update_momentum),
         through={"DirectCLRLoss": "NTXentLoss", "LeJEPALoss": "SIGReg", "LeWMLoss": "SIGReg"},
         unchanged={name: reason for reason, names in _UNCHANGED.items() for name in names},
     )

@@ -38,6 +38,7 @@ SERVED = {
     *("MMCRLoss", "FroSSLLoss", "WMSELoss", "Whitening2d", "SIGReg", "NegativeCosineSimilarity"),
     *("SwaVLoss", "DINOLoss", "IBOTPatchLoss", "KoLeoLoss"),
     *("MACLLoss", "DetConSLoss", "DetConBLoss", "CO2Regularizer"),
+    *("EMPSSLLoss", "PatchKernelAlignmentLoss", "NNMemoryBankModule"),
 }
 
 

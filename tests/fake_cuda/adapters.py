@@ -24,6 +24,12 @@ def _views(kind: Any, *options: Any, **named: Any) -> Case:
     return lambda x: x.made(lambda: kind(*options, **named))(x.z(), x.z())
 
 
+def _momentum(x: Inputs) -> list[Tensor]:
+    student, average = (x.made(lambda: nn.Linear(D, 3)) for _ in range(2))
+    _adapter("lightly").update_momentum(student, average, 0.9)
+    return list(average.parameters())
+
+
 def lightly() -> tuple[dict[str, Case], Package]:
     adapter = _adapter("lightly")
     return {
@@ -43,6 +49,10 @@ def lightly() -> tuple[dict[str, Case], Package]:
         "NegativeCosineSimilarity": _views(adapter.NegativeCosineSimilarity),
         "MMCRLoss": lambda x: adapter.MMCRLoss()(x.z(N, 3, D), x.z(N, 3, D)),
         "FroSSLLoss": lambda x: adapter.FroSSLLoss()([x.z(), x.z()]),
+        "EMPSSLLoss": lambda x: adapter.EMPSSLLoss()([x.z(), x.z()]),
+        "PatchKernelAlignmentLoss": lambda x: adapter.PatchKernelAlignmentLoss()(x.z(B, L, D), x.z(B, L, D)),
+        "NNMemoryBankModule": lambda x: x.made(lambda: adapter.NNMemoryBankModule((40, D)).to(x.dtype))(x.z(), True),
+        "update_momentum": _momentum,
         "KoLeoLoss": lambda x: adapter.KoLeoLoss()(x.z()),
         "Whitening2d": lambda x: x.made(lambda: adapter.Whitening2d(D))(x.z()),
         "WMSELoss": lambda x: x.made(lambda: adapter.WMSELoss(4, w_size=12))(x.z(2 * N, 4)),

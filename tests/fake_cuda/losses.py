@@ -184,6 +184,9 @@ DECORRELATION: dict[str, Case] = {
     "covariance_loss": lambda x: sslfast.covariance_loss(x.z()),
     "variance_loss": lambda x: sslfast.variance_loss(x.z()),
     "invariance_loss": _function(sslfast.invariance_loss),
+    "emp_ssl": lambda x: sslfast.emp_ssl([x.z(), x.z(), x.z()]),
+    "emp_ssl/wide": lambda x: sslfast.emp_ssl([x.z(N, 128), x.z(N, 128)], convention="paper"),
+    "EMPSSLLoss": lambda x: sslfast.EMPSSLLoss()([x.z(), x.z()]),
     "frossl": lambda x: sslfast.frossl([x.z(), x.z(), x.z()]),
     "frossl/wide": lambda x: sslfast.frossl([x.z(N, 128), x.z(N, 128)]),
     "FroSSLLoss": lambda x: sslfast.FroSSLLoss()([x.z(), x.z()]),
@@ -329,6 +332,11 @@ DISTILLATION: dict[str, Case] = {
     "gram_anchor": lambda x: sslfast.gram_anchor(x.z(B, L, D), x.fixed(B, L, D)),
     "gram_anchor/as they are": lambda x: sslfast.gram_anchor(x.z(B, L, D), x.fixed(B, L, D), normalize=False),
     "GramLoss": lambda x: sslfast.GramLoss(img_level=False, remove_neg=False)(x.z(B, L, D), x.fixed(B, L, D)),
+    "patch_kernel_alignment": lambda x: sslfast.patch_kernel_alignment(x.z(B, L, D), x.fixed(B, L, D), x.mask()),
+    "patch_kernel_alignment/samples of wide tokens": lambda x: sslfast.patch_kernel_alignment(
+        x.z(B, L, 128), x.fixed(B, L, 128), x.mask(), max_tokens=5
+    ),
+    "PatchKernelAlignmentLoss": lambda x: sslfast.PatchKernelAlignmentLoss()(x.z(B, L, D), x.fixed(B, L, D)),
     "ops.gram_anchor.gram_anchor": lambda x: gram_anchor(x.z(B, L, D), x.fixed(B, L, D)),
     "ops.negative_cosine.negative_cosine": lambda x: negative_cosine(x.z(), x.z()),
 }

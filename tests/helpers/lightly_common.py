@@ -45,6 +45,8 @@ def all_losses() -> dict[str, tuple]:
         "TiCoLoss": (loss.TiCoLoss(), (a, b)),
         "MMCRLoss": (loss.MMCRLoss(), (a.view(8, 3, 6), b.view(8, 3, 6))),
         "FroSSLLoss": (loss.FroSSLLoss(), ([a, b],)),
+        "EMPSSLLoss": (loss.EMPSSLLoss(), ([a, b],)),
+        "PatchKernelAlignmentLoss": (loss.PatchKernelAlignmentLoss(), (a.view(2, 12, 6), b.view(2, 12, 6))),
         "KoLeoLoss": (loss.KoLeoLoss(), (a,)),
         "Whitening2d": (loss.Whitening2d(6), (a,)),
         "WMSELoss": (loss.WMSELoss(6, w_size=12), (a,)),

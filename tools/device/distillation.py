@@ -19,6 +19,11 @@ def _gram_of_all(n: int, d: int) -> Problem:
     return Problem(function, (d**-0.5 * rows(2, n, d),), (), (d**-0.5 * rows(2, n, d, seed=1),))
 
 
+def _alignment(n: int, d: int) -> Problem:
+    mask = rows(3, n, seed=2) > 0.5
+    return Problem(sslfast.patch_kernel_alignment, (rows(3, n, d),), (), (rows(3, n, d, seed=1), mask))
+
+
 def _neighbours(n: int, d: int) -> Problem:
     function = lambda q, k: sslfast.nearest_neighbours(q, k, 5).similarity  # noqa: E731
     return Problem(function, (unit(n, d), unit(2 * n + 1, d, 1)))
@@ -85,6 +90,7 @@ def _sinkhorn(n: int, d: int) -> Problem:
 DISTILLATION = [
     Loss("gram_anchor", ("gram_anchor",), _gram),
     Loss("gram_anchor, all rows", ("gram_anchor",), _gram_of_all),
+    Loss("patch_kernel_alignment", ("patch_kernel_alignment",), _alignment, triton=False),
     of_two_views("negative_cosine", sslfast.negative_cosine, triton=False),
     of_two_views("byol", lambda p, z: sslfast.byol(p, z, z, p), triton=False),
     of_two_views("sim_siam", lambda p, z: sslfast.sim_siam(p, z, z, p), triton=False),

@@ -307,6 +307,7 @@ MOMENTS = [
     of_columns("vicreg", sslfast.vicreg),
     of_columns("vibcreg", sslfast.vibcreg),
     Loss("vicregl", ("vicregl",), _vicregl),
+    of_columns("emp_ssl", lambda a, b: sslfast.emp_ssl([a, b]), triton=False),
     of_columns("frossl", lambda a, b: sslfast.frossl([a, b])),
     of_columns("spectral_contrastive", sslfast.spectral_contrastive),
     of_columns("tico", _tico),
@@ -365,6 +366,7 @@ LOSSES: Sequence[Loss] = [*CONTRASTIVE, *FORMS, *MOMENTS, *DISTILLATION, *MASKED
 # Modules without a state: nothing but their function's arguments, kept.
 THIN = (
     *("BarlowTwinsLoss", "ClipLoss", "DCLLoss", "DCLWLoss", "FroSSLLoss", "HypersphereLoss", "InfoNCELoss", "MMCRLoss"),
+    *("EMPSSLLoss", "PatchKernelAlignmentLoss"),
     *("KoLeoLoss", "MoCoV3Loss", "MultipleNegativesRankingLoss", "SigLipLoss", "SpectralContrastiveLoss", "SupConLoss"),
     *("DetConBLoss", "DetConSLoss", "DirectCLRLoss", "MACLLoss"),
     *(
