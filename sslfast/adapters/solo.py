@@ -7,7 +7,6 @@ whether it gathers over ranks, is read off the one that is installed.
 from __future__ import annotations
 
 import importlib
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from ..losses.decorrelation.vibcreg import vibcreg
 from ..losses.decorrelation.vicreg import vicreg
 from . import _cosine as cosine
 from ._mae import patch_loss
-from ._serve import Package, Unserved, served, unserved_matrices, unserved_tensors
+from ._serve import Package, Unserved, parameters, served, unserved_matrices, unserved_tensors
 
 
 def _over_ranks() -> bool:
@@ -210,16 +209,12 @@ def _installed() -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
         except ModuleNotFoundError:
             continue
         original = getattr(module, known.name)
-        same_arguments = _parameters(original) == _parameters(known.fast)
+        same_arguments = parameters(original) == parameters(known.fast)
         if same_arguments and known.gathers in (None, hasattr(module, "gather")):
             found[known.name] = served(original, known.fast)
         elif known.name not in found:
             unchanged[known.name] = "this version of solo-learn takes or gathers something else"
     return found, {name: reason for name, reason in unchanged.items() if name not in found}
-
-
-def _parameters(function: Callable[..., Any]) -> list[tuple[str, object]]:
-    return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
 
 
 def __getattr__(name: str) -> Any:
