@@ -39,6 +39,11 @@ def kind_of(*tensors: Tensor) -> torch.dtype:
     return torch.promote_types(kind, torch.float32) if autocasts(tensors[0]) else kind
 
 
+def at_most_single(x: Any) -> Any:
+    """For a kernel whose sums of 16-bit numbers are float32 what ``x.float()`` is."""
+    return x.float() if isinstance(x, Tensor) and x.dtype == torch.float64 else x
+
+
 # ------------------------------------------------------------------------------------------------------------- targets
 
 
@@ -65,14 +70,33 @@ def centered_targets(loss: Any, logits: Any, temperature: Any, update: bool = Tr
 
 
 def sinkhorn_targets(scope: Scope, logits: Any, temperature: Any, iterations: Any) -> Tensor | Unserved:
-    """Assignments of logits [B, K] in float32; a rank may have no row."""
+    """Assignments of logits [B, K], float32 (float64 for float64); a rank may have no row."""
     unserved = unserved_tensors(logits, dim=2, without_rows=True) or unserved_temperatures(temperature)
     if unserved:
         return unserved
     if not is_whole(iterations) or iterations < 1:
         return Unserved("no iteration of Sinkhorn's")
-    x = at_most_single(logits).detach().unsqueeze(1)
+    x = logits.detach().unsqueeze(1)
     return assigned(x, scope.sinkhorn_bias(x, temperature, iterations), temperature).squeeze(1)
+
+
+def sinkhorn_of_rows(
+    module: ModuleType, self: Any, teacher_output: Tensor, teacher_temp: float, n_iterations: int = 3
+) -> Tensor | Unserved:
+    """``DINOLoss.sinkhorn_knopp_teacher``, in float32."""
+    return sinkhorn_targets(scope_in(module), at_most_single(teacher_output), teacher_temp, n_iterations)
+
+
+def sinkhorn_of_patches(
+    module: ModuleType,
+    self: Any,
+    teacher_output: Tensor,
+    teacher_temp: float,
+    n_masked_patches_tensor: Tensor,
+    n_iterations: int = 3,
+) -> Tensor | Unserved:
+    """That of masked tokens, whose number cancels: it is neither read nor summed over the ranks."""
+    return sinkhorn_of_rows(module, self, teacher_output, teacher_temp, n_iterations)
 
 
 def reduced_center(original: Callable[..., None], self: Any, teacher_output: Tensor) -> Unserved | None:
@@ -85,7 +109,7 @@ def reduced_center(original: Callable[..., None], self: Any, teacher_output: Ten
     return None
 
 
-# ------------------------------------------------------------------------------------------------------- cross entropies
+# ------------------------------------------------------------------------------------------------------ cross entropies
 
 
 def as_views(views: Any) -> list[Tensor]:
@@ -177,11 +201,6 @@ def _weighted(single: bool, student: Tensor, teacher: Tensor, temperature: float
 
 def _kind(single: bool, *tensors: Tensor) -> torch.dtype:
     return torch.float32 if single else kind_of(*tensors)
-
-
-def at_most_single(x: Tensor) -> Tensor:
-    """For a kernel whose sums of 16-bit numbers are float32 what ``x.float()`` is."""
-    return x.float() if x.dtype == torch.float64 else x
 
 
 # --------------------------------------------------------------------------------------------------------------- KoLeo

@@ -107,6 +107,12 @@ def is_served(value: object) -> bool:
     return callable(value) and getattr(value, "__sslfast__", False) is True
 
 
+def own_method(cls: type, name: str) -> Any:
+    """The method that ``cls`` itself, not a base, defines, also while sslfast serves it; or ``None``."""
+    method = vars(cls).get(name)
+    return method.__wrapped__ if is_served(method) else method
+
+
 def parameters(function: Callable[..., Any]) -> list[tuple[str, object]]:
     """Names and defaults."""
     return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._serve import Unserved, is_served, parameters, served
+from ._serve import Unserved, own_method, parameters, served
 
 Fast = Callable[..., Any]
 EXACT = (1e-9, 1e-11)  # relative and absolute error
@@ -127,8 +127,7 @@ def tried(
     methods: dict[str, Any] = {}
     unchanged: dict[str, str] = {}
     for name, trial in trials.items():
-        original = vars(cls).get(name)
-        original = original.__wrapped__ if is_served(original) else original  # the class may be patched already
+        original = own_method(cls, name)
         if original is None or parameters(original) != parameters(trial.fast):
             unchanged[name] = f"its arguments are not those of {origin}'s"
             continue
@@ -144,7 +143,7 @@ def tried(
 
 
 def _with_state(method: Fast) -> Fast:
-    """``method`` of a copy of the module: a tuple of what it returns, if anything, and of the numbers it leaves there."""
+    """``method`` of a copy of the module: what it returns, if anything, and the numbers that it leaves there."""
 
     def call(model: nn.Module, *arguments: Any) -> Any:
         model = copy.deepcopy(model)
@@ -171,6 +170,9 @@ class _OneRank:
 
     def get_world_size(self, group: Any = None) -> int:
         return 1
+
+    def get_rank(self, group: Any = None) -> int:
+        return 0
 
     def all_reduce(self, x: Tensor, group: Any = None, async_op: bool = False) -> None:
         self.sums.append(x.numel())

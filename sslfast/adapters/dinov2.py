@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import dinov2.loss
@@ -24,12 +23,12 @@ from ._dino import (
     masked_loss,
     patch_loss,
     reduced_center,
-    scope_in,
-    sinkhorn_targets,
+    sinkhorn_of_patches,
+    sinkhorn_of_rows,
     unserved_views,
 )
 from ._dino_trials import K, Of, contents_of, logits, losses_with_center, masked_calls, named, patch_calls, targets
-from ._serve import Package, Unserved, unserved_temperatures
+from ._serve import Package, Unserved, own_method, unserved_temperatures
 from ._trial import SINGLE, Trial
 
 ORIGIN = "facebookresearch/dinov2"
@@ -41,24 +40,6 @@ def _center(self: Any, teacher_output: Tensor, teacher_temp: float) -> Tensor | 
 
 def _center_patches(self: Any, teacher_patch_tokens: Tensor, teacher_temp: float) -> Tensor | Unserved:
     return centered_targets(self, teacher_patch_tokens, teacher_temp)
-
-
-def _sinkhorn(
-    module: ModuleType, self: Any, teacher_output: Tensor, teacher_temp: float, n_iterations: int = 3
-) -> Tensor | Unserved:
-    return sinkhorn_targets(scope_in(module), teacher_output, teacher_temp, n_iterations)
-
-
-def _sinkhorn_of_patches(
-    module: ModuleType,
-    self: Any,
-    teacher_output: Tensor,
-    teacher_temp: float,
-    n_masked_patches_tensor: Tensor,
-    n_iterations: int = 3,
-) -> Tensor | Unserved:
-    """The number of masked tokens cancels, so it is neither read nor summed over the ranks."""
-    return sinkhorn_targets(scope_in(module), teacher_output, teacher_temp, n_iterations)
 
 
 def _pairs(self: Any, student_output_list: Any, teacher_out_softmaxed_centered_list: Any) -> Tensor | Unserved:
@@ -76,9 +57,9 @@ def _dino(cls: Any) -> tuple[list[Any], dict[str, Trial]]:
     counted = [(x, 0.1), (x, 0.3, 1), (logits(4, K).float(), 0.2, 2)]
     return losses_with_center(cls, (1, K)), {
         "softmax_center_teacher": Trial(_center, [(x, 0.1), (-x, 0.3)]),
-        "sinkhorn_knopp_teacher": Trial(partial(_sinkhorn, module), counted, SINGLE, sums=6),
+        "sinkhorn_knopp_teacher": Trial(partial(sinkhorn_of_rows, module), counted, SINGLE, sums=6),
         "forward": Trial(_pairs, [(views, targets(3, 5, K)), (views[:1], targets(1, 5, K))]),
-        "reduce_center_update": Trial(partial(reduced_center, vars(cls)["reduce_center_update"]), [(x,)], sums=2),
+        "reduce_center_update": Trial(partial(reduced_center, own_method(cls, "reduce_center_update")), [(x,)], sums=2),
     }
 
 
@@ -88,7 +69,7 @@ def _ibot(cls: Any) -> tuple[list[Any], dict[str, Trial]]:
     counted = [(x, 0.1, torch.tensor([6])), (x, 0.3, torch.tensor([6]), 1)]
     return losses_with_center(cls, (1, 1, K)), {
         "softmax_center_teacher": Trial(_center_patches, [(logits(1, 6, K), 0.1), (logits(2, 3, K), 0.3)]),
-        "sinkhorn_knopp_teacher": Trial(partial(_sinkhorn_of_patches, module), counted, SINGLE, sums=4),
+        "sinkhorn_knopp_teacher": Trial(partial(sinkhorn_of_patches, module), counted, SINGLE, sums=4),
         "forward": Trial(partial(patch_loss, False), patch_calls()),
         "forward_masked": Trial(partial(masked_loss, False), masked_calls()),
     }

@@ -28,20 +28,18 @@ from ._dino import (
     masked_loss,
     patch_loss,
     reduced_center,
-    scope_in,
-    sinkhorn_targets,
+    sinkhorn_of_patches,
+    sinkhorn_of_rows,
     unserved_views,
 )
 from ._dino_trials import K, Of, contents_of, logits, losses_with_center, masked_calls, named, patch_calls, targets
-from ._serve import Package, Unserved, unserved_distance, unserved_temperatures, unserved_tensors
+from ._serve import Package, Unserved, own_method, unserved_distance, unserved_temperatures, unserved_tensors
 from ._trial import SINGLE, Trial
 
 ORIGIN = "facebookresearch/dinov3"
 
 
-def _center(
-    self: Any, teacher_output: Tensor, teacher_temp: float, update_centers: bool = True
-) -> Tensor | Unserved:
+def _center(self: Any, teacher_output: Tensor, teacher_temp: float, update_centers: bool = True) -> Tensor | Unserved:
     return centered_targets(self, teacher_output, teacher_temp, bool(update_centers))
 
 
@@ -49,24 +47,6 @@ def _center_patches(
     self: Any, teacher_patch_tokens: Tensor, teacher_temp: float, update_centers: bool = True
 ) -> Tensor | Unserved:
     return centered_targets(self, teacher_patch_tokens, teacher_temp, bool(update_centers))
-
-
-def _sinkhorn(
-    module: ModuleType, self: Any, teacher_output: Tensor, teacher_temp: float, n_iterations: int = 3
-) -> Tensor | Unserved:
-    return sinkhorn_targets(scope_in(module), teacher_output, teacher_temp, n_iterations)
-
-
-def _sinkhorn_of_patches(
-    module: ModuleType,
-    self: Any,
-    teacher_output: Tensor,
-    teacher_temp: float,
-    n_masked_patches_tensor: Tensor,
-    n_iterations: int = 3,
-) -> Tensor | Unserved:
-    """The number of masked tokens cancels, so it is neither read nor summed over the ranks."""
-    return sinkhorn_targets(scope_in(module), teacher_output, teacher_temp, n_iterations)
 
 
 def _pairs(
@@ -101,9 +81,7 @@ def _koleo_over_ranks(module: ModuleType, self: Any, student_output: Tensor, eps
         return Unserved("a group that does not consist of whole ranks, or does not divide them")
     if not is_whole(self.topk) or not 1 <= self.topk < group:
         return Unserved("more neighbours than there are other rows")
-    loss = koleo(
-        student_output, self.topk, loss_group_size=self.loss_group_size, eps=eps, gather_distributed=world > 1
-    )
+    loss = koleo(student_output, self.topk, loss_group_size=self.loss_group_size, eps=eps, gather_distributed=world > 1)
     return loss.float()
 
 
@@ -130,16 +108,16 @@ def _dino(cls: Any) -> tuple[list[Any], dict[str, Trial]]:
     pairs = [(views, targets(2, 5, K).float(), ignore) for ignore in (False, True)]
     return losses_with_center(cls, (1, K)), {
         "softmax_center_teacher": Trial(_center, [(x, 0.1), (-x, 0.3, False)]),
-        "sinkhorn_knopp_teacher": Trial(partial(_sinkhorn, module), counted, SINGLE, sums=6),
+        "sinkhorn_knopp_teacher": Trial(partial(sinkhorn_of_rows, module), counted, SINGLE, sums=6),
         "forward": Trial(_pairs, pairs, SINGLE),
-        "reduce_center_update": Trial(partial(reduced_center, vars(cls)["reduce_center_update"]), [(x,)], sums=2),
+        "reduce_center_update": Trial(partial(reduced_center, own_method(cls, "reduce_center_update")), [(x,)], sums=2),
     }
 
 
 def _assigning(cls: Any) -> tuple[list[Any], dict[str, Trial]]:
     x = logits(6, K)
     counted = [(x, 0.1, torch.tensor([6])), (x, 0.3, torch.tensor([6]), 1)]
-    fast = partial(_sinkhorn_of_patches, sys.modules[cls.__module__])
+    fast = partial(sinkhorn_of_patches, sys.modules[cls.__module__])
     return [cls()], {"forward": Trial(fast, counted, SINGLE, sums=4)}
 
 
