@@ -1,20 +1,19 @@
-"""What ``sslfast.patch("dinov2")`` and ``("dinov3")`` try out before they serve a method, and that it leaves no trace."""
+"""What ``sslfast.patch`` tries out before it serves a method of DINOv2 or DINOv3, and that it leaves no trace."""
 
 from __future__ import annotations
 
 import sys
 
+import dinov2.loss as v2
+import dinov2.loss.tokens as tokens
+import dinov3.loss as v3
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-import dinov2.loss as v2
-import dinov2.loss.tokens as tokens
-import dinov3.loss as v3
 import sslfast
-
 
 OWN_PAIRS = v2.DINOLoss.forward
 
