@@ -20,7 +20,7 @@ from ..losses.distillation.cross_entropy import assignment_cross_entropy
 from ..losses.distillation.ibot import token_weights
 from ..losses.distillation.koleo import koleo
 from ..ops.sinkhorn import assigned
-from ._serve import PLAIN, Unserved, unserved_distance, unserved_temperatures, unserved_tensors
+from ._serve import Unserved, unserved_distance, unserved_temperatures, unserved_tensors
 
 
 def scope_in(module: ModuleType) -> Scope:
@@ -165,10 +165,9 @@ def masked_loss(
             return Unserved("masks of another number of tokens")
         weights = token_weights(masks, len(student), torch.float32)[0]
     else:
-        if not isinstance(weights, Tensor) or weights.shape != student.shape[:1] or type(weights) not in PLAIN:
-            return Unserved("weights that are no vector, one for each token")
-        if weights.device != student.device or not weights.is_floating_point() or weights.requires_grad:
-            return Unserved("weights on another device, of whole numbers, or with a gradient")
+        unserved = unserved_tensors(weights, dim=1, without_rows=True)
+        if unserved or weights.shape != student.shape[:1] or weights.device != student.device or weights.requires_grad:
+            return unserved or Unserved("weights that are not one for each token on their device, or with a gradient")
     loss = _weighted(single, student, teacher, self.student_temp, weights) / len(masks)
     return loss.to(torch.promote_types(_kind(single, student, teacher), weights.dtype))
 

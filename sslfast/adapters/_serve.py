@@ -150,7 +150,7 @@ def unserved_tensors(
 ) -> Unserved | None:
     """Why these are not non-empty floating-point tensors of ``dim`` dimensions, one dtype and device, in order.
 
-    ``without_rows``: only the last dimension must not be empty.
+    ``without_rows``: they may be empty, but for the last dimension of a matrix.
     """
     first = tensors[0]
     for x in tensors:
@@ -160,7 +160,7 @@ def unserved_tensors(
             return Unserved(f"a {type(x).__name__}, a tensor of a kind of its own")
         if x.dim() != dim:
             return Unserved(f"a tensor of {x.dim()} dimensions")
-        if x.shape[-1] == 0 or (x.numel() == 0 and not without_rows):
+        if (x.numel() == 0 and not without_rows) or (dim > 1 and x.shape[-1] == 0):
             return Unserved("an empty tensor")
         if x.layout != torch.strided:
             return Unserved("a sparse tensor")

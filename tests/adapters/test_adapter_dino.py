@@ -302,7 +302,7 @@ LEFT = {
     "weights that broadcast": (
         v2,
         lambda x: v2.iBOTPatchLoss(6).forward_masked(x, targets(4, 6), masks_of(3, 1), None, torch.ones(1)),
-        "weights that are no vector",
+        "weights that are not one for each token",
     ),
     "weights that learn": (
         v3,
