@@ -32,11 +32,11 @@ def scope_in(module: ModuleType) -> Scope:
 
 
 def kind_of(*tensors: Tensor) -> torch.dtype:
-    """The dtype of a softmax or a sum of these tensors, which autocast has in float32."""
+    """The dtype of a softmax or a sum of these tensors, which a GPU's autocast has in float32."""
     kind = tensors[0].dtype
     for x in tensors[1:]:
         kind = torch.promote_types(kind, x.dtype)
-    return torch.promote_types(kind, torch.float32) if autocasts(tensors[0]) else kind
+    return torch.promote_types(kind, torch.float32) if tensors[0].is_cuda and autocasts(tensors[0]) else kind
 
 
 def at_most_single(x: Any) -> Any:
