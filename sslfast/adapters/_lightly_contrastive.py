@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,6 @@ import lightly.loss.dcl_loss as dcl_loss
 import lightly.loss.detcon_loss as detcon_loss
 import lightly.loss.regularizer.co2 as co2_module
 import torch
-import torch.nn.modules.module as every  # its hooks are those of every module
 from lightly.models.modules.memory_bank import MemoryBankModule
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +21,7 @@ from ..losses.contrastive.hypersphere import hypersphere
 from ..losses.contrastive.macl import EPS, macl
 from ..losses.contrastive.moco import moco
 from ..losses.contrastive.nt_xent import nt_xent
-from ._serve import Unserved, overridden, unserved_matrices, unserved_tensors
+from ._serve import Unserved, is_number, is_unhooked, overridden, unserved_matrices, unserved_tensors
 
 
 def gathers(loss: Any) -> bool:
@@ -37,25 +35,6 @@ def gathers(loss: Any) -> bool:
 def in_dtype_of(x: Tensor, result: Any) -> Any:
     """``result`` in the dtype of ``x``, as lightly returns it; float32 where autocast chooses dtypes."""
     return result if torch.is_autocast_enabled(x.device.type) else result.to(x.dtype)
-
-
-def is_number(value: object) -> bool:
-    """A float or an int that is finite."""
-    return isinstance(value, (float, int)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def is_unhooked(module: nn.Module) -> bool:
-    """Calling ``module`` does no more than its ``forward``."""
-    return not (
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
-        or every._global_forward_pre_hooks
-        or every._global_forward_hooks
-        or every._global_backward_pre_hooks
-        or every._global_backward_hooks
-    )
 
 
 def _unserved_temperature(temperature: object, like: Tensor) -> Unserved | None:

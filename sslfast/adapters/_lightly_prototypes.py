@@ -14,14 +14,8 @@ from .._library import constant_to_the_compiler
 from ..losses.distillation.cross_entropy import distillation_cross_entropy
 from ..losses.distillation.ibot import token_weights
 from ..losses.distillation.swav import swav
-from ._lightly_contrastive import in_dtype_of, is_number
-from ._serve import Unserved, overridden, unserved_matrices
-
-
-def _unserved_temperatures(*temperatures: object) -> Unserved | None:
-    if all(is_number(t) and 1e-8 <= abs(t) <= 1e8 for t in temperatures):  # type: ignore[arg-type]
-        return None
-    return Unserved("a temperature that is no number from 1e-8 to 1e8 in size")
+from ._lightly_contrastive import in_dtype_of
+from ._serve import Unserved, overridden, unserved_matrices, unserved_temperatures
 
 
 def _unserved_lists(*lists: object) -> Unserved | None:
@@ -43,7 +37,7 @@ def fast_swav(
 ) -> Tensor | Unserved:
     high, low = high_resolution_outputs, low_resolution_outputs
     unserved = overridden(self, swav_loss.SwaVLoss, "subloss") or _unserved_lists(high, low)
-    unserved = unserved or _unserved_temperatures(self.temperature, self.sinkhorn_epsilon)
+    unserved = unserved or unserved_temperatures(self.temperature, self.sinkhorn_epsilon)
     if unserved:
         return unserved
     if not high or len(high) + len(low) < 2:
@@ -84,7 +78,7 @@ def fast_dino(
             temperature = float(self.teacher_temp_schedule[epoch])
     elif teacher_temp is None and epoch is not None:
         return Unserved("an epoch that is no whole number")
-    unserved = unserved or _unserved_temperatures(self.student_temp, temperature)
+    unserved = unserved or unserved_temperatures(self.student_temp, temperature)
     if unserved:
         return unserved
     if not teacher_out or not student_out or len(teacher_out) == len(student_out) == 1:
@@ -112,7 +106,7 @@ def fast_dino(
 
 def fast_ibot(self: Any, teacher_out: Any, student_out: Any, mask: Any, teacher_temp: Any = None) -> Tensor | Unserved:
     temperature = self.teacher_temp if teacher_temp is None else teacher_temp
-    unserved = unserved_matrices(student_out, teacher_out) or _unserved_temperatures(self.student_temp, temperature)
+    unserved = unserved_matrices(student_out, teacher_out) or unserved_temperatures(self.student_temp, temperature)
     if unserved:
         return unserved
     center = getattr(self.center, "value", None)

@@ -32,7 +32,7 @@ import lightly.loss.wmse_loss as wmse_loss
 import lightly.models.modules.nn_memory_bank as nn_memory_bank
 import lightly.models.utils as utils
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..losses.distillation.koleo import koleo
 from ..masking import compat
@@ -45,19 +45,16 @@ from . import (
     _lightly_prototypes as prototypes,
     _lightly_slices as slices,
 )
-from ._serve import Package, Unserved, served, unserved_tensors
+from ._serve import Package, Unserved, served, unserved_distance, unserved_tensors
 
 
 def _fast_koleo(self: Any, x: Tensor) -> Tensor | Unserved:
     unserved = unserved_tensors(x, dim=2)
     if unserved:
         return unserved
-    distance = self.pairwise_distance
-    plain = type(distance) is nn.PairwiseDistance and not distance.keepdim and contrastive.is_unhooked(distance)
-    if not plain or self.p != 2 or distance.norm != 2:
-        return Unserved("a distance that is not Euclidean")
-    if not (contrastive.is_number(self.eps) and self.eps > 0 and distance.eps == self.eps):
-        return Unserved("eps that is no positive number, or two of them")
+    unserved = unserved_distance(self.pairwise_distance, self.eps)
+    if unserved or self.p != 2:
+        return unserved or Unserved("a distance that is not Euclidean")
     if len(x) < 2:
         return Unserved("one row, which has no neighbour but itself")
     return contrastive.in_dtype_of(x, koleo(x, eps=self.eps))

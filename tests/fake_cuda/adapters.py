@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from benchmarks import peers
@@ -119,9 +120,13 @@ def solo() -> tuple[dict[str, Case], Package]:
 
     losses()
     adapter = _adapter("solo")
-    served = {f.__name__: f for f in adapter.contents().functions}
+    contents = adapter.contents()
+    served = {value.__name__: value for value in (*contents.classes, *contents.functions)}
     cases: dict[str, Case] = {
         "moco_loss_func": lambda x: served["moco_loss_func"](x.z(), x.fixed(), x.fixed(D, 40)),
+        "swav_loss_func": lambda x: served["swav_loss_func"]([x.z(), x.z()], [x.fixed(), x.fixed()]),
+        "DINOLoss": lambda x: x.made(lambda: served["DINOLoss"](D, 0.04, 0.07, 2, 5))(x.z(2 * N, D), x.fixed(2 * N, D)),
+        "SinkhornKnopp": lambda x: served["SinkhornKnopp"]()(x.z()),
         "mae_loss_func": lambda x: served["mae_loss_func"](x.pixels(), x.z(B, L, 48), x.mask().float(), PATCH),
         **{
             name: lambda x, name=name: served[name](x.z(), x.z())  # type: ignore[misc]
@@ -136,7 +141,60 @@ def solo() -> tuple[dict[str, Case], Package]:
             + ("vibcreg_loss_func", "vicreg_loss_func", "mocov2plus_loss_func")
         },
     }
-    return {name: case for name, case in cases.items() if name in served}, adapter.contents()
+    return {name: case for name, case in cases.items() if name in served}, contents
+
+
+def _served(package: str) -> tuple[dict[str, Any], Package]:
+    contents = _adapter(package).contents()
+    return {cls.__name__: cls for cls in contents.classes}, contents
+
+
+def _tokens(served: dict[str, Any], x: Inputs) -> list[Tensor]:
+    """A step of iBOT's loss as the trainers have it."""
+    loss = x.made(lambda: served["iBOTPatchLoss"](D))
+    loss.center.zero_()
+    mask, count = x.mask(), B * L // 4
+    target = loss.softmax_center_teacher(x.fixed(1, count, D), 0.07).squeeze(0)
+    loss.update_center(x.fixed(1, count, D))
+    return [loss.forward_masked(x.z(count, D), target, mask), loss(x.z(B, L, D), x.fixed(B, L, D), mask)]
+
+
+def dinov2() -> tuple[dict[str, Case], Package]:
+    served, contents = _served("dinov2")
+
+    def rows(x: Inputs) -> Tensor:
+        loss = x.made(lambda: served["DINOLoss"](D))
+        centered = loss.softmax_center_teacher(x.fixed(), 0.07)
+        loss.update_center(x.fixed())
+        return loss([x.z(), x.z()], [centered, loss.sinkhorn_knopp_teacher(x.fixed(), 0.07)])
+
+    def balanced(x: Inputs) -> Tensor:
+        return served["iBOTPatchLoss"](D).sinkhorn_knopp_teacher(x.fixed(), 0.07, x.ids(1))
+
+    return {
+        "DINOLoss": rows,
+        "iBOTPatchLoss": lambda x: _tokens(served, x),
+        "iBOTPatchLoss/Sinkhorn": balanced,
+        "KoLeoLoss": lambda x: served["KoLeoLoss"]()(x.z()),
+    }, contents
+
+
+def dinov3() -> tuple[dict[str, Case], Package]:
+    served, contents = _served("dinov3")
+
+    def rows(x: Inputs) -> Tensor:
+        loss = x.made(lambda: served["DINOLoss"](D))
+        targets = torch.stack([loss.sinkhorn_knopp_teacher(x.fixed(), 0.07) for _ in range(2)])
+        return loss(x.z(3, N, D), targets, ignore_diagonal=True)
+
+    return {
+        "DINOLoss": rows,
+        "iBOTPatchLoss": lambda x: _tokens(served, x),
+        "SinkhornKnoppTeacher": lambda x: served["SinkhornKnoppTeacher"]()(x.fixed(), 0.07, x.ids(1)),
+        "KoLeoLoss": lambda x: served["KoLeoLoss"]()(x.z()),
+        "KoLeoLossDistributed": lambda x: served["KoLeoLossDistributed"](3)(x.z()),
+        "GramLoss": lambda x: served["GramLoss"]()(x.z(B, L, D), x.fixed(B, L, D)),
+    }, contents
 
 
 def mae() -> tuple[dict[str, Case], Package]:
@@ -162,6 +220,8 @@ WAITS = {
 
 
 PACKAGES: dict[str, Callable[[], tuple[dict[str, Case], Package]]] = {
+    "dinov2": dinov2,
+    "dinov3": dinov3,
     "lightly": lightly,
     "open_clip": open_clip,
     "sentence_transformers": sentence_transformers,
