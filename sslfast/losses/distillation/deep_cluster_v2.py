@@ -94,7 +94,6 @@ def _parts(name: str, heads: Heads | SwAVPrototypes) -> list[Tensor]:
         if any(head.bias is not None for head in heads.heads):
             raise ValueError("prototypes must be a head without bias: pass its logits, or SwAVPrototypes(bias=False)")
         heads = heads.prototypes
-    wanted = 2
     if isinstance(heads, Tensor):
         parts = [heads] if name == "prototypes" else list(heads.unbind(0)) if heads.dim() > 2 else []
     elif isinstance(heads, Sequence) and all(isinstance(x, Tensor) for x in heads):
@@ -106,7 +105,7 @@ def _parts(name: str, heads: Heads | SwAVPrototypes) -> list[Tensor]:
     for x in parts:
         if x.dtype not in FLOATS:
             raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
-        if x.dim() < wanted or (name == "prototypes" and x.dim() > wanted) or 0 in x.shape:
+        if x.dim() < 2 or (name == "prototypes" and x.dim() > 2) or 0 in x.shape:
             shape = "[K, D]" if name == "prototypes" else "[..., N, K]"
             raise ValueError(f"{name} of a head must be {shape} and not empty, got shape {tuple(x.shape)}")
     return parts
