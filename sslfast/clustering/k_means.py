@@ -61,7 +61,7 @@ def k_means(
             start [K, D], over ranks the same on each.
         iterations: at least 0 (default 10, as DeepCluster-v2).
         metric: "euclidean" (default), or "cosine": spherical k-means of the normalised rows.
-        generator: of the draw, on any device (default: PyTorch's of the rows' device). Over ranks that of rank 0 counts.
+        generator: of the draw, on any device (default: PyTorch's of the rows' device). Over ranks rank 0's counts.
         gather_distributed: cluster the rows of all ranks, whose numbers may differ: sums and counts are added up over
             the ranks, every rank has the same centroids, and assignments of its own rows. ``False``: this rank's alone.
 

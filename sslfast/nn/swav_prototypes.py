@@ -24,7 +24,7 @@ class SwAVPrototypes(nn.Module):
     Args:
         input_dim: width of the features (default 128).
         n_prototypes: K, or K of each head (default 3000).
-        n_steps_frozen_prototypes: steps in which the prototypes get no gradient (default 0); ``step`` is then asked for.
+        n_steps_frozen_prototypes: steps in which the prototypes get no gradient (default 0); ``step`` is then needed.
             (With ``DistributedDataParallel`` they are unused parameters in these steps: ``find_unused_parameters``.)
         bias: as lightly's layers have, whose checkpoints hold it; ``False`` (default), as published.
 
@@ -95,7 +95,7 @@ class SwAVPrototypes(nn.Module):
 
     @torch.no_grad()
     def normalize(self) -> None:
-        """Divide every prototype by its norm, in place: before the first forward of a step, as a backward needs them."""
+        """Divide every prototype by its norm, in place: before the first forward of a step, as backwards need them."""
         for head in self.heads:
             head.weight.copy_(l2_normalize(head.weight))
 

@@ -64,6 +64,7 @@ __all__ = [
     "similarity_lse",
     "similarity_terms",
     "unit_slices",
+    "sums_by_index",
     "sinkhorn_assign",
     "sinkhorn_bias",
     "sinkhorn_sums",

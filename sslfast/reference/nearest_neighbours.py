@@ -18,7 +18,8 @@ def nearest_neighbours(
     """The ``count`` largest ``q_i·k_j + bias_j`` of each row [M, count], and their columns; −inf and −1 for none.
 
     Without ``k`` the columns are the rows themselves, no row is its own neighbour, and ``bias_i`` is added too: that
-    moves all of a row alike. A pair with equal ids takes no part. Of equal similarities the one of the smaller column comes first; NaN is the largest.
+    moves all of a row alike. A pair with equal ids takes no part. Of equal similarities the one of the smaller column
+    comes first; NaN is the largest.
     """
     columns = q if k is None else k
     s = q @ columns.T  # [M, N]

@@ -1,4 +1,4 @@
-"""k-means: against scikit-learn, against DeepCluster-v2's procedure in float64, empty clusters, the draw, wrong input."""
+"""k-means: against scikit-learn, and DeepCluster-v2's procedure in float64; empty clusters, the draw, wrong input."""
 
 from __future__ import annotations
 
@@ -90,13 +90,14 @@ def test_the_draw(metric: str) -> None:
     """Different rows, chosen by the generator; without iterations the centroids are they."""
     x = F.normalize(torch.randn(50, 6), dim=1)
     draws = [sslfast.k_means(x, 20, 0, metric=metric, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
-    assert torch.equal(draws[0].centroids, draws[1].centroids) and not torch.equal(draws[0].centroids, draws[2].centroids)
-    distance = (draws[0].centroids[:, None] - x).norm(dim=2)
+    first, again, other = (found.centroids for found in draws)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    distance = (first[:, None] - x).norm(dim=2)
     assert (distance.amin(1) < 1e-6).all() and len(set(distance.argmin(1).tolist())) == 20
     torch.manual_seed(3)
-    first = sslfast.k_means(x, 20, metric=metric)
+    found = sslfast.k_means(x, 20, metric=metric)
     torch.manual_seed(3)
-    assert torch.equal(first.centroids, sslfast.k_means(x, 20, metric=metric).centroids)
+    assert torch.equal(found.centroids, sslfast.k_means(x, 20, metric=metric).centroids)
 
 
 def test_nan_shows() -> None:

@@ -32,7 +32,11 @@ def test_published_checkpoints_are_loaded(form: str) -> None:
     """Of a model whose last layer is called prototypes."""
     counts = [5, 7]
     rows = [torch.randn(k, 6) for k in counts]
-    keys = {"swav": "prototypes.prototypes{}.weight", "solo": "prototypes.{}.weight", "own": "prototypes.heads.{}.weight"}
+    keys = {
+        "swav": "prototypes.prototypes{}.weight",
+        "solo": "prototypes.{}.weight",
+        "own": "prototypes.heads.{}.weight",
+    }
     model = nn.ModuleDict({"prototypes": sslfast.SwAVPrototypes(6, counts)})
     model.load_state_dict({keys[form].format(h): w for h, w in enumerate(rows)})
     assert all(torch.equal(a, b) for a, b in zip(model["prototypes"].prototypes, rows, strict=True))
@@ -87,10 +91,7 @@ def test_losses_from_features_are_those_of_scores() -> None:
         z = nn.functional.normalize(torch.linspace(-1, 2, 3 * 20 * 8).sin().view(3, 20, 8).double(), dim=2)
         z.requires_grad_()
         head.zero_grad()
-        if from_features:
-            loss = swav_from_features(z, head.prototypes)
-        else:
-            loss = sslfast.swav(list(head(z).unbind(0)))
+        loss = swav_from_features(z, head.prototypes) if from_features else sslfast.swav(list(head(z).unbind(0)))
         loss.backward()
         values.append((loss.detach(), z.grad, head.heads[0].weight.grad.clone()))
     for a, b in zip(*values, strict=True):

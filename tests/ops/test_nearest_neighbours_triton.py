@@ -45,9 +45,7 @@ def test_the_neighbours(case: tuple[int, int, int, int], dtype: torch.dtype, ids
     results = []
     for backend in ("triton", "reference"):
         with sslfast.use_backend(backend):
-            results.append(
-                sslfast.nearest_neighbours(q, k, count, metric=metric, row_ids=row_ids, col_ids=col_ids)
-            )
+            results.append(sslfast.nearest_neighbours(q, k, count, metric=metric, row_ids=row_ids, col_ids=col_ids))
     found, expected = results
     torch.testing.assert_close(found.similarity, expected.similarity, rtol=0.0 if metric == "dot" else 1e-6, atol=0.0)
     assert torch.equal(found.index, expected.index)

@@ -50,9 +50,7 @@ def test_value_and_gradients_from_features_and_from_logits(case, dtype: torch.dt
     plain = roundings(lambda: gradients(lambda z, w: formula(z, w, labels), z.to(wide), [w.to(wide) for w in heads]))
     truth = gradients(lambda z, w: formula(z, w, labels), z.double(), [w.double() for w in heads])
     features = gradients(lambda z, w: sslfast.deep_cluster_v2(z, labels, prototypes=w), z, heads)
-    logits = gradients(
-        lambda z, w: sslfast.deep_cluster_v2([z.to(wide) @ p.to(wide).T for p in w], labels), z, heads
-    )
+    logits = gradients(lambda z, w: sslfast.deep_cluster_v2([z.to(wide) @ p.to(wide).T for p in w], labels), z, heads)
     for found in (features, logits):
         assert found[0].dtype == wide and found[0].shape == ()
         for i, (mine, true) in enumerate(zip(found, truth, strict=True)):
