@@ -13,6 +13,8 @@ from . import (
 from ._backends import use_backend as use_backend, use_gradient_form as use_gradient_form
 from ._version import __version__ as __version__
 from .adapters import Patch as Patch, patch as patch, unpatch as unpatch
+from .clustering.k_means import Clusters as Clusters, k_means as k_means
+from .clustering.self_labelling import self_labelling as self_labelling
 from .grad_cache import grad_cache_step as grad_cache_step
 from .losses.contrastive.clip import ClipLoss as ClipLoss, clip as clip
 from .losses.contrastive.co2 import CO2Regularizer as CO2Regularizer, co2 as co2
@@ -94,6 +96,10 @@ from .losses.distillation.cross_entropy import (
     assignment_cross_entropy as assignment_cross_entropy,
     distillation_cross_entropy as distillation_cross_entropy,
 )
+from .losses.distillation.deep_cluster_v2 import (
+    DeepClusterV2Loss as DeepClusterV2Loss,
+    deep_cluster_v2 as deep_cluster_v2,
+)
 from .losses.distillation.diagnostics import PrototypeDiagnostics as PrototypeDiagnostics
 from .losses.distillation.dino import DINOLoss as DINOLoss
 from .losses.distillation.gram_anchor import GramLoss as GramLoss, gram_anchor as gram_anchor
@@ -125,6 +131,7 @@ from .losses.masked.masked_token import (
     masked_token_cross_entropy as masked_token_cross_entropy,
 )
 from .nn.dino_head import DINOHead as DINOHead
+from .nn.swav_prototypes import SwAVPrototypes as SwAVPrototypes
 from .ops.l2_normalize import l2_normalize as l2_normalize
 from .ops.masked_feature_loss import masked_feature_loss as masked_feature_loss
 from .ops.masked_patch_loss import masked_patch_loss as masked_patch_loss

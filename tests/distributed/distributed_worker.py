@@ -19,6 +19,7 @@ import distributed_adapters_open_clip  # noqa: F401
 import distributed_adapters_pml  # noqa: F401
 import distributed_adapters_sentence_transformers  # noqa: F401
 import distributed_adapters_solo  # noqa: F401
+import distributed_clustering  # noqa: F401
 import distributed_decorrelation  # noqa: F401
 import distributed_koleo  # noqa: F401
 import distributed_losses  # noqa: F401

@@ -19,7 +19,7 @@ from sslfast.ops.distillation_cross_entropy import distillation_cross_entropy
 from sslfast.ops.gram_anchor import gram_anchor
 from sslfast.ops.koleo import koleo
 from sslfast.ops.negative_cosine import negative_cosine
-from sslfast.ops.neighbour_distance import neighbour_distance
+from sslfast.ops.neighbour_distance import neighbour_distance, sums_by_index
 from sslfast.ops.nt_xent import nt_xent
 from sslfast.ops.sinkhorn import assigned, bias_of, column_sums
 from sslfast.ops.unit_slices import unit_slices
@@ -159,9 +159,11 @@ CONTRASTIVE: dict[str, Case] = {
     ),
     "l2_normalize": lambda x: sslfast.l2_normalize(x.z()),
     "nearest_neighbours": lambda x: sslfast.nearest_neighbours(x.z(), x.z(30, D), 3, normalize=True),
+    "nearest_neighbours/by distance": lambda x: sslfast.nearest_neighbours(x.z(), x.z(30, D), 3, metric="euclidean"),
     "nearest_neighbours/itself": lambda x: sslfast.nearest_neighbours(x.z(), row_ids=x.labels()),
     "ops.nt_xent.nt_xent": _function(nt_xent),
     "ops.neighbour_distance.neighbour_distance": lambda x: neighbour_distance(x.z(), x.z(30, D), x.ids(N, 3)),
+    "ops.neighbour_distance.sums_by_index": lambda x: sums_by_index(x.fixed(), x.labels(), x.fixed(7, D)),
     "ops.koleo.koleo": lambda x: koleo(x.z(), 2, 1e-8),
     "nt_xent/in an autocast region": _mixed(sslfast.nt_xent),
     "info_nce/in an autocast region": _mixed(sslfast.info_nce),
@@ -234,6 +236,13 @@ _PROTOTYPES: dict[str, Case] = {
     ),
     "DINOHead": lambda x: _of_head(x.made(lambda: sslfast.DINOHead(D, 40, hidden_dim=24, bottleneck_dim=16)), x),
     "prototype_sinkhorn": lambda x: sslfast.prototype_sinkhorn(x.fixed(), x.fixed(40, D), row_weights=x.fixed(N)),
+    "k_means": lambda x: sslfast.k_means(x.fixed(), 5, 2),
+    "k_means/spherical, given centroids": lambda x: sslfast.k_means(x.fixed(), x.fixed(3, D), 2, metric="cosine"),
+    "self_labelling": lambda x: sslfast.self_labelling(x.fixed(), x.fixed(5, D), bias=x.fixed(5)),
+    "deep_cluster_v2": lambda x: sslfast.deep_cluster_v2(x.z(2, N, D), x.labels()[None], prototypes=x.z(9, D)),
+    "deep_cluster_v2/logits": lambda x: sslfast.deep_cluster_v2([x.z(2, N, D), x.z(2, N, 9)], x.ids(2, N) % 7),
+    "DeepClusterV2Loss": lambda x: _of_bank(x.made(lambda: sslfast.DeepClusterV2Loss(N, D, [7])), x),
+    "SwAVPrototypes": lambda x: _of_prototypes(x.made(lambda: sslfast.SwAVPrototypes(D, [9, 7])), x),
     "center_update_": lambda x: sslfast.center_update_(x.fixed(40), x.fixed(2, N, D), x.fixed(40, D)),
     "center_update_/normalised": lambda x: sslfast.center_update_(
         x.fixed(1, 40), x.fixed(), sslfast.NormalizedPrototypes(x.fixed(40, D), x.fixed(40)), row_weights=x.fixed(N)
@@ -244,6 +253,17 @@ _PROTOTYPES: dict[str, Case] = {
 def _of_head(head: sslfast.DINOHead, x: Inputs) -> Tensor:
     z = x.z(2, N, D).to(next(head.parameters()).dtype)
     return sslfast.prototype_cross_entropy(head(z), x.fixed(2, N, 16), head.prototypes)
+
+
+def _of_bank(module: sslfast.DeepClusterV2Loss, x: Inputs) -> Tensor:
+    module.update(x.fixed(2, N, D), x.ids(N))
+    return module(x.z(2, N, D), x.ids(N), x.z(7, D))
+
+
+def _of_prototypes(head: sslfast.SwAVPrototypes, x: Inputs) -> Tensor:
+    head.normalize()
+    z = x.z(2, N, D).to(head.heads[0].weight.dtype)
+    return sslfast.deep_cluster_v2(z, x.ids(2, N) % 7, prototypes=head)
 
 
 _LOGITS: dict[str, Case] = {

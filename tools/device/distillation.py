@@ -29,6 +29,11 @@ def _neighbours(n: int, d: int) -> Problem:
     return Problem(function, (unit(n, d), unit(2 * n + 1, d, 1)))
 
 
+def _by_distance(n: int, d: int) -> Problem:
+    function = lambda q, k: sslfast.nearest_neighbours(q, k, 5, metric="euclidean").similarity  # noqa: E731
+    return Problem(function, (unit(n, d), unit(2 * n + 1, d, 1)))
+
+
 def _distilled(n: int, d: int) -> Problem:
     def function(student: Tensor, teacher: Tensor) -> Tensor:
         bias = sslfast.sinkhorn_bias(teacher[0], 0.2)
@@ -87,6 +92,36 @@ def _sinkhorn(n: int, d: int) -> Problem:
     return Problem(function, (unit(n, d), unit(2 * n, d, seed=2)), (), (unit(n, d, seed=1),))
 
 
+def _clustered(n: int, d: int) -> Problem:
+    """Clusters so far apart that no rounding moves a row from one to another."""
+    centers = 4 * unit(7, d)
+    x = centers[torch.arange(n) % 7] + 0.05 * rows(n, d, seed=1)
+
+    def function(z: Tensor, w: Tensor, x: Tensor) -> Tensor:
+        found = [sslfast.k_means(x, x[:7], metric=metric) for metric in ("euclidean", "cosine")]
+        labels = torch.stack([clusters.assignments for clusters in found])
+        return sslfast.deep_cluster_v2(z, labels, prototypes=[w, w[:7]])
+
+    return Problem(function, (unit(3 * n, d, seed=2).view(3, n, d), unit(9, d, seed=3)), (), (x,))
+
+
+def _self_labelled(n: int, d: int) -> Problem:
+    def function(z: Tensor, w: Tensor, x: Tensor) -> Tensor:
+        labels = sslfast.self_labelling(x[:, :7].round(), sharpness=1.0)  # a half's digits are exact
+        return sslfast.deep_cluster_v2(z, labels, prototypes=w)
+
+    return Problem(function, (unit(n, d, seed=2), unit(7, d, seed=3)), (), (4 * rows(n, d),))
+
+
+def _bank(n: int, d: int) -> Problem:
+    def function(z: Tensor, w: Tensor, index: Tensor) -> Tensor:
+        criterion = sslfast.DeepClusterV2Loss(n, d, [len(w)]).to(z.device)
+        criterion.assignments.copy_(index % len(w))
+        return criterion(z, index, w)
+
+    return Problem(function, (unit(2 * n, d).view(2, n, d), unit(9, d, seed=1)), (), (torch.arange(n),))
+
+
 DISTILLATION = [
     Loss("gram_anchor", ("gram_anchor",), _gram),
     Loss("gram_anchor, all rows", ("gram_anchor",), _gram_of_all),
@@ -95,6 +130,10 @@ DISTILLATION = [
     of_two_views("byol", lambda p, z: sslfast.byol(p, z, z, p), triton=False),
     of_two_views("sim_siam", lambda p, z: sslfast.sim_siam(p, z, z, p), triton=False),
     Loss("nearest_neighbours", ("nearest_neighbours",), _neighbours),
+    Loss("nearest_neighbours, by distance", ("nearest_neighbours",), _by_distance),
+    Loss("k_means", ("k_means", "deep_cluster_v2"), _clustered),
+    Loss("self_labelling", ("self_labelling",), _self_labelled, waits="the host reads the error"),
+    Loss("DeepClusterV2Loss", ("DeepClusterV2Loss",), _bank, waits="its labels are made anew for each call here"),
     Loss("koleo", ("koleo",), lambda n, d: Problem(sslfast.koleo, (rows(n, d),))),
     Loss("koleo, topk", ("koleo",), lambda n, d: Problem(lambda x: sslfast.koleo(x, 3), (rows(n, d),))),
     Loss("distillation_cross_entropy", ("distillation_cross_entropy", "sinkhorn_bias"), _distilled, triton=False),
