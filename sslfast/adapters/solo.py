@@ -24,6 +24,7 @@ from ..losses.contrastive.nt_xent import nt_xent
 from ..losses.decorrelation.barlow_twins import barlow_twins
 from ..losses.decorrelation.vibcreg import vibcreg
 from ..losses.decorrelation.vicreg import vicreg
+from ..losses.distillation.re_ssl import re_ssl
 from . import _cosine as cosine
 from ._mae import patch_loss
 from ._serve import Package, Unserved, served, unserved_matrices, unserved_tensors
@@ -160,6 +161,20 @@ def _vibcreg(
     return unserved or vibcreg(z1, z2, *weights, gather_distributed=_over_ranks())
 
 
+def _ressl(
+    q: Tensor, k: Tensor, queue: Tensor, temperature_q: float = 0.1, temperature_k: float = 0.04
+) -> Tensor | Unserved:
+    unserved = unserved_matrices(q, k) or unserved_tensors(q, queue, dim=2)
+    unserved = unserved or _unserved_temperature(temperature_q) or _unserved_temperature(temperature_k)
+    if unserved:
+        return unserved
+    if queue.shape[1] != q.shape[1]:
+        return Unserved(f"a queue of shape {tuple(queue.shape)}")
+    if queue.requires_grad:
+        return Unserved("a gradient for the queue")
+    return _as_tensor(re_ssl(q, k, queue, temperature_q, temperature_k, normalize=False))
+
+
 def _mae(imgs: Tensor, pred: Tensor, mask: Tensor, patch_size: int, norm_pix_loss: bool = True) -> Tensor | Unserved:
     return patch_loss(imgs, pred, mask, patch_size, bool(norm_pix_loss))
 
@@ -183,6 +198,7 @@ _KNOWN = (
     _Known("mocov3", "mocov3_loss_func", _mocov3),
     _Known("nnclr", "nnclr_loss_func", _nnclr, gathers=False),
     _Known("nnclr", "nnclr_loss_func", _gathering_nnclr, gathers=True),
+    _Known("ressl", "ressl_loss_func", _ressl),
     _Known("simclr", "simclr_loss_func", _simclr_views, gathers=False),
     _Known("simclr", "simclr_loss_func", _simclr, gathers=True),
     _Known("simsiam", "simsiam_loss_func", cosine.sim_siam),
@@ -194,7 +210,6 @@ _UNCHANGED = {
     "DINOLoss": "sslfast has no DINO loss",
     "deepclusterv2_loss_func": "logits that come from the model",
     "manual_simclr_loss_func": "masks that are N × N already",
-    "ressl_loss_func": "sslfast has no ReSSL",
     "swav_loss_func": "logits that come from the model",
     "wmse_loss_func": "no matrix that could be avoided",
 }

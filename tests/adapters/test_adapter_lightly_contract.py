@@ -37,6 +37,7 @@ SERVED = {
     ),
     *("MMCRLoss", "FroSSLLoss", "WMSELoss", "Whitening2d", "SIGReg", "NegativeCosineSimilarity"),
     *("SwaVLoss", "DINOLoss", "IBOTPatchLoss", "KoLeoLoss"),
+    *("IBOTPlusPlusPatchLoss", "CAPILoss"),
 }
 
 
