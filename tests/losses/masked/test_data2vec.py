@@ -1,4 +1,4 @@
-"""data2vec's regression: the values of fairseq's two models, written out, and their gradients; its spreads; wrong input."""
+"""data2vec's regression: the values of fairseq's two models, written out; its spreads; wrong input."""
 
 from __future__ import annotations
 
