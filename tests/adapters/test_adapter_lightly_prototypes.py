@@ -161,6 +161,16 @@ def test_the_epsilon_that_is_left_out_is_below_float32_of_recipes(loss):
             torch.testing.assert_close(loss.CAPILoss()(teacher, student), own, rtol=3e-6, atol=0)
 
 
+def test_a_token_that_is_far_from_all_clusters():
+    """Every logit 30 below its cluster's largest: the epsilon leaves nothing of it; here it has a target as the others."""
+    logits = torch.zeros(4, 1, 6)
+    logits[0] -= 30
+    capi = lightly_loss("capi_loss")
+    assert capi.sinkhorn_knopp(logits, iterations=1)[0].sum() < 1e-4
+    with sslfast.patch("lightly"):
+        torch.testing.assert_close(capi.sinkhorn_knopp(logits, iterations=1).sum(2), torch.ones(4, 1))
+
+
 def test_capi_left_to_lightly(loss):
     teacher, student = views(2, (4, 3, 6))
     criterion, meets = loss.CAPILoss(), torch.tensor([[0, 2]] * 4)

@@ -139,6 +139,7 @@ def ranks_that_do_not_all_learn(rank: int, world: int) -> None:
 # Not of two views, or taking ranks without a row; their refusals are cases of their own.
 ELSEWHERE = {"sigreg", "le_jepa", "le_wm", "visreg", "swav", "sinkhorn", "sinkhorn_bias"}
 ELSEWHERE |= {"prototype_sinkhorn", "center_update_"}
+ELSEWHERE |= {"capi"}
 
 
 def _calls() -> dict[str, Callable[..., Any]]:
@@ -154,6 +155,7 @@ def _calls() -> dict[str, Callable[..., Any]]:
         "byol": lambda a, b, **over: sslfast.byol(a, b, b, a, **over),
         "sim_siam": lambda a, b, **over: sslfast.sim_siam(a, b, b, a, **over),
         "moco": lambda a, b, **over: sslfast.moco(a, b, QUEUE.to(a.dtype), **over),
+        "re_ssl": lambda a, b, **over: sslfast.re_ssl(a, b, QUEUE.to(a.dtype), **over),
         "sup_con": lambda a, b, **over: sslfast.sup_con(torch.stack([a, b], 1), **over),
         "clip": lambda a, b, **over: sslfast.clip(a, b, 2.0, **over),
         "sig_lip": lambda a, b, **over: sslfast.sig_lip(a, b, 2.0, **over),
