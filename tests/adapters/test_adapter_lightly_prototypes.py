@@ -162,7 +162,7 @@ def test_the_epsilon_that_is_left_out_is_below_float32_of_recipes(loss):
 
 
 def test_a_token_that_is_far_from_all_clusters():
-    """Every logit 30 below its cluster's largest: the epsilon leaves nothing of it; here it has a target as the others."""
+    """Every logit 30 below its cluster's largest: the epsilon leaves nothing of it, and here it counts."""
     logits = torch.zeros(4, 1, 6)
     logits[0] -= 30
     capi = lightly_loss("capi_loss")
