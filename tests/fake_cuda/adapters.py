@@ -50,6 +50,12 @@ def lightly() -> tuple[dict[str, Case], Package]:
         "IBOTPatchLoss": lambda x: x.made(lambda: adapter.IBOTPatchLoss(D))(
             x.fixed(B * L // 4, D), x.z(B * L // 4, D), x.mask().view(B, 4, 4)
         ),
+        "IBOTPlusPlusPatchLoss": lambda x: x.made(lambda: adapter.IBOTPlusPlusPatchLoss(D))(
+            x.fixed(B, L, D), x.z(B, L, D), x.mask()
+        ),
+        "CAPILoss": lambda x: adapter.CAPILoss()(x.fixed(N, 4, D), x.z(N, 3, D), x.ids(N, 3)),
+        "sinkhorn": lambda x: adapter.sinkhorn(x.fixed()),
+        "sinkhorn_knopp": lambda x: adapter.sinkhorn_knopp(x.fixed(N, 3, D)),
         "covariance_loss": lambda x: adapter.covariance_loss(x.z()),
         "get_at_index": lambda x: adapter.get_at_index(x.z(B, L, D), x.ids(B, 5)),
         "set_at_index": lambda x: adapter.set_at_index(x.z(B, L, D), x.ids(B, 5), x.z(B, 5, D)),
@@ -108,6 +114,7 @@ def solo() -> tuple[dict[str, Case], Package]:
     served = {f.__name__: f for f in adapter.contents().functions}
     cases: dict[str, Case] = {
         "moco_loss_func": lambda x: served["moco_loss_func"](x.z(), x.fixed(), x.fixed(D, 40)),
+        "ressl_loss_func": lambda x: served["ressl_loss_func"](x.z(), x.fixed(), x.fixed(40, D)),
         "mae_loss_func": lambda x: served["mae_loss_func"](x.pixels(), x.z(B, L, 48), x.mask().float(), PATCH),
         **{
             name: lambda x, name=name: served[name](x.z(), x.z())  # type: ignore[misc]

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import sslfast
@@ -76,6 +77,33 @@ def test_the_module_and_its_queue() -> None:
     assert torch.equal(other(leaf, k), criterion(leaf, k))
     assert sorted(criterion.state_dict()) == ["memory_queue.pointer", "memory_queue.queue"]
     assert "temperature_k=0.1" in repr(criterion)
+
+
+def test_what_computes_again_needs_the_queue_as_it_was() -> None:
+    q, k, _ = drawn(4, 1, 5)
+    for again in ("a second backward", "create_graph"):
+        criterion, leaf = sslfast.ReSSLLoss(6, 5).double(), q.clone().requires_grad_()
+        loss = criterion(leaf, k)
+        if again == "a second backward":
+            loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="the prototypes were overwritten after the loss was computed"):
+            torch.autograd.grad(loss, leaf, create_graph=again == "create_graph")
+
+
+def test_the_module_of_fake_tensors_and_compiled() -> None:
+    """Whose backward comes after the keys are in, too."""
+    q, k, _ = drawn(5, 1, 4, torch.float32)
+    torch.manual_seed(0)
+    eager, traced = sslfast.ReSSLLoss(11, 4), sslfast.ReSSLLoss(11, 4)
+    compiled = torch.compile(traced, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        found = [value_and_gradients(lambda q, f=f: f(q, k), q) for f in (eager, compiled)]
+        torch.testing.assert_close(found[1], found[0])
+        torch.testing.assert_close(traced.memory_queue.queue, eager.memory_queue.queue)
+    with FakeTensorMode():
+        leaf = torch.randn(5, 4, requires_grad=True)
+        sslfast.ReSSLLoss(11, 4)(leaf, torch.randn(5, 4)).backward()
+        assert leaf.grad is not None and leaf.grad.shape == (5, 4)
 
 
 def test_bad_input() -> None:
