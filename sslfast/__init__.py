@@ -45,7 +45,6 @@ from .losses.contrastive.info_nce import (
 )
 from .losses.contrastive.labelled_nt_xent import labelled_nt_xent as labelled_nt_xent
 from .losses.contrastive.macl import MACLLoss as MACLLoss, macl as macl
-from .losses.contrastive.memory_queue import MemoryQueue as MemoryQueue
 from .losses.contrastive.moco import MoCoLoss as MoCoLoss, MoCoV3Loss as MoCoV3Loss, moco as moco, moco_v3 as moco_v3
 from .losses.contrastive.nt_xent import NTXentLoss as NTXentLoss, nt_xent as nt_xent
 from .losses.contrastive.pair_nt_xent import pair_nt_xent as pair_nt_xent
@@ -92,6 +91,7 @@ from .losses.decorrelation.visreg import (
     visreg as visreg,
 )
 from .losses.decorrelation.w_mse import Whitening2d as Whitening2d, WMSELoss as WMSELoss, norm_mse_loss as norm_mse_loss
+from .losses.distillation.capi import CAPILoss as CAPILoss, capi as capi
 from .losses.distillation.cross_entropy import (
     assignment_cross_entropy as assignment_cross_entropy,
     distillation_cross_entropy as distillation_cross_entropy,
@@ -103,7 +103,10 @@ from .losses.distillation.deep_cluster_v2 import (
 from .losses.distillation.diagnostics import PrototypeDiagnostics as PrototypeDiagnostics
 from .losses.distillation.dino import DINOLoss as DINOLoss
 from .losses.distillation.gram_anchor import GramLoss as GramLoss, gram_anchor as gram_anchor
-from .losses.distillation.ibot import IBOTPatchLoss as IBOTPatchLoss
+from .losses.distillation.ibot import (
+    IBOTPatchLoss as IBOTPatchLoss,
+    IBOTPlusPlusPatchLoss as IBOTPlusPlusPatchLoss,
+)
 from .losses.distillation.koleo import KoLeoLoss as KoLeoLoss, koleo as koleo
 from .losses.distillation.negative_cosine import (
     BYOLLoss as BYOLLoss,
@@ -118,11 +121,17 @@ from .losses.distillation.patch_kernel_alignment import (
     PatchKernelAlignmentLoss as PatchKernelAlignmentLoss,
     patch_kernel_alignment as patch_kernel_alignment,
 )
+from .losses.distillation.re_ssl import ReSSLLoss as ReSSLLoss, re_ssl as re_ssl
 from .losses.distillation.sinkhorn import sinkhorn as sinkhorn, sinkhorn_bias as sinkhorn_bias
 from .losses.distillation.swav import SwAVLoss as SwAVLoss, swav as swav
 from .losses.distillation.teacher_bias import (
     center_update_ as center_update_,
     prototype_sinkhorn as prototype_sinkhorn,
+)
+from .losses.masked.data2vec import (
+    Data2VecDiagnostics as Data2VecDiagnostics,
+    Data2VecLoss as Data2VecLoss,
+    data2vec as data2vec,
 )
 from .losses.masked.masked_feature import MaskedFeatureLoss as MaskedFeatureLoss
 from .losses.masked.masked_patch import MaskedPatchLoss as MaskedPatchLoss
@@ -130,6 +139,7 @@ from .losses.masked.masked_token import (
     MaskedTokenLoss as MaskedTokenLoss,
     masked_token_cross_entropy as masked_token_cross_entropy,
 )
+from .losses.memory_queue import MemoryQueue as MemoryQueue
 from .nn.dino_head import DINOHead as DINOHead
 from .nn.swav_prototypes import SwAVPrototypes as SwAVPrototypes
 from .ops.l2_normalize import l2_normalize as l2_normalize

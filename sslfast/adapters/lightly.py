@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightly.loss.barlow_twins_loss as barlow_twins_loss
+import lightly.loss.capi_loss as capi_loss
 import lightly.loss.dcl_loss as dcl_loss
 import lightly.loss.detcon_loss as detcon_loss
 import lightly.loss.dino_loss as dino_loss
@@ -44,6 +45,7 @@ from . import (
     _lightly_moments as moments,
     _lightly_prototypes as prototypes,
     _lightly_slices as slices,
+    _lightly_tokens as tokens_,
 )
 from ._serve import Package, Unserved, served, unserved_distance, unserved_tensors
 
@@ -199,7 +201,19 @@ class DINOLoss(dino_loss.DINOLoss):
 class IBOTPatchLoss(ibot_loss.IBOTPatchLoss):
     """``lightly.loss.IBOTPatchLoss``; ``center`` is lightly's own module."""
 
-    forward = served(ibot_loss.IBOTPatchLoss.forward, prototypes.fast_ibot)
+    forward = served(ibot_loss.IBOTPatchLoss.forward, tokens_.fast_ibot)
+
+
+class IBOTPlusPlusPatchLoss(ibot_loss.IBOTPlusPlusPatchLoss, IBOTPatchLoss):
+    """``lightly.loss.ibot_loss.IBOTPlusPlusPatchLoss``; ``center`` is lightly's own module."""
+
+    forward = served(ibot_loss.IBOTPlusPlusPatchLoss.forward, tokens_.fast_ibot_plus_plus)
+
+
+class CAPILoss(capi_loss.CAPILoss):
+    """``lightly.loss.CAPILoss``: assignments are K numbers a position, and the predicted tokens are read in place."""
+
+    forward = served(capi_loss.CAPILoss.forward, tokens_.fast_capi)
 
 
 class NNMemoryBankModule(nn_memory_bank.NNMemoryBankModule):
@@ -219,6 +233,8 @@ def _mask_at_index(tokens: Any, index: Any, mask_token: Any) -> Tensor | Unserve
     return compat.mask_at_index(tokens, index, mask_token)
 
 
+sinkhorn = served(swav_loss.sinkhorn, prototypes.fast_sinkhorn)
+sinkhorn_knopp = served(capi_loss.sinkhorn_knopp, tokens_.fast_sinkhorn_knopp)
 covariance_loss = served(vicreg_loss.covariance_loss, moments.fast_covariance_loss)
 get_at_index = served(utils.get_at_index, compat.get_at_index)
 set_at_index = served(utils.set_at_index, compat.set_at_index)
@@ -230,8 +246,6 @@ _ONE_PASS = "one pass over the inputs already"
 _PROTOTYPES = "over prototypes, in a form that sslfast has no kernel for"
 _UNCHANGED = {
     _PROTOTYPES: (
-        "CAPILoss",
-        "IBOTPlusPlusPatchLoss",
         "MSNLoss",
         "PMSNCustomLoss",
         "PMSNLoss",
@@ -273,9 +287,11 @@ def contents() -> Package:
             SwaVLoss,
             DINOLoss,
             IBOTPatchLoss,
+            IBOTPlusPlusPatchLoss,
+            CAPILoss,
             NNMemoryBankModule,
         ),
-        functions=(get_at_index, set_at_index, mask_at_index, update_momentum),
+        functions=(get_at_index, set_at_index, mask_at_index, sinkhorn, sinkhorn_knopp, update_momentum),
         through={"DirectCLRLoss": "NTXentLoss", "LeJEPALoss": "SIGReg", "LeWMLoss": "SIGReg"},
         unchanged={name: reason for reason, names in _UNCHANGED.items() for name in names},
     )

@@ -27,6 +27,7 @@ from ..losses.decorrelation.barlow_twins import barlow_twins
 from ..losses.decorrelation.vibcreg import vibcreg
 from ..losses.decorrelation.vicreg import vicreg
 from ..losses.distillation.cross_entropy import assignment_cross_entropy, distillation_cross_entropy
+from ..losses.distillation.re_ssl import re_ssl
 from . import _cosine as cosine
 from ._dino import as_views, sinkhorn_targets, unserved_views
 from ._mae import patch_loss
@@ -172,6 +173,20 @@ def _vibcreg(
     return unserved or vibcreg(z1, z2, *weights, gather_distributed=_over_ranks())
 
 
+def _ressl(
+    q: Tensor, k: Tensor, queue: Tensor, temperature_q: float = 0.1, temperature_k: float = 0.04
+) -> Tensor | Unserved:
+    unserved = unserved_matrices(q, k) or unserved_tensors(q, queue, dim=2)
+    unserved = unserved or _unserved_temperature(temperature_q) or _unserved_temperature(temperature_k)
+    if unserved:
+        return unserved
+    if queue.shape[1] != q.shape[1]:
+        return Unserved(f"a queue of shape {tuple(queue.shape)}")
+    if queue.requires_grad:
+        return Unserved("a gradient for the queue")
+    return _as_tensor(re_ssl(q, k, queue, temperature_q, temperature_k, normalize=False))
+
+
 def _mae(imgs: Tensor, pred: Tensor, mask: Tensor, patch_size: int, norm_pix_loss: bool = True) -> Tensor | Unserved:
     return patch_loss(imgs, pred, mask, patch_size, bool(norm_pix_loss))
 
@@ -238,6 +253,7 @@ _KNOWN = (
     _Known("mocov3", "mocov3_loss_func", _mocov3),
     _Known("nnclr", "nnclr_loss_func", _nnclr, gathers=False),
     _Known("nnclr", "nnclr_loss_func", _gathering_nnclr, gathers=True),
+    _Known("ressl", "ressl_loss_func", _ressl),
     _Known("simclr", "simclr_loss_func", _simclr_views, gathers=False),
     _Known("simclr", "simclr_loss_func", _simclr, gathers=True),
     _Known("simsiam", "simsiam_loss_func", cosine.sim_siam),
@@ -249,7 +265,6 @@ _KNOWN = (
 _UNCHANGED = {
     "deepclusterv2_loss_func": "a cross entropy with hard labels, one pass over the logits already",
     "manual_simclr_loss_func": "masks that are N × N already",
-    "ressl_loss_func": "sslfast has no ReSSL",
     "wmse_loss_func": "no matrix that could be avoided",
 }
 

@@ -39,6 +39,7 @@ SERVED = {
     *("SwaVLoss", "DINOLoss", "IBOTPatchLoss", "KoLeoLoss"),
     *("MACLLoss", "DetConSLoss", "DetConBLoss", "CO2Regularizer"),
     *("EMPSSLLoss", "PatchKernelAlignmentLoss", "NNMemoryBankModule"),
+    *("IBOTPlusPlusPatchLoss", "CAPILoss"),
 }
 
 

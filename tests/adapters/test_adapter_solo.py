@@ -18,7 +18,7 @@ from solo_common import Newer, losses
 
 DTYPES = [torch.float32, torch.float64]
 SHAPES = [(64, 32), (101, 30), (9, 140), (2, 5), (3, 1)]
-OLDER = ("barlow", "byol", "moco", "nnclr", "simclr", "simsiam", "swav", "vicreg")
+OLDER = ("barlow", "byol", "moco", "nnclr", "ressl", "simclr", "simsiam", "swav", "vicreg")
 SERVED = {"1.0.2": ["DINOLoss", "SinkhornKnopp", *(f"{name}_loss_func" for name in OLDER)]}
 
 
@@ -201,6 +201,26 @@ def test_dino_of_other_views(solo):
     left_to_package(
         "solo", lambda x: torch.nan_to_num(loss(x, views)), torch.randn(1, 6), reason="other views than two"
     )
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "d", "k"), [(32, 16, 200), (5, 7, 3), (1, 1, 1)])
+@pytest.mark.parametrize("temperatures", [{}, {"temperature_q": 0.5, "temperature_k": 0.2}], ids=str)
+def test_ressl(solo, n, d, k, temperatures, dtype):
+    q, key = (torch.nn.functional.normalize(z, dim=1) for z in views((n, d), dtype))
+    queue = views((k, d), dtype, count=1)[0]
+    call = solo.ressl_loss_func
+    same_as_package("solo", lambda q, key: call(q, key, queue.to(q), **temperatures), q, key, floor=20.0)
+
+
+def test_ressl_left_to_solo(solo):
+    a, b = views((5, 6), torch.float32)
+    queue = torch.randn(9, 6)
+    for reason, call in {
+        "a gradient for the queue": lambda a, b: solo.ressl_loss_func(a, b, queue + 0 * a.sum()),
+        "temperature=tensor": lambda a, b: solo.ressl_loss_func(a, b, queue, temperature_k=torch.tensor(0.2)),
+    }.items():
+        left_to_package("solo", call, a, b, reason=reason)
+    with sslfast.patch("solo"), pytest.raises(RuntimeError):
+        solo.ressl_loss_func(a, b, queue[:, 1:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -60,6 +60,11 @@ def _stateful(make: Callable[[], Any], steps: int = 3) -> Callable[..., Tensor]:
     return call
 
 
+def _capi(a: Tensor, b: Tensor) -> Tensor:
+    """Two tokens an image, and three clusters; none so far from all of them that lightly's epsilon counts."""
+    return _loss("capi_loss", "CAPILoss")(a.view(-1, 2, 3) / 20, (a + b).view(-1, 2, 3))
+
+
 def value_and_gradients(call: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
     leaves = [t.clone().requires_grad_() for t in inputs]
     loss = call(*leaves)
@@ -81,11 +86,12 @@ def lightly_with_sslfast_in_it(rank: int, world: int) -> None:
         "BarlowTwinsLoss": _loss("barlow_twins_loss", "BarlowTwinsLoss"),
         "VICRegLoss": _loss("vicreg_loss", "VICRegLoss"),
         "TiCoLoss": _stateful(lambda: _loss("tico_loss", "TiCoLoss")),
+        "CAPILoss": _capi,
     }
     for name, call in calls.items():
         for dtype in (torch.float32, torch.float64):
-            if name == "a bank" and dtype == torch.float64:
-                continue  # lightly's bank is float32
+            if name in ("a bank", "CAPILoss") and dtype == torch.float64:
+                continue  # lightly's bank is float32, and its epsilon left to it
             inputs = batch([ROWS] * world, dtype, 6)[1][rank][:2]
             own = value_and_gradients(copy.deepcopy(call), inputs)
             with sslfast.patch("lightly"), warnings.catch_warnings():

@@ -81,6 +81,13 @@ LOSSES: dict[str, Formula] = {
     ),
     "moco": lambda x, y, s, **how: moco(x, y, torch.linspace(-1, 1, 77, dtype=x.dtype).view(11, 7), s, **how),
     "moco_v3": lambda x, y, s, **how: moco_v3(x, y, s, **how),
+    "re_ssl": lambda x, y, s, gather_distributed=False, strategy="gather": sslfast.re_ssl(
+        x * s,
+        y,
+        torch.linspace(-1, 1, 77, dtype=x.dtype).view(11, 7),
+        normalize=False,
+        gather_distributed=gather_distributed,
+    ),
     "dcl": lambda x, y, s, **how: dcl(x, y, s, **how),
     "dclw": lambda x, y, s, **how: dclw(x, y, s, **how),
     "direct_clr": lambda x, y, s, **how: sslfast.direct_clr(x, y, s, loss_dim=5, **how),

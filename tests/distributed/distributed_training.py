@@ -150,6 +150,7 @@ def ranks_that_do_not_all_learn(rank: int, world: int) -> None:
 ELSEWHERE = {"sigreg", "le_jepa", "le_wm", "visreg", "swav", "sinkhorn", "sinkhorn_bias"}
 ELSEWHERE |= {"prototype_sinkhorn", "center_update_"}
 ELSEWHERE |= {"k_means", "self_labelling"}
+ELSEWHERE |= {"capi"}
 
 
 def _calls() -> dict[str, Callable[..., Any]]:
@@ -165,6 +166,7 @@ def _calls() -> dict[str, Callable[..., Any]]:
         "byol": lambda a, b, **over: sslfast.byol(a, b, b, a, **over),
         "sim_siam": lambda a, b, **over: sslfast.sim_siam(a, b, b, a, **over),
         "moco": lambda a, b, **over: sslfast.moco(a, b, QUEUE.to(a.dtype), **over),
+        "re_ssl": lambda a, b, **over: sslfast.re_ssl(a, b, QUEUE.to(a.dtype), **over),
         "sup_con": lambda a, b, **over: sslfast.sup_con(torch.stack([a, b], 1), **over),
         "clip": lambda a, b, **over: sslfast.clip(a, b, 2.0, **over),
         "sig_lip": lambda a, b, **over: sslfast.sig_lip(a, b, 2.0, **over),

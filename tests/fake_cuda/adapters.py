@@ -65,6 +65,12 @@ def lightly() -> tuple[dict[str, Case], Package]:
         "IBOTPatchLoss": lambda x: x.made(lambda: adapter.IBOTPatchLoss(D))(
             x.fixed(B * L // 4, D), x.z(B * L // 4, D), x.mask().view(B, 4, 4)
         ),
+        "IBOTPlusPlusPatchLoss": lambda x: x.made(lambda: adapter.IBOTPlusPlusPatchLoss(D))(
+            x.fixed(B, L, D), x.z(B, L, D), x.mask()
+        ),
+        "CAPILoss": lambda x: adapter.CAPILoss()(x.fixed(N, 4, D), x.z(N, 3, D), x.ids(N, 3)),
+        "sinkhorn": lambda x: adapter.sinkhorn(x.fixed()),
+        "sinkhorn_knopp": lambda x: adapter.sinkhorn_knopp(x.fixed(N, 3, D)),
         "covariance_loss": lambda x: adapter.covariance_loss(x.z()),
         "get_at_index": lambda x: adapter.get_at_index(x.z(B, L, D), x.ids(B, 5)),
         "set_at_index": lambda x: adapter.set_at_index(x.z(B, L, D), x.ids(B, 5), x.z(B, 5, D)),
@@ -127,6 +133,7 @@ def solo() -> tuple[dict[str, Case], Package]:
         "swav_loss_func": lambda x: served["swav_loss_func"]([x.z(), x.z()], [x.fixed(), x.fixed()]),
         "DINOLoss": lambda x: x.made(lambda: served["DINOLoss"](D, 0.04, 0.07, 2, 5))(x.z(2 * N, D), x.fixed(2 * N, D)),
         "SinkhornKnopp": lambda x: served["SinkhornKnopp"]()(x.z()),
+        "ressl_loss_func": lambda x: served["ressl_loss_func"](x.z(), x.fixed(), x.fixed(40, D)),
         "mae_loss_func": lambda x: served["mae_loss_func"](x.pixels(), x.z(B, L, 48), x.mask().float(), PATCH),
         **{
             name: lambda x, name=name: served[name](x.z(), x.z())  # type: ignore[misc]

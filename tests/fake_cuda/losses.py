@@ -243,11 +243,17 @@ _PROTOTYPES: dict[str, Case] = {
     "deep_cluster_v2/logits": lambda x: sslfast.deep_cluster_v2([x.z(2, N, D), x.z(2, N, 9)], x.ids(2, N) % 7),
     "DeepClusterV2Loss": lambda x: _of_bank(x.made(lambda: sslfast.DeepClusterV2Loss(N, D, [7])), x),
     "SwAVPrototypes": lambda x: _of_prototypes(x.made(lambda: sslfast.SwAVPrototypes(D, [9, 7])), x),
+    "re_ssl": lambda x: sslfast.re_ssl(x.z(), x.fixed(), x.fixed(40, D)),
+    "ReSSLLoss": lambda x: _and_queue(x.made(lambda: sslfast.ReSSLLoss(40, D)), x),
     "center_update_": lambda x: sslfast.center_update_(x.fixed(40), x.fixed(2, N, D), x.fixed(40, D)),
     "center_update_/normalised": lambda x: sslfast.center_update_(
         x.fixed(1, 40), x.fixed(), sslfast.NormalizedPrototypes(x.fixed(40, D), x.fixed(40)), row_weights=x.fixed(N)
     ),
 }
+
+
+def _and_queue(module: Any, x: Inputs) -> list[Tensor]:
+    return [module(x.z(), x.fixed()), module.memory_queue.queue]
 
 
 def _of_head(head: sslfast.DINOHead, x: Inputs) -> Tensor:
@@ -284,6 +290,9 @@ _LOGITS: dict[str, Case] = {
     "ops.sinkhorn.column_sums": lambda x: column_sums(x.fixed(N, 2, D), None, 0.3)[1],
     "ops.sinkhorn.bias_of": lambda x: bias_of(x.fixed(N, 2, D), 0.3, 2, True),
     "ops.sinkhorn.assigned": lambda x: assigned(x.fixed(N, 2, D), bias_of(x.fixed(N, 2, D), 0.3, 2, False), 0.3),
+    "ops.distillation_cross_entropy.distillation_cross_entropy/rows of another teacher": lambda x: (
+        distillation_cross_entropy([x.z(2, 5, D)], [x.fixed(1, N, D)], None, (0.5, 0.5), teacher_rows=x.ids(5))
+    ),
     "assignment_cross_entropy": lambda x: sslfast.assignment_cross_entropy(x.z(), x.fixed()),
     "swav": lambda x: sslfast.swav(
         [x.z(), x.z()], [x.z()], [x.fixed(9, D), x.fixed(9, D)], temperature=0.5, sinkhorn_epsilon=0.5
@@ -296,7 +305,20 @@ _LOGITS: dict[str, Case] = {
     "IBOTPatchLoss": lambda x: x.made(lambda: sslfast.IBOTPatchLoss(D, diagnostics=True))(
         x.fixed(2 * L, D), x.z(2 * L, D), x.mask()
     ),
+    "IBOTPlusPlusPatchLoss": lambda x: x.made(lambda: sslfast.IBOTPlusPlusPatchLoss(D, diagnostics=True))(
+        x.fixed(B, L, D), x.z(B, L, D), x.mask(), visible_loss_weight=0.5
+    ),
+    "IBOTPlusPlusPatchLoss/no mask": lambda x: x.made(lambda: sslfast.IBOTPlusPlusPatchLoss(D))(
+        x.fixed(B, L, D), x.z(B, L, D)
+    ),
+    "capi": lambda x: sslfast.capi(x.fixed(N, 5, D), x.z(N, 3, D), x.ids(N, 3)),
+    "capi/itself": lambda x: _clustered(x.z(N, 3, D)),
+    "CAPILoss": lambda x: sslfast.CAPILoss(0.5, 0.5, diagnostics=True)(x.fixed(N, 3, D), x.z(N, 3, D)),
 }
+
+
+def _clustered(logits: Tensor) -> Tensor:
+    return sslfast.capi(logits, logits)
 
 
 def _dino(module: Any, x: Inputs) -> list[Any]:
@@ -398,6 +420,13 @@ MASKED: dict[str, Case] = {
         x.z(B, 5, D), x.fixed(B, L, D), x.ids(B, 5), loss="mse", layer_norm=False
     ),
     "MaskedFeatureLoss": lambda x: sslfast.MaskedFeatureLoss()(x.z(B, 5, D), x.fixed(B, L, D), x.ids(B, 5)),
+    "data2vec": lambda x: sslfast.data2vec(x.z(3, B, 5, D), x.fixed(4, B, L, D), x.ids(3, B, 5), top_k=3),
+    "data2vec/normalised": lambda x: sslfast.data2vec(
+        x.z(B, 5, D), [x.fixed(B, L, D)], x.ids(B, 5), top_k=1, normalize_layers="instance", normalize_targets="layer"
+    ),
+    "Data2VecLoss": lambda x: sslfast.Data2VecLoss(2, normalize_targets="batch", diagnostics=True)(
+        x.z(B, 5, D), x.fixed(2, B, L, D), x.ids(B, 5)
+    ),
     "masked_token_cross_entropy": lambda x: sslfast.masked_token_cross_entropy(*_token_losses(x), bias=x.z(50)),
     "masked_token_cross_entropy/capacity": lambda x: sslfast.masked_token_cross_entropy(*_token_losses(x), capacity=12),
     "MaskedTokenLoss": lambda x: sslfast.MaskedTokenLoss()(*_token_losses(x)),

@@ -53,4 +53,6 @@ def all_losses() -> dict[str, tuple]:
         "SwaVLoss": (loss.SwaVLoss(), ([a / 9, b / 9], [b / 5, a / 7])),
         "DINOLoss": (loss.DINOLoss(6), ([a, b], [b, a, b])),
         "IBOTPatchLoss": (loss.IBOTPatchLoss(6), (a, b, torch.arange(48).view(3, 4, 4) % 2 == 0)),
+        "IBOTPlusPlusPatchLoss": (loss.IBOTPlusPlusPatchLoss(6), (a, b, torch.arange(24).view(4, 6) % 5 == 0)),
+        "CAPILoss": (loss.CAPILoss(), (a.view(4, 6, 6), b.view(4, 6, 6)[:, 1:4], torch.tensor([[3, 1, 5]] * 4))),
     }

@@ -73,6 +73,27 @@ def _ibot(n: int, d: int) -> Problem:
     return Problem(function, (rows(3 * n, d),), (), (rows(3 * n, d, seed=1), mask))
 
 
+def _all_tokens(n: int, d: int) -> Problem:
+    mask = rows(3, n, seed=2) > 0.5
+
+    def function(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+        criterion = sslfast.IBOTPlusPlusPatchLoss(d).to(student.device)
+        return criterion(teacher, student, mask, visible_loss_weight=0.5)
+
+    return Problem(function, (rows(3, n, d),), (), (rows(3, n, d, seed=1), mask))
+
+
+def _capi(n: int, d: int) -> Problem:
+    index = torch.arange(3 * n).view(n, 3) % 5
+    function = lambda student, teacher, index: sslfast.capi(teacher, student, index)  # noqa: E731
+    return Problem(function, (rows(n, 3, d),), (), (rows(n, 5, d, seed=1) / 4, index))
+
+
+def _re_ssl(n: int, d: int) -> Problem:
+    function = lambda q, k, queue: sslfast.re_ssl(q, k, queue, temperature_k=0.1)  # noqa: E731
+    return Problem(function, (rows(n, d),), (), (rows(n, d, seed=1), unit(2 * n + 1, d, 2)))
+
+
 def _prototypes(n: int, d: int) -> Problem:
     def function(student: Tensor, w: Tensor, gain: Tensor, teacher: Tensor, u: Tensor, bias: Tensor) -> Tensor:
         prototypes = sslfast.NormalizedPrototypes(w, gain)
@@ -141,6 +162,9 @@ DISTILLATION = [
     Loss("swav", ("swav", "SwAVLoss"), _swav, triton=False),
     Loss("DINOLoss", ("DINOLoss",), _dino, triton=False),
     Loss("IBOTPatchLoss", ("IBOTPatchLoss",), _ibot, triton=False),
+    Loss("IBOTPlusPlusPatchLoss", ("IBOTPlusPlusPatchLoss",), _all_tokens, triton=False),
+    Loss("capi", ("capi", "CAPILoss"), _capi, triton=False),
+    Loss("re_ssl", ("re_ssl", "ReSSLLoss"), _re_ssl),
     Loss("prototype_cross_entropy", ("prototype_cross_entropy", "NormalizedPrototypes"), _prototypes),
     Loss("prototype_sinkhorn", ("prototype_sinkhorn", "center_update_"), _sinkhorn),
 ]

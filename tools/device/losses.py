@@ -340,6 +340,15 @@ def _features(n: int, d: int) -> Problem:
     return Problem(sslfast.masked_feature_loss, (rows(3, 5, d),), (), (rows(3, 20, d, seed=1), ids))
 
 
+def _blocks(n: int, d: int) -> Problem:
+    def function(prediction: Tensor, layers: Tensor, ids: Tensor) -> Tensor:
+        how = {"normalize_layers": "instance", "normalize_targets": "layer"}
+        return sslfast.data2vec(prediction, layers, ids, top_k=2, **how)
+
+    ids = rows(3, 20, seed=2).argsort(1)[:, :5].contiguous()
+    return Problem(function, (rows(3, 5, d),), (), (rows(3, 3, 20, d, seed=1), ids))
+
+
 def _tokens(n: int, d: int) -> Problem:
     def function(hidden: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Tensor:
         return sslfast.masked_token_cross_entropy(hidden, weight, y, bias=bias, capacity=n)
@@ -351,6 +360,7 @@ def _tokens(n: int, d: int) -> Problem:
 MASKED = [
     Loss("masked_patch_loss", ("masked_patch_loss", "MaskedPatchLoss"), _patches, triton=False),
     Loss("masked_feature_loss", ("masked_feature_loss", "MaskedFeatureLoss"), _features, triton=False),
+    Loss("data2vec", ("data2vec", "Data2VecLoss"), _blocks, triton=False),
     Loss("masked_token_cross_entropy", ("masked_token_cross_entropy", "MaskedTokenLoss"), _tokens),
     Loss("l2_normalize", ("l2_normalize",), lambda n, d: Problem(sslfast.l2_normalize, (rows(n, d),)), triton=False),
 ]

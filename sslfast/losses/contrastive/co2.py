@@ -18,8 +18,8 @@ from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...ops.l2_normalize import l2_normalize
 from .._inputs import check_gather, two_views
+from ..memory_queue import memory_bank
 from ._inputs import inverse, row_dots
-from .memory_queue import memory_bank
 from .moco import _prepared
 from .pair_nt_xent import BLOCK
 

@@ -1,4 +1,4 @@
-"""``MemoryQueue``: the last K keys, as negatives for the losses that contrast with a queue."""
+"""``MemoryQueue``: the last K keys, for the losses that compare with a queue."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..._checks import check_matrix
-from ...distributed.agreement import over_ranks
-from ...distributed.choose import scope_of
-from ...ops.nearest_neighbours import nearest_neighbours
-from .._inputs import check_fits, check_gather
+from .._checks import check_matrix
+from ..distributed.agreement import over_ranks
+from ..distributed.choose import scope_of
+from ..ops.nearest_neighbours import nearest_neighbours
+from ._inputs import check_fits, check_gather
 
 
 class MemoryQueue(nn.Module):
