@@ -23,8 +23,8 @@ import lightly.loss.macl_loss as macl_loss
 import lightly.loss.mmcr_loss as mmcr_loss
 import lightly.loss.negative_cosine_similarity as negative_cosine_similarity
 import lightly.loss.ntx_ent_loss as ntx_ent_loss
-import lightly.loss.regularizer.co2 as co2
 import lightly.loss.patch_kernel_alignment_loss as patch_kernel_alignment_loss
+import lightly.loss.regularizer.co2 as co2
 import lightly.loss.swav_loss as swav_loss
 import lightly.loss.tico_loss as tico_loss
 import lightly.loss.vicreg_loss as vicreg_loss
@@ -250,9 +250,7 @@ _UNCHANGED = {
         "PMSNCustomLoss",
         "PMSNLoss",
     ),
-    _NO_KERNEL: (
-        "DSERegularizer",
-    ),
+    _NO_KERNEL: ("DSERegularizer",),
     _ONE_PASS: ("invariance_loss", "norm_mse_loss", "repeat_token", "variance_loss"),
     "VICRegLoss and VICRegLLoss do not call it any more": ("covariance_loss",),
     "a sort, which sslfast would do too": ("VISRegLoss", "random_token_mask"),

@@ -201,6 +201,8 @@ def test_dino_of_other_views(solo):
     left_to_package(
         "solo", lambda x: torch.nan_to_num(loss(x, views)), torch.randn(1, 6), reason="other views than two"
     )
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "d", "k"), [(32, 16, 200), (5, 7, 3), (1, 1, 1)])
 @pytest.mark.parametrize("temperatures", [{}, {"temperature_q": 0.5, "temperature_k": 0.2}], ids=str)

@@ -17,10 +17,9 @@ from ..._checks import accumulator, check_temperature, is_real, without_autocast
 from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...ops.l2_normalize import l2_normalize
-from .._inputs import check_gather, two_views
+from .._inputs import check_gather, two_views, views_and_queue
 from ..memory_queue import memory_bank
 from ._inputs import inverse, row_dots
-from .moco import _prepared
 from .pair_nt_xent import BLOCK
 
 
@@ -72,7 +71,7 @@ def co2(
     if queue is None:
         q, k = two_views("q", q, "k", k, normalize=False)
     else:
-        q, k, queue = _prepared(("q", q), ("k", k), queue, normalize=False)
+        q, k, queue = views_and_queue(("q", q), ("k", k), queue, normalize=False)
     kind = accumulator(q)
     q, k = q.to(kind), k.to(kind)  # first: a divergence is small beside what rounded rows differ by
     if normalize:

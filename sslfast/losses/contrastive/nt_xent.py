@@ -13,7 +13,7 @@ from ...distributed.scope import Scope
 from ...ops.nt_xent import nt_xent as local_nt_xent
 from ...ops.types import Pairs, Want
 from .._inputs import two_views
-from ..memory_queue import MemoryQueue, memory_bank
+from ..memory_queue import memory_bank
 from ._inputs import ContrastiveLoss, inverse
 from .diagnostics import Diagnosed, Diagnostics, diagnostics_of, with_diagnostics
 from .moco import contrast_and_enqueue
