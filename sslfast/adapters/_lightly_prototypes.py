@@ -1,4 +1,4 @@
-"""The fast forms of lightly's losses over prototypes: SwAV, DINO, iBOT."""
+"""The fast forms of lightly's losses over prototypes: SwAV, DINO, iBOT, MSN, PMSN."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from .._checks import accumulator, readable
 from .._library import constant_to_the_compiler
 from ..losses.distillation.cross_entropy import distillation_cross_entropy
 from ..losses.distillation.ibot import token_weights
+from ..losses.distillation.msn import MSNOptions, floored, msn_loss
 from ..losses.distillation.swav import swav
 from ._lightly_contrastive import in_dtype_of, is_number
-from ._serve import Unserved, overridden, unserved_matrices
+from ._serve import Unserved, overridden, unserved_matrices, unserved_tensors
 
 
 def _unserved_temperatures(*temperatures: object) -> Unserved | None:
@@ -133,3 +134,36 @@ def fast_ibot(self: Any, teacher_out: Any, student_out: Any, mask: Any, teacher_
     )
     self.center.update(teacher_out)
     return loss
+
+
+def fast_msn(
+    self: Any, anchors: Any, targets: Any, prototypes: Any, target_sharpen_temperature: Any = 0.25
+) -> Tensor | Unserved:
+    unserved = unserved_tensors(anchors, targets, prototypes, dim=2)
+    unserved = unserved or _unserved_temperatures(self.temperature, target_sharpen_temperature)
+    if unserved:
+        return unserved
+    if not anchors.shape[1] == targets.shape[1] == prototypes.shape[1] or len(anchors) % len(targets):
+        return Unserved("embeddings of several widths, or anchors that are no whole number of views of the targets")
+    if not is_number(self.regularization_weight):
+        return Unserved("a regularization_weight that is no number")
+    if not isinstance(self.sinkhorn_iterations, int):
+        return Unserved("iterations of Sinkhorn's that are no whole number")
+
+    def prior(mean: Tensor) -> Tensor:  # K numbers: lightly's own code, or a subclass's
+        loss: Tensor = self.regularization_loss(mean_anchor_probs=floored(mean))
+        return loss
+
+    options = MSNOptions(
+        self.temperature,
+        target_sharpen_temperature,
+        max(self.sinkhorn_iterations, 0),
+        max(self.regularization_weight, 0.0),
+    )
+    distributed = torch.distributed
+    gather = bool(self.gather_distributed) and distributed.is_available() and distributed.is_initialized()
+    loss, _ = msn_loss(
+        anchors, targets, prototypes, options, prior, gather_distributed=gather, targets_alone=True
+    )
+    result: Tensor = in_dtype_of(anchors, loss)
+    return result

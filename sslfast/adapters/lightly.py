@@ -17,8 +17,10 @@ import lightly.loss.ibot_loss as ibot_loss
 import lightly.loss.koleo_loss as koleo_loss
 import lightly.loss.lejepa_loss as lejepa_loss
 import lightly.loss.mmcr_loss as mmcr_loss
+import lightly.loss.msn_loss as msn_loss
 import lightly.loss.negative_cosine_similarity as negative_cosine_similarity
 import lightly.loss.ntx_ent_loss as ntx_ent_loss
+import lightly.loss.pmsn_loss as pmsn_loss
 import lightly.loss.swav_loss as swav_loss
 import lightly.loss.tico_loss as tico_loss
 import lightly.loss.vicreg_loss as vicreg_loss
@@ -161,6 +163,20 @@ class IBOTPatchLoss(ibot_loss.IBOTPatchLoss):
     forward = served(ibot_loss.IBOTPatchLoss.forward, prototypes.fast_ibot)
 
 
+class MSNLoss(msn_loss.MSNLoss):
+    """``lightly.loss.MSNLoss``: the anchors' logits are read once each way; the regulariser is lightly's own code."""
+
+    forward = served(msn_loss.MSNLoss.forward, prototypes.fast_msn)
+
+
+class PMSNLoss(pmsn_loss.PMSNLoss, MSNLoss):
+    """``lightly.loss.PMSNLoss``."""
+
+
+class PMSNCustomLoss(pmsn_loss.PMSNCustomLoss, MSNLoss):
+    """``lightly.loss.PMSNCustomLoss``."""
+
+
 def _mask_at_index(tokens: Any, index: Any, mask_token: Any) -> Tensor | Unserved:
     unserved = unserved_tensors(tokens, dim=3) or unserved_tensors(mask_token, dim=3)
     if unserved:
@@ -184,9 +200,6 @@ _UNCHANGED = {
     _PROTOTYPES: (
         "CAPILoss",
         "IBOTPlusPlusPatchLoss",
-        "MSNLoss",
-        "PMSNCustomLoss",
-        "PMSNLoss",
     ),
     _NO_KERNEL: (
         "CO2Regularizer",
@@ -225,6 +238,9 @@ def contents() -> Package:
             SwaVLoss,
             DINOLoss,
             IBOTPatchLoss,
+            MSNLoss,
+            PMSNLoss,
+            PMSNCustomLoss,
         ),
         functions=(get_at_index, set_at_index, mask_at_index),
         through={"DirectCLRLoss": "NTXentLoss", "LeJEPALoss": "SIGReg", "LeWMLoss": "SIGReg"},

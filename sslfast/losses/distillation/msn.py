@@ -155,14 +155,14 @@ def pmsn(
 # ---------------------------------------------------------------------------------------------------------- the priors
 
 
-def _floored(mean: Tensor) -> Tensor:
+def floored(mean: Tensor) -> Tensor:
     """p̄ with a smallest number, the reciprocal of which can be divided by any temperature."""
     return mean.clamp_min(torch.finfo(mean.dtype).tiny * 1e8)
 
 
 def mean_entropy(mean: Tensor) -> Tensor:
     """Me-max: ln K − H(p̄)."""
-    p = _floored(mean)
+    p = floored(mean)
     return (p * p.log()).sum() + math.log(len(p))
 
 
@@ -180,7 +180,7 @@ def prior_of(power_law_exponent: float, distribution: Distribution | None) -> Pr
             q = distribution if isinstance(distribution, Tensor) else distribution(mean)
             _check_distribution(q, mean)
             q = q.to(mean.dtype)
-        return (torch.xlogy(q, q) - q * _floored(mean).log()).sum()
+        return (torch.xlogy(q, q) - q * floored(mean).log()).sum()
 
     return divergence
 
