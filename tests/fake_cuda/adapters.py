@@ -50,6 +50,9 @@ def lightly() -> tuple[dict[str, Case], Package]:
         "IBOTPatchLoss": lambda x: x.made(lambda: adapter.IBOTPatchLoss(D))(
             x.fixed(B * L // 4, D), x.z(B * L // 4, D), x.mask().view(B, 4, 4)
         ),
+        "MSNLoss": lambda x: adapter.MSNLoss()(x.z(2 * N, D), x.fixed(), x.z(9, D)),
+        "PMSNLoss": lambda x: adapter.PMSNLoss()(x.z(2 * N, D), x.fixed(), x.z(9, D)),
+        "PMSNCustomLoss": lambda x: adapter.PMSNCustomLoss(lambda p: p.new_ones(9) / 9)(x.z(), x.fixed(), x.z(9, D)),
         "covariance_loss": lambda x: adapter.covariance_loss(x.z()),
         "get_at_index": lambda x: adapter.get_at_index(x.z(B, L, D), x.ids(B, 5)),
         "set_at_index": lambda x: adapter.set_at_index(x.z(B, L, D), x.ids(B, 5), x.z(B, 5, D)),

@@ -42,5 +42,8 @@ def all_losses() -> dict[str, tuple]:
         "WMSELoss": (loss.WMSELoss(6, w_size=12), (a,)),
         "SwaVLoss": (loss.SwaVLoss(), ([a / 9, b / 9], [b / 5, a / 7])),
         "DINOLoss": (loss.DINOLoss(6), ([a, b], [b, a, b])),
+        "MSNLoss": (loss.MSNLoss(), (a, b[:12], b[:9])),
+        "PMSNLoss": (loss.PMSNLoss(), (a, b[:12], b[:9])),
+        "PMSNCustomLoss": (loss.PMSNCustomLoss(lambda p: p.new_ones(9) / 9), (a, b[:12], b[:9])),
         "IBOTPatchLoss": (loss.IBOTPatchLoss(6), (a, b, torch.arange(48).view(3, 4, 4) % 2 == 0)),
     }

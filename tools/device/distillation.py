@@ -82,6 +82,20 @@ def _sinkhorn(n: int, d: int) -> Problem:
     return Problem(function, (unit(n, d), unit(2 * n, d, seed=2)), (), (unit(n, d, seed=1),))
 
 
+def _mean_assignment(n: int, d: int) -> Problem:
+    def function(logits: Tensor) -> Tensor:
+        return torch.special.entr(sslfast.mean_assignment(logits)).sum()
+
+    return Problem(function, (rows(n, d),))
+
+
+def _msn(n: int, d: int) -> Problem:
+    def function(anchors: Tensor, prototypes: Tensor, targets: Tensor) -> Tensor:
+        return sslfast.msn(anchors, targets, prototypes, entropy_weight=0.5) + sslfast.pmsn(anchors, targets, prototypes)
+
+    return Problem(function, (rows(3 * n, d), rows(2 * n, d, seed=1)), (), (rows(n, d, seed=2),))
+
+
 DISTILLATION = [
     Loss("gram_anchor", ("gram_anchor",), _gram),
     Loss("gram_anchor, all rows", ("gram_anchor",), _gram_of_all),
@@ -94,6 +108,8 @@ DISTILLATION = [
     Loss("distillation_cross_entropy", ("distillation_cross_entropy", "sinkhorn_bias"), _distilled, triton=False),
     Loss("assignment_cross_entropy", ("assignment_cross_entropy", "sinkhorn"), _assigned, triton=False),
     Loss("swav", ("swav", "SwAVLoss"), _swav, triton=False),
+    Loss("mean_assignment", ("mean_assignment",), _mean_assignment, triton=False),
+    Loss("msn", ("msn", "pmsn", "MSNLoss", "PMSNLoss"), _msn, triton=False),
     Loss("DINOLoss", ("DINOLoss",), _dino, triton=False),
     Loss("IBOTPatchLoss", ("IBOTPatchLoss",), _ibot, triton=False),
     Loss("prototype_cross_entropy", ("prototype_cross_entropy", "NormalizedPrototypes"), _prototypes),
