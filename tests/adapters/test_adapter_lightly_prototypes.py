@@ -123,6 +123,7 @@ def test_msn_with_a_regulariser_of_its_own(loss):
     same_as_package("lightly", lambda a, t, c: Squared()(a, t, c), *embeddings(3, 8, 20, 6), floor=40)
 
 
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
 def test_msn_left_to_lightly(loss):
     anchors, targets, prototypes = embeddings(2, 8, 20, 6)
     with sslfast.patch("lightly"):

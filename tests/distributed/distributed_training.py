@@ -159,6 +159,8 @@ def _calls() -> dict[str, Callable[..., Any]]:
         "sig_lip": lambda a, b, **over: sslfast.sig_lip(a, b, 2.0, **over),
         "uniformity": lambda a, b, **over: sslfast.uniformity(a, **over),
         "koleo": lambda a, b, **over: sslfast.koleo(a, **over),
+        "msn": lambda a, b, **over: sslfast.msn(a, b, QUEUE.to(a.dtype), **over),
+        "pmsn": lambda a, b, **over: sslfast.pmsn(a, b, QUEUE.to(a.dtype), **over),
         "frossl": lambda a, b, **over: sslfast.frossl([a, b], **over),
         "mmcr": lambda a, b, **over: sslfast.mmcr(torch.stack([a, b], 1), torch.stack([b, a], 1), **over),
         "vicregl": lambda a, b, **over: sslfast.vicregl([(a, _places(a)), (b, _places(b))], [_grid(a)] * 2, **over),
