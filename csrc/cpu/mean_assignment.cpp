@@ -132,31 +132,30 @@ void backward(const Parallel& parallel, const AssignedRows& x, Accumulator<T>* s
     const Parts<A> parts(x, scratch + worker * assignment_scratch(x.prototypes));
     const AssignmentStats<A>& of = stats[b];
     const T* row = row_of<T>(x, b);
-    const auto each_chunk = [&](auto task) {  // task(first column, columns, whole vectors' numbers), y in parts.y
+    const auto each_chunk = [&](auto task) {  // task(first column, columns)
       for (int64_t k = 0; k < x.prototypes; k += kLogitChunk) {
-        const int64_t count = x.prototypes - k < kLogitChunk ? x.prototypes - k : kLogitChunk;
-        task(k, count, scaled_chunk(row + k, count, A(x.factor), of.base, parts.raw, parts.y));
+        task(k, x.prototypes - k < kLogitChunk ? x.prototypes - k : kLogitChunk);
       }
     };
     A dot = 0;  // <p, v>
-    if (grads.sums) {
-      each_chunk([&](int64_t k, int64_t, int64_t n) {
-        exponentials_of(parts.y, n, of.log_sum);
-        dot += dot_of(parts.y, grads.sums + k, n);
-      });
-    }
-    const A g = grads.cross_entropy && x.targets ? grads.cross_entropy[b] : A(0);
-    const A h = grads.entropy ? grads.entropy[b] : A(0);
-    const A w = x.weights ? static_cast<const A*>(x.weights)[b] : A(1);
-    const auto gradient = AssignmentGradient<A>::of(of, g, h, grads.sums ? w : A(0), dot, A(x.factor * kLn2));
-    each_chunk([&](int64_t k, int64_t count, int64_t n) {
-      const bool targets = x.targets && grads.cross_entropy;
+    each_chunk([&](int64_t k, int64_t count) {
+      A* p = parts.e + k;
+      const int64_t n = scaled_chunk(row + k, count, A(x.factor), of.base, parts.raw, p);
+      exponentials_of(p, n, of.log_sum);
+      if (grads.sums) dot += dot_of(p, grads.sums + k, n);
+    });
+    const bool targets = x.targets && grads.cross_entropy;
+    const A g = targets ? grads.cross_entropy[b] : A(0), h = grads.entropy ? grads.entropy[b] : A(0);
+    const A w = !grads.sums ? A(0) : x.weights ? static_cast<const A*>(x.weights)[b] : A(1);
+    const auto gradient = AssignmentGradient<A>::of(of, g, h, w, dot, A(x.factor * kLn2));
+    each_chunk([&](int64_t k, int64_t count) {
+      if (grads.entropy) scaled_chunk(row + k, count, A(x.factor), of.base, parts.raw, parts.y);
       const A* target = targets ? target_chunk(x, b, k, count, parts.target) : nullptr;
-      const vec<A> least = broadcast(A(kLeastLogarithm));
-      for (int64_t i = 0; i < n; i += kLanes<A>) {
-        const vec<A> log_p = at_least<A>(load(parts.y + i) - of.log_sum, least);
-        const vec<A> v = grads.sums ? load(grads.sums + k + i) : vec<A>{}, t = targets ? load(target + i) : vec<A>{};
-        store(parts.y + i, AssignmentGradient<A>::at(gradient, exp2v<true>(log_p), log_p, v, t));
+      const vec<A> least = broadcast(A(kLeastLogarithm)), nothing = {};
+      for (int64_t i = 0; i < count; i += kLanes<A>) {
+        const vec<A> log_p = grads.entropy ? at_least<A>(load(parts.y + i) - of.log_sum, least) : nothing;
+        const vec<A> v = grads.sums ? load(grads.sums + k + i) : nothing, t = targets ? load(target + i) : nothing;
+        store(parts.y + i, AssignmentGradient<A>::at(gradient, load(parts.e + k + i), log_p, v, t));
       }
       T* __restrict__ out = dlogits + b * x.prototypes + k;
       for (int64_t i = 0; i < count; ++i) narrow(parts.y[i], &out[i]);
@@ -166,16 +165,16 @@ void backward(const Parallel& parallel, const AssignedRows& x, Accumulator<T>* s
 
 }  // namespace
 
-#define SSLFAST_ASSIGNMENT_DEFINE(T)                                                                                 \
-  void assignment_forward(const Parallel& parallel, const AssignedRows& x, Accumulator<T>* scratch,                  \
-                          Accumulator<T>* sums, Accumulator<T>* cross_entropy, Accumulator<T>* entropy,              \
-                          AssignmentStats<Accumulator<T>>* stats, const T*) {                                        \
-    forward<T>(parallel, x, scratch, sums, cross_entropy, entropy, stats);                                           \
-  }                                                                                                                  \
-  void assignment_backward(const Parallel& parallel, const AssignedRows& x, Accumulator<T>* scratch,                 \
+#define SSLFAST_ASSIGNMENT_DEFINE(T)                                                                                   \
+  void assignment_forward(const Parallel& parallel, const AssignedRows& x, Accumulator<T>* scratch,                    \
+                          Accumulator<T>* sums, Accumulator<T>* cross_entropy, Accumulator<T>* entropy,                \
+                          AssignmentStats<Accumulator<T>>* stats, const T*) {                                          \
+    forward<T>(parallel, x, scratch, sums, cross_entropy, entropy, stats);                                             \
+  }                                                                                                                    \
+  void assignment_backward(const Parallel& parallel, const AssignedRows& x, Accumulator<T>* scratch,                   \
                            const AssignmentGrads<Accumulator<T>>& grads, const AssignmentStats<Accumulator<T>>* stats, \
-                           T* dlogits) {                                                                             \
-    backward<T>(parallel, x, scratch, grads, stats, dlogits);                                                        \
+                           T* dlogits) {                                                                               \
+    backward<T>(parallel, x, scratch, grads, stats, dlogits);                                                          \
   }
 SSLFAST_EACH(SSLFAST_ASSIGNMENT_DEFINE, float, double, bf16, fp16)
 

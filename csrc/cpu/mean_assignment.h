@@ -33,13 +33,13 @@ inline int64_t assignment_scratch(int64_t prototypes) {
 
 }  // namespace sslfast
 
-#define SSLFAST_ASSIGNMENT_SIGNATURES(T)                                                                     \
-  void assignment_forward(const ::sslfast::Parallel&, const ::sslfast::AssignedRows&,                        \
-                          ::sslfast::Accumulator<T>* scratch, ::sslfast::Accumulator<T>* sums,               \
-                          ::sslfast::Accumulator<T>* cross_entropy, ::sslfast::Accumulator<T>* entropy,      \
-                          ::sslfast::AssignmentStats<::sslfast::Accumulator<T>>* stats, const T*);           \
-  void assignment_backward(const ::sslfast::Parallel&, const ::sslfast::AssignedRows&,                       \
-                           ::sslfast::Accumulator<T>* scratch,                                               \
-                           const ::sslfast::AssignmentGrads<::sslfast::Accumulator<T>>&,                     \
+#define SSLFAST_ASSIGNMENT_SIGNATURES(T)                                                                \
+  void assignment_forward(const ::sslfast::Parallel&, const ::sslfast::AssignedRows&,                   \
+                          ::sslfast::Accumulator<T>* scratch, ::sslfast::Accumulator<T>* sums,          \
+                          ::sslfast::Accumulator<T>* cross_entropy, ::sslfast::Accumulator<T>* entropy, \
+                          ::sslfast::AssignmentStats<::sslfast::Accumulator<T>>* stats, const T*);      \
+  void assignment_backward(const ::sslfast::Parallel&, const ::sslfast::AssignedRows&,                  \
+                           ::sslfast::Accumulator<T>* scratch,                                          \
+                           const ::sslfast::AssignmentGrads<::sslfast::Accumulator<T>>&,                \
                            const ::sslfast::AssignmentStats<::sslfast::Accumulator<T>>* stats, T* dlogits);
 SSLFAST_DECLARE(SSLFAST_EACH(SSLFAST_ASSIGNMENT_SIGNATURES, float, double, bf16, fp16))

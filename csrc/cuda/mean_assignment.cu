@@ -121,8 +121,7 @@ __global__ void __launch_bounds__(kRowBlock, kBlocksAtOnce)
   }
   const bool targets = x.targets && grads.cross_entropy;
   const A g = targets ? grads.cross_entropy[b] : A(0), h = grads.entropy ? grads.entropy[b] : A(0);
-  const auto gradient =
-      AssignmentGradient<A>::of(of, g, h, grads.sums ? x.weight(b) : A(0), dot, x.factor * A(kLn2));
+  const auto gradient = AssignmentGradient<A>::of(of, g, h, grads.sums ? x.weight(b) : A(0), dot, x.factor * A(kLn2));
   for (int64_t k = threadIdx.x; k < x.prototypes; k += kRowBlock) {
     const A log_p = logarithm_of(x.y(b, k, of.base), of.log_sum);
     const A v = grads.sums ? grads.sums[k] : A(0), t = targets ? x.target(b)[k] : A(0);
@@ -139,8 +138,8 @@ struct Arguments {
 
   Arguments(const Tensor& given, const std::optional<Tensor>& targets_any, const std::optional<Tensor>& weights_any,
             double temperature_any, const std::optional<Tensor>& rows_any)
-      : logits((check_mean_assignment(given, targets_any, weights_any, temperature_any, rows_any),
-                as_contiguous(given))),
+      : logits(
+            (check_mean_assignment(given, targets_any, weights_any, temperature_any, rows_any), as_contiguous(given))),
         rows(rows_any),
         temperature(temperature_any) {
     if (targets_any) targets = as_contiguous(*targets_any);
