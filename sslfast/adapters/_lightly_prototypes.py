@@ -162,8 +162,6 @@ def fast_msn(
     )
     distributed = torch.distributed
     gather = bool(self.gather_distributed) and distributed.is_available() and distributed.is_initialized()
-    loss, _ = msn_loss(
-        anchors, targets, prototypes, options, prior, gather_distributed=gather, targets_alone=True
-    )
+    loss, _ = msn_loss(anchors, targets, prototypes, options, prior, gather_distributed=gather, targets_alone=True)
     result: Tensor = in_dtype_of(anchors, loss)
     return result

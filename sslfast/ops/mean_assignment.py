@@ -52,9 +52,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
             return tuple(out for out, grad in zip(found, given, strict=True) if grad is not None)
 
         return *_library.second_order(function, [logits], [True], [g for g in given if g is not None]), *nothing
-    found = torch.ops.sslfast.mean_assignment_backward(
-        *given, logits, targets, weights, stats, ctx.temperature, rows
-    )
+    found = torch.ops.sslfast.mean_assignment_backward(*given, logits, targets, weights, stats, ctx.temperature, rows)
     return found, *nothing
 
 

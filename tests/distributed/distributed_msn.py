@@ -1,4 +1,4 @@
-"""Cases of test_distributed.py: MSN and PMSN are those of one process on the global batch, and lightly's on each rank."""
+"""Cases of test_distributed.py: MSN and PMSN of the global batch, and lightly's on each rank."""
 
 from __future__ import annotations
 

@@ -105,7 +105,8 @@ def test_as_lightly(sizes: tuple[int, ...], iterations: int) -> None:
         (sslfast.PMSNLoss(**how, target_distribution=uniform), loss.PMSNCustomLoss(uniform, **how), 1e-12),
     ):
         for sharpness in (0.25, 1.0):
-            pairs = [value_and_gradients(lambda *x, f=f: f(*x, sharpness), inputs) for f in (mine, theirs)]
+            sharp = {"target_sharpen_temperature": sharpness}
+            pairs = [value_and_gradients(criterion, inputs, **sharp) for criterion in (mine, theirs)]
             for found, expected in zip(*pairs, strict=True):
                 torch.testing.assert_close(found, expected, rtol=digits, atol=digits)
 
