@@ -94,41 +94,6 @@ def _msn(n: int, d: int) -> Problem:
         found = sslfast.msn(anchors, targets, prototypes, entropy_weight=0.5)
         return found + sslfast.pmsn(anchors, targets, prototypes)
 
-    return Problem(function, (rows(3 * n, d),), (), (rows(3 * n, d, seed=1), mask))
-
-
-def _prototypes(n: int, d: int) -> Problem:
-    def function(student: Tensor, w: Tensor, gain: Tensor, teacher: Tensor, u: Tensor, bias: Tensor) -> Tensor:
-        prototypes = sslfast.NormalizedPrototypes(w, gain)
-        return sslfast.prototype_cross_entropy(student, teacher, prototypes, u, teacher_bias=bias)
-
-    student = unit(3 * n, d).view(3, n, d)
-    given = unit(2 * n, d, seed=1).view(2, n, d), unit(2 * n, d, seed=4), rows(2 * n, seed=5)
-    return Problem(function, (student, rows(2 * n, d, seed=2), 1 + rows(2 * n, seed=3).square()), (), given)
-
-
-def _sinkhorn(n: int, d: int) -> Problem:
-    def function(student: Tensor, w: Tensor, teacher: Tensor) -> Tensor:
-        bias = sslfast.prototype_sinkhorn(teacher, w.detach(), 0.1)
-        center = sslfast.center_update_(torch.zeros_like(bias), teacher, w.detach(), 0.0)
-        return sslfast.prototype_cross_entropy(student, teacher, w, teacher_temperature=0.1, teacher_bias=bias - center)
-
-    return Problem(function, (unit(n, d), unit(2 * n, d, seed=2)), (), (unit(n, d, seed=1),))
-
-
-def _mean_assignment(n: int, d: int) -> Problem:
-    def function(logits: Tensor) -> Tensor:
-        return torch.special.entr(sslfast.mean_assignment(logits)).sum()
-
-    return Problem(function, (rows(n, d),))
-
-
-def _msn(n: int, d: int) -> Problem:
-    def function(anchors: Tensor, prototypes: Tensor, targets: Tensor) -> Tensor:
-        return sslfast.msn(anchors, targets, prototypes, entropy_weight=0.5) + sslfast.pmsn(
-            anchors, targets, prototypes
-        )
-
     return Problem(function, (rows(3 * n, d), rows(2 * n, d, seed=1)), (), (rows(n, d, seed=2),))
 
 
