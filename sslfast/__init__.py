@@ -108,6 +108,8 @@ from .losses.distillation.ibot import (
     IBOTPlusPlusPatchLoss as IBOTPlusPlusPatchLoss,
 )
 from .losses.distillation.koleo import KoLeoLoss as KoLeoLoss, koleo as koleo
+from .losses.distillation.mean_assignment import mean_assignment as mean_assignment
+from .losses.distillation.msn import MSNLoss as MSNLoss, PMSNLoss as PMSNLoss, msn as msn, pmsn as pmsn
 from .losses.distillation.negative_cosine import (
     BYOLLoss as BYOLLoss,
     CosineDiagnostics as CosineDiagnostics,

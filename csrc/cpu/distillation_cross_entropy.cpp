@@ -19,16 +19,7 @@ const T* row_of(const void* view, const DistillationRows& x, int64_t b) {
   return static_cast<const T*>(view) + b * x.prototypes;
 }
 
-// out[k] = log2(e)·row[k]/τ − base, and −∞ up to a whole vector; returns their number. `buffer` holds a chunk.
-template <typename T, typename A>
-int64_t scaled_chunk(const T* row, int64_t count, A factor, A base, A* buffer, A* __restrict__ out) {
-  const A* in = chunk_of(row, count, buffer);
-  int64_t k = 0;
-  for (; k < count; k += kLanes<A>) store(out + k, load(in + k) * factor - base);
-  return k;
-}
-
-// The same of teacher t, of the row that row b of a student meets, with its bias.
+// scaled_chunk of teacher t, of the row that row b of a student meets, with its bias.
 template <typename T, typename A>
 int64_t teacher_chunk(const DistillationRows& x, int t, int64_t b, int64_t begin, int64_t count, A base, A* buffer,
                       A* __restrict__ out) {
@@ -54,20 +45,6 @@ int64_t assigned_chunk(const T* row, int64_t count, A* __restrict__ out) {
   int64_t k = count;
   for (; k % kLanes<A> != 0; ++k) out[k] = 0;
   return k;
-}
-
-// The base of a row whose first chunk this is.
-template <typename A>
-A base_of(const A* chunk, int64_t n) {
-  const A top = largest_of(chunk, n);
-  return top > kLeast<A> && top < A(3.0e38) ? top : A(0);
-}
-
-template <typename A>
-A sum_of(const A* x, int64_t n) {
-  vec<A> sum = {};
-  for (int64_t k = 0; k < n; k += kLanes<A>) sum += load(x + k);
-  return sum_lanes<A>(sum);
 }
 
 // Takes a chunk into the maximum and the sum, and leaves its exponentials; what the sum so far was multiplied by.
@@ -99,17 +76,6 @@ void take_kept(Running<A>& running, const A* chunk, int64_t n) {
   }
   if (k < n) sum[0] += exp2v<true>(load(chunk + k) - running.top);
   running.sum += sum_lanes<A>(sum[0] + sum[1]);
-}
-
-template <typename A>
-A dot_of(const A* p, const A* y, int64_t n) {
-  vec<A> sum[4] = {};
-  int64_t k = 0;
-  for (; k + 4 * kLanes<A> <= n; k += 4 * kLanes<A>) {
-    for (int u = 0; u < 4; ++u) sum[u] += load(p + k + u * kLanes<A>) * load(y + k + u * kLanes<A>);
-  }
-  for (; k < n; k += kLanes<A>) sum[0] += load(p + k) * load(y + k);
-  return sum_lanes<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
 // Scratch memory of one worker, by its parts.

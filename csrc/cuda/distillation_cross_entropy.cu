@@ -67,13 +67,6 @@ struct Views {
   }
 };
 
-// The base of a row whose first numbers these are, one of each thread.
-template <typename A>
-__device__ A base_of(A x) {
-  const A top = block_largest(x == x ? x : A(-3.0e38));
-  return top > A(-3.0e38) && top < A(3.0e38) ? top : A(0);
-}
-
 // Blocks (b, t): {base, log2 Σ 2^(z − base)}, or {0, Σ q}.
 template <typename T>
 __global__ void __launch_bounds__(kRowBlock, kBlocksAtOnce)

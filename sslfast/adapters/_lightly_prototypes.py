@@ -1,4 +1,4 @@
-"""The fast forms of lightly's losses over prototypes, of whole views: SwAV, DINO. Those of tokens are beside this."""
+"""The fast forms of lightly's losses over prototypes, of whole views: SwAV, DINO, MSN. Those of tokens are beside."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import Tensor
 
 from .._library import constant_to_the_compiler
 from ..losses.distillation.cross_entropy import distillation_cross_entropy
+from ..losses.distillation.msn import MSNOptions, floored, msn_loss
 from ..losses.distillation.sinkhorn import sinkhorn
 from ..losses.distillation.swav import swav
 from ._lightly_contrastive import in_dtype_of
-from ._serve import Unserved, overridden, unserved_matrices, unserved_temperatures, unserved_tensors
+from ._serve import Unserved, is_number, overridden, unserved_matrices, unserved_temperatures, unserved_tensors
 
 
 def unserved_iterations(iterations: object) -> Unserved | None:
@@ -123,4 +124,34 @@ def fast_dino(
     # lightly's own update, of the views' means in place of the views.
     self.update_center(torch.stack([x.detach().mean(0, keepdim=True) for x in teacher_out]))
     result: Tensor = in_dtype_of(like, loss)
+    return result
+
+
+def fast_msn(
+    self: Any, anchors: Any, targets: Any, prototypes: Any, target_sharpen_temperature: Any = 0.25
+) -> Tensor | Unserved:
+    unserved = unserved_tensors(anchors, targets, prototypes, dim=2)
+    unserved = unserved or unserved_temperatures(self.temperature, target_sharpen_temperature)
+    if unserved:
+        return unserved
+    if not anchors.shape[1] == targets.shape[1] == prototypes.shape[1] or len(anchors) % len(targets):
+        return Unserved("embeddings of several widths, or anchors that are no whole number of views of the targets")
+    if not is_number(self.regularization_weight):
+        return Unserved("a regularization_weight that is no number")
+    if not isinstance(self.sinkhorn_iterations, int):
+        return Unserved("iterations of Sinkhorn's that are no whole number")
+
+    def prior(mean: Tensor) -> Tensor:  # K numbers: lightly's own code, or a subclass's
+        loss: Tensor = self.regularization_loss(mean_anchor_probs=floored(mean))
+        return loss
+
+    options = MSNOptions(
+        self.temperature,
+        target_sharpen_temperature,
+        max(self.sinkhorn_iterations, 0),
+        max(self.regularization_weight, 0.0),
+    )
+    gather = over_ranks(self.gather_distributed)
+    loss, _ = msn_loss(anchors, targets, prototypes, options, prior, gather_distributed=gather, targets_alone=True)
+    result: Tensor = in_dtype_of(anchors, loss)
     return result

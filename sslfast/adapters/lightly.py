@@ -21,9 +21,11 @@ import lightly.loss.koleo_loss as koleo_loss
 import lightly.loss.lejepa_loss as lejepa_loss
 import lightly.loss.macl_loss as macl_loss
 import lightly.loss.mmcr_loss as mmcr_loss
+import lightly.loss.msn_loss as msn_loss
 import lightly.loss.negative_cosine_similarity as negative_cosine_similarity
 import lightly.loss.ntx_ent_loss as ntx_ent_loss
 import lightly.loss.patch_kernel_alignment_loss as patch_kernel_alignment_loss
+import lightly.loss.pmsn_loss as pmsn_loss
 import lightly.loss.regularizer.co2 as co2
 import lightly.loss.swav_loss as swav_loss
 import lightly.loss.tico_loss as tico_loss
@@ -222,6 +224,20 @@ class NNMemoryBankModule(nn_memory_bank.NNMemoryBankModule):
     forward = served(nn_memory_bank.NNMemoryBankModule.forward, models.fast_nearest)
 
 
+class MSNLoss(msn_loss.MSNLoss):
+    """``lightly.loss.MSNLoss``: the anchors' logits are read once each way; the regulariser is lightly's own code."""
+
+    forward = served(msn_loss.MSNLoss.forward, prototypes.fast_msn)
+
+
+class PMSNLoss(pmsn_loss.PMSNLoss, MSNLoss):
+    """``lightly.loss.PMSNLoss``."""
+
+
+class PMSNCustomLoss(pmsn_loss.PMSNCustomLoss, MSNLoss):
+    """``lightly.loss.PMSNCustomLoss``."""
+
+
 def _mask_at_index(tokens: Any, index: Any, mask_token: Any) -> Tensor | Unserved:
     unserved = unserved_tensors(tokens, dim=3) or unserved_tensors(mask_token, dim=3)
     if unserved:
@@ -243,13 +259,7 @@ update_momentum = served(utils.update_momentum, models.fast_update_momentum)
 
 _NO_KERNEL = "sslfast has no faster form"
 _ONE_PASS = "one pass over the inputs already"
-_PROTOTYPES = "over prototypes, in a form that sslfast has no kernel for"
 _UNCHANGED = {
-    _PROTOTYPES: (
-        "MSNLoss",
-        "PMSNCustomLoss",
-        "PMSNLoss",
-    ),
     _NO_KERNEL: ("DSERegularizer",),
     _ONE_PASS: ("invariance_loss", "norm_mse_loss", "repeat_token", "variance_loss"),
     "VICRegLoss and VICRegLLoss do not call it any more": ("covariance_loss",),
@@ -288,6 +298,9 @@ def contents() -> Package:
             IBOTPlusPlusPatchLoss,
             CAPILoss,
             NNMemoryBankModule,
+            MSNLoss,
+            PMSNLoss,
+            PMSNCustomLoss,
         ),
         functions=(get_at_index, set_at_index, mask_at_index, sinkhorn, sinkhorn_knopp, update_momentum),
         through={"DirectCLRLoss": "NTXentLoss", "LeJEPALoss": "SIGReg", "LeWMLoss": "SIGReg"},

@@ -15,6 +15,7 @@ from .mask_tokens import mask_tokens
 from .masked_feature_loss import masked_feature_loss
 from .masked_patch_loss import masked_patch_loss
 from .masked_rows import masked_rows
+from .mean_assignment import mean_assignment
 from .multiblock_mask import multiblock_mask
 from .nearest_neighbours import nearest_neighbours, neighbour_similarity
 from .negative_cosine import negative_cosine
@@ -47,6 +48,7 @@ __all__ = [
     "masked_feature_loss",
     "masked_patch_loss",
     "masked_rows",
+    "mean_assignment",
     "multiblock_mask",
     "negative_cosine",
     "nearest_neighbours",

@@ -206,3 +206,58 @@ def test_sinkhorns_of_a_script(dtype):
         assert swav.sinkhorn(out.detach().half()).dtype == torch.float16
         if dtype == torch.float32:
             torch.testing.assert_close(capi.sinkhorn_knopp(logits), capi.sinkhorn_knopp.__wrapped__(logits))
+
+
+def embeddings(views: int, batch: int, prototypes: int, width: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    shapes = ((views * batch, width), (batch, width), (prototypes, width))
+    return [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def uniform(mean: Tensor) -> Tensor:
+    return mean.new_ones(len(mean)) / len(mean)
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")  # lightly's PMSNLoss
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(2, 16, 48, 12), (11, 5, 301, 7), (1, 1, 3, 4)], ids=str)
+def test_msn(loss, sizes, dtype):
+    inputs = embeddings(*sizes, dtype)
+    makers = {
+        "MSNLoss": lambda **how: loss.MSNLoss(**how),
+        "PMSNLoss": lambda **how: loss.PMSNLoss(power_law_exponent=0.4, **how),
+        "PMSNCustomLoss": lambda **how: loss.PMSNCustomLoss(uniform, **how),
+    }
+    for make in makers.values():
+        for how in ({}, {"sinkhorn_iterations": 0, "regularization_weight": 3}, {"regularization_weight": -1.0}):
+            criterion = make(**how)
+            same_as_package("lightly", lambda *x, f=criterion: f(*x), *inputs, floor=40)
+        criterion = make(temperature=0.3)
+        same_as_package("lightly", lambda *x, f=criterion: f(*x, 0.5), *inputs, floor=40)
+
+
+def test_msn_with_a_regulariser_of_its_own(loss):
+    class Squared(loss.MSNLoss):
+        def regularization_loss(self, mean_anchor_probs):
+            return mean_anchor_probs.square().sum()
+
+    same_as_package("lightly", lambda a, t, c: Squared()(a, t, c), *embeddings(3, 8, 20, 6), floor=40)
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
+def test_msn_left_to_lightly(loss):
+    anchors, targets, prototypes = embeddings(2, 8, 20, 6)
+    with sslfast.patch("lightly"):
+        with pytest.raises(RuntimeError):
+            loss.MSNLoss()(anchors[:15], targets, prototypes)
+        with pytest.raises(RuntimeError):
+            loss.MSNLoss()(anchors, targets[:, :5], prototypes)
+    whole = loss.MSNLoss(sinkhorn_iterations=3)
+    whole.regularization_weight = torch.tensor(2.0)
+    reason = "a regularization_weight that is no number"
+    left_to_package("lightly", lambda a, t, c: whole(a, t, c), anchors, targets, prototypes, reason=reason)
+    far = torch.eye(4), -torch.eye(4), torch.eye(4)
+    assert loss.MSNLoss(temperature=0.005)(*far).isinf()
+    with sslfast.patch("lightly"):
+        assert loss.MSNLoss(temperature=0.005)(*far).isfinite()
+        half = [x.half() for x in embeddings(2, 8, 20, 6)]
+        assert loss.MSNLoss()(*half).dtype == torch.float16 and loss.PMSNLoss()(*half).isfinite()

@@ -175,6 +175,8 @@ def _calls() -> dict[str, Callable[..., Any]]:
         "det_con_s": lambda a, b, **over: sslfast.det_con_s(*_regions(a, b), **over),
         "det_con_b": lambda a, b, **over: sslfast.det_con_b(*_regions(a, b)[:2], *_regions(a, b), **over),
         "emp_ssl": lambda a, b, **over: sslfast.emp_ssl([a, b], **over),
+        "msn": lambda a, b, **over: sslfast.msn(a, b, QUEUE.to(a.dtype), **over),
+        "pmsn": lambda a, b, **over: sslfast.pmsn(a, b, QUEUE.to(a.dtype), **over),
         "frossl": lambda a, b, **over: sslfast.frossl([a, b], **over),
         "mmcr": lambda a, b, **over: sslfast.mmcr(torch.stack([a, b], 1), torch.stack([b, a], 1), **over),
         "vicregl": lambda a, b, **over: sslfast.vicregl([(a, _places(a)), (b, _places(b))], [_grid(a)] * 2, **over),

@@ -24,6 +24,7 @@ import distributed_decorrelation  # noqa: F401
 import distributed_koleo  # noqa: F401
 import distributed_losses  # noqa: F401
 import distributed_moments  # noqa: F401
+import distributed_msn  # noqa: F401
 import distributed_prototype_features  # noqa: F401
 import distributed_prototypes  # noqa: F401
 import distributed_training  # noqa: F401

@@ -18,6 +18,7 @@ from sslfast.ops.characteristic_sums import characteristic_sums
 from sslfast.ops.distillation_cross_entropy import distillation_cross_entropy
 from sslfast.ops.gram_anchor import gram_anchor
 from sslfast.ops.koleo import koleo
+from sslfast.ops.mean_assignment import mean_assignment
 from sslfast.ops.negative_cosine import negative_cosine
 from sslfast.ops.neighbour_distance import neighbour_distance, sums_by_index
 from sslfast.ops.nt_xent import nt_xent
@@ -298,6 +299,14 @@ _LOGITS: dict[str, Case] = {
         [x.z(), x.z()], [x.z()], [x.fixed(9, D), x.fixed(9, D)], temperature=0.5, sinkhorn_epsilon=0.5
     ),
     "SwAVLoss": lambda x: sslfast.SwAVLoss(0.5, 2, 0.5, diagnostics=True)([x.z(), x.z()], [x.z()]),
+    "mean_assignment": lambda x: sslfast.mean_assignment(x.z(), 0.5, row_weights=x.fixed(N), rows=x.ids(N)[5]),
+    "ops.mean_assignment.mean_assignment": lambda x: mean_assignment(x.z(), x.fixed(3, D), None, 0.5),
+    "msn": lambda x: sslfast.msn(x.z(2 * N, D), x.fixed(), x.z(9, D), temperature=0.5, entropy_weight=0.5),
+    "MSNLoss": lambda x: sslfast.MSNLoss(0.5, diagnostics=True)(x.z(), x.fixed(), x.z(9, D)),
+    "pmsn": lambda x: sslfast.pmsn(x.z(2 * N, D), x.fixed(), x.z(9, D), temperature=0.5, sinkhorn_iterations=0),
+    "PMSNLoss": lambda x: x.made(lambda: sslfast.PMSNLoss(0.5, target_distribution=torch.full((9,), 1 / 9)))(
+        x.z(), x.fixed(), x.z(9, D)
+    ),
     "DINOLoss": lambda x: _dino(x.made(lambda: sslfast.DINOLoss(D, diagnostics=True)), x),
     "DINOLoss/Sinkhorn": lambda x: x.made(lambda: sslfast.DINOLoss(D, centering="sinkhorn"))(
         x.fixed(2, N, D), [x.z(), x.z()], 0.5

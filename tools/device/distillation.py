@@ -143,6 +143,21 @@ def _bank(n: int, d: int) -> Problem:
     return Problem(function, (unit(2 * n, d).view(2, n, d), unit(9, d, seed=1)), (), (torch.arange(n),))
 
 
+def _mean_assignment(n: int, d: int) -> Problem:
+    def function(logits: Tensor) -> Tensor:
+        return torch.special.entr(sslfast.mean_assignment(logits)).sum()
+
+    return Problem(function, (rows(n, d),))
+
+
+def _msn(n: int, d: int) -> Problem:
+    def function(anchors: Tensor, prototypes: Tensor, targets: Tensor) -> Tensor:
+        found = sslfast.msn(anchors, targets, prototypes, entropy_weight=0.5)
+        return found + sslfast.pmsn(anchors, targets, prototypes)
+
+    return Problem(function, (rows(3 * n, d), rows(2 * n, d, seed=1)), (), (rows(n, d, seed=2),))
+
+
 DISTILLATION = [
     Loss("gram_anchor", ("gram_anchor",), _gram),
     Loss("gram_anchor, all rows", ("gram_anchor",), _gram_of_all),
@@ -160,6 +175,8 @@ DISTILLATION = [
     Loss("distillation_cross_entropy", ("distillation_cross_entropy", "sinkhorn_bias"), _distilled, triton=False),
     Loss("assignment_cross_entropy", ("assignment_cross_entropy", "sinkhorn"), _assigned, triton=False),
     Loss("swav", ("swav", "SwAVLoss"), _swav, triton=False),
+    Loss("mean_assignment", ("mean_assignment",), _mean_assignment, triton=False),
+    Loss("msn", ("msn", "pmsn", "MSNLoss", "PMSNLoss"), _msn, triton=False),
     Loss("DINOLoss", ("DINOLoss",), _dino, triton=False),
     Loss("IBOTPatchLoss", ("IBOTPatchLoss",), _ibot, triton=False),
     Loss("IBOTPlusPlusPatchLoss", ("IBOTPlusPlusPatchLoss",), _all_tokens, triton=False),

@@ -145,11 +145,12 @@ def mean_of_pairs(
         teacher_rows=teacher_rows,
     )
     if row_weights is not None:
-        return (of_row * _checked_weights(row_weights, student[0], batch)).sum() / pairs
+        return (of_row * checked_weights(row_weights, student[0], batch)).sum() / pairs
     return of_row.sum() / (pairs * (batch if count is None else count))
 
 
-def _checked_weights(weights: Tensor, like: Tensor, batch: int) -> Tensor:
+def checked_weights(weights: Tensor, like: Tensor, batch: int) -> Tensor:
+    """``row_weights`` [B] of logits like ``like``, in the accumulator's dtype."""
     if not isinstance(weights, Tensor):
         raise TypeError(f"row_weights must be a torch.Tensor, got {type(weights).__name__}")
     if weights.shape != (batch,):
