@@ -105,7 +105,7 @@ def prototype_cross_entropy(
         pairs = [(0, 0)] if pairs is None else pairs
     teacher_views, student_views = _checked_pairs(pairs, len(teacher), len(student))
     for name, value in (("student_temperature", student_temperature), ("teacher_temperature", teacher_temperature)):
-        _check_temperature(name, value)
+        check_temperature(name, value)
     samples, k = student.shape[1], len(w)
     inputs = Inputs(
         student,
@@ -204,7 +204,7 @@ def _checked_pairs(
     return [t for t, _ in found], [v for _, v in found]
 
 
-def _check_temperature(name: str, value: float) -> None:
+def check_temperature(name: str, value: float) -> None:
     if not is_real(value):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 1e-8 <= abs(value) <= 1e8:  # false for NaN too

@@ -30,12 +30,23 @@ def teacher_bias_of_all_rows(rank: int, world: int) -> None:
 
 
 @case
+def teacher_bias_where_one_rank_has_no_row(rank: int, world: int) -> None:
+    h, u = torch.randn(10, 7, dtype=torch.float64), torch.randn(11, 7, dtype=torch.float64)
+    mine = h if rank == 0 else h[:0]
+    found = prototype_sinkhorn(mine, u, 0.3, gather_distributed=True)
+    torch.testing.assert_close(found, prototype_sinkhorn(h, u, 0.3), rtol=1e-9, atol=1e-11)
+    center, whole = torch.ones(1, 11, dtype=torch.float64), torch.ones(1, 11, dtype=torch.float64)
+    center_update_(center, mine, u, gather_distributed=True)
+    torch.testing.assert_close(center, center_update_(whole, h, u), rtol=1e-9, atol=1e-11)
+
+
+@case
 def ranks_with_other_prototypes_all_raise(rank: int, world: int) -> None:
     if world == 1:
         return
     h = torch.randn(4, 7)
     told = _refused(lambda: prototype_sinkhorn(h, torch.randn(11 + rank, 7), gather_distributed=True))
-    assert "disagree on the width" in told, told
+    assert "disagree on how many prototypes" in told, told
     told = _refused(lambda: prototype_sinkhorn(h, torch.randn(11, 7), iterations=2 + rank, gather_distributed=True))
     assert "disagree on how many iterations" in told, told
     bad = (lambda: h[:, :5]) if rank == 1 else (lambda: h)

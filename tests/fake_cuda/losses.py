@@ -21,6 +21,7 @@ from sslfast.ops.koleo import koleo
 from sslfast.ops.negative_cosine import negative_cosine
 from sslfast.ops.neighbour_distance import neighbour_distance
 from sslfast.ops.nt_xent import nt_xent
+from sslfast.ops.prototype_columns import TeacherRows, visit
 from sslfast.ops.sinkhorn import assigned, bias_of, column_sums
 from sslfast.ops.unit_slices import unit_slices
 
@@ -211,6 +212,9 @@ _PROTOTYPES: dict[str, Case] = {
     ),
     "DINOHead": lambda x: _of_head(x.made(lambda: sslfast.DINOHead(D, 40, hidden_dim=24, bottleneck_dim=16)), x),
     "prototype_sinkhorn": lambda x: sslfast.prototype_sinkhorn(x.fixed(), x.fixed(40, D), row_weights=x.fixed(N)),
+    "ops.prototype_columns.visit": lambda x: visit(
+        TeacherRows.of(x.fixed(), x.fixed(40, D), 0.3, x.ids(N) > 3), x.fixed(40).float(), by_row=True
+    ),
     "center_update_": lambda x: sslfast.center_update_(x.fixed(40), x.fixed(2, N, D), x.fixed(40, D)),
     "center_update_/normalised": lambda x: sslfast.center_update_(
         x.fixed(1, 40), x.fixed(), sslfast.NormalizedPrototypes(x.fixed(40, D), x.fixed(40)), row_weights=x.fixed(N)

@@ -30,6 +30,7 @@ WITHOUT = {
     "center_update_",
     "center_update_/normalised",
     "prototype_sinkhorn",
+    "ops.prototype_columns.visit",
     "sinkhorn",
     "sinkhorn_bias",
     "ops.sinkhorn.column_sums",

@@ -5,15 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import reference
-from ..._checks import accumulator, check_matrix, check_share, is_real, whole_number, without_autocast
+from ..._checks import accumulator, check_matrix, check_share, whole_number, without_autocast
 from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...distributed.scope import Scope
-from ...ops.similarity_lse import similarity_lse
+from ...ops.prototype_columns import TeacherRows, numbers_to_keep, visit
+from ...ops.prototype_cross_entropy import check_temperature
 from ...ops.types import NormalizedPrototypes
-
-PART = 8192  # prototypes at a time: kernels pack their rows, and of a hundred thousand that is more than all else
 
 
 @over_ranks()
@@ -30,7 +28,7 @@ def prototype_sinkhorn(
 
     After any number of iterations, which end with the rows, the assignments are ``softmax_k(T + f)`` of the logits
     ``T = h·uᵀ/τ``, so f says all: it is the ``teacher_bias`` of :func:`sslfast.prototype_cross_entropy`. Iterations
-    are in the log domain and streamed, so no logit overflows and none is stored:
+    are in the log domain, so no logit overflows; each visits the rows once, and a bounded part of the logits is stored:
 
         f = −log Σ_n exp(T_n − r_n),   r_n = log Σ_k exp(T_nk + f_k)          (r = 0 at first; f ``iterations`` times)
 
@@ -62,30 +60,22 @@ def prototype_sinkhorn(
         [2.0, 2.0]
     """
     _check(teacher, prototypes)
-    if not is_real(temperature):
-        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
-    if not 1e-8 <= abs(temperature) <= 1e8:
-        raise ValueError(f"temperature must be finite and not zero, 1e-8 to 1e8 in size, got {temperature}")
+    check_temperature("temperature", temperature)
     count = whole_number("iterations", iterations, 1)
-    taken = _taken(row_weights, teacher)
     scope = scope_of(gather_distributed)
-    kind = accumulator(teacher)
-    with torch.no_grad(), without_autocast(teacher):
-        h = teacher if taken is None else torch.where(taken[:, None], teacher, 0)
-        u = _rows(prototypes).to(h.dtype)
-        nothing = None if taken is None else torch.where(taken, 0.0, float("-inf")).to(kind)
-        level: Tensor | None = nothing  # −r_n, −∞ for a row that takes no part
-        f = u.new_zeros(len(u), dtype=kind)
-        scope.shard(h, {"how many iterations": count})  # or the ranks would wait for each other for ever
+    rows = TeacherRows.of(teacher, prototypes, temperature, _taken(row_weights, teacher))
+    with torch.no_grad():
+        # Or the ranks would wait for each other for ever. Of rows a rank may have none.
+        scope.shard(rows.prototypes, {"how many prototypes": len(rows.prototypes), "how many iterations": count})
+        keep = numbers_to_keep(rows) if count > 1 else 0
+        f: Tensor | None = None
+        kept: Tensor | None = None
         for step in range(count):
-            columns = [similarity_lse(part, h, 1 / temperature, bias=level) for part in u.split(PART)]
-            f = -_over_ranks(torch.cat(columns), scope)
+            found = visit(rows, f, kept=kept, keep=0 if step else keep)
+            kept = found.kept if step == 0 else kept
+            f = -_over_ranks(found.column_lse, scope)
             f = f.masked_fill(f == float("inf"), 0.0)  # no row takes part
-            if step + 1 < count:
-                parts = zip(u.split(PART), f.split(PART), strict=True)
-                rows = [similarity_lse(h, part, 1 / temperature, bias=bias) for part, bias in parts]  # [N] each
-                level = -(rows[0] if len(rows) == 1 else torch.stack(rows).logsumexp(0))
-                level = level if nothing is None else level + nothing
+    assert f is not None
     return f
 
 
@@ -170,21 +160,14 @@ def center_update_(
 
 
 def _check(teacher: Tensor, prototypes: Tensor | NormalizedPrototypes) -> None:
-    check_matrix("teacher", teacher)
+    if not isinstance(teacher, Tensor) or teacher.dim() != 2 or len(teacher) > 0:  # a rank may have no row
+        check_matrix("teacher", teacher)
     u = prototypes.direction if isinstance(prototypes, NormalizedPrototypes) else prototypes
     check_matrix("prototypes", u)
     if u.shape[1] != teacher.shape[1]:
         raise ValueError(f"prototypes must have teacher's {teacher.shape[1]} features, got {u.shape[1]}")
     if u.device != teacher.device:
         raise ValueError(f"prototypes must be on teacher's device {teacher.device}, got {u.device}")
-
-
-def _rows(prototypes: Tensor | NormalizedPrototypes) -> Tensor:
-    if not isinstance(prototypes, NormalizedPrototypes):
-        return prototypes.detach()
-    direction, gain = prototypes
-    kind = accumulator(direction)
-    return reference.normalized_prototypes(direction.detach().to(kind), None if gain is None else gain.reshape(-1))
 
 
 def _taken(row_weights: Tensor | None, teacher: Tensor) -> Tensor | None:
