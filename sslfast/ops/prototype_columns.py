@@ -22,9 +22,8 @@ __all__ = ["TeacherRows", "Visit", "visit"]
 
 BACKENDS = ("cpu", "cuda", "reference")
 
-# Where plain PyTorch holds three matrices of N × K (logits, exponents, exponentials), an eighth is about a third of one.
-# The memory of the prototypes' gradient [K, D] comes on top, because the loss that follows needs it and has not taken it
-# yet.
+# Plain PyTorch holds three matrices of N × K here (logits, exponents, exponentials): an eighth is about a third of one.
+# The memory of the prototypes' gradient [K, D] comes on top: the loss that follows needs it and has not taken it yet.
 PART_KEPT = 3
 LEAST_KEPT, MOST_KEPT = 32 << 20, 96 << 20
 MOST_OF_CHUNK = 32 << 20  # of that for logits that are computed in every visit
