@@ -98,6 +98,11 @@ from .losses.distillation.negative_cosine import (
     negative_cosine as negative_cosine,
     sim_siam as sim_siam,
 )
+from .losses.distillation.prototype_usage import (
+    PrototypeUsage as PrototypeUsage,
+    duplicate_prototypes as duplicate_prototypes,
+    prototype_usage as prototype_usage,
+)
 from .losses.distillation.sinkhorn import sinkhorn as sinkhorn, sinkhorn_bias as sinkhorn_bias
 from .losses.distillation.swav import SwAVLoss as SwAVLoss, swav as swav
 from .losses.distillation.teacher_bias import (

@@ -51,9 +51,14 @@ class TeacherRows(NamedTuple):
         normalize = isinstance(prototypes, NormalizedPrototypes)
         return cls(teacher.detach(), direction.detach(), gain, normalize, float(temperature), taken)
 
+    @property
+    def kind(self) -> torch.dtype:
+        """Of what is summed."""
+        return accumulator(self.teacher)
+
     def matrix(self) -> Tensor:
         """The prototypes [K, D] in the accumulator's dtype."""
-        rows = self.prototypes.to(accumulator(self.teacher))
+        rows = self.prototypes.to(self.kind)
         return reference.normalized_prototypes(rows, self.gain) if self.normalize else rows
 
 
@@ -97,7 +102,7 @@ def why_not(backend: str, teacher: Tensor) -> str | None:
 def numbers_to_keep(rows: TeacherRows) -> int:
     """Of how many logits the first visit keeps memory for the later ones."""
     (n, d), k = rows.teacher.shape, len(rows.prototypes)
-    size = torch.finfo(accumulator(rows.teacher)).bits // 8
+    size = torch.finfo(rows.kind).bits // 8
     whole = n * k * size
     budget = min(max(whole // PART_KEPT, LEAST_KEPT), MOST_KEPT) + k * d * size
     if whole <= budget:
@@ -134,7 +139,7 @@ def visit(
 
 
 def _by_reference(rows: TeacherRows, bias: Tensor | None, by_row: bool) -> Visit:
-    h, u, rest = rows.teacher.to(accumulator(rows.teacher)), rows.matrix(), (rows.temperature, rows.taken)
+    h, u, rest = rows.teacher.to(rows.kind), rows.matrix(), (rows.temperature, rows.taken)
     entropy, best = reference.prototype_rows(h, u, bias, *rest) if by_row and bias is not None else (None, None)
     return Visit(reference.prototype_columns(h, u, bias, *rest), entropy, best, None)
 
@@ -146,7 +151,7 @@ def _by_chunks(
     rows: TeacherRows, bias: Tensor | None, kept: Tensor | None, keep: int, by_row: bool, sums: Sums
 ) -> Visit:
     """The library's products, a chunk of rows at a time in one buffer, and sums over each."""
-    kind = accumulator(rows.teacher)
+    kind = rows.kind
     h, k, size = rows.teacher, len(rows.prototypes), torch.finfo(kind).bits // 8
     u = rows.matrix().T
     n, at_once = len(h), max(MOST_OF_CHUNK // (k * size), LEAST_IN_CHUNK)

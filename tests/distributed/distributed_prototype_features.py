@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from distributed_common import SIZES, batch, case
-from sslfast import NormalizedPrototypes, center_update_, prototype_sinkhorn
+from sslfast import NormalizedPrototypes, center_update_, prototype_sinkhorn, prototype_usage
 
 
 @case
@@ -22,6 +22,10 @@ def teacher_bias_of_all_rows(rank: int, world: int) -> None:
             right = prototype_sinkhorn(h, u, 0.3, row_weights=weights)
             found = prototype_sinkhorn(mine, u, 0.3, row_weights=own, gather_distributed=True)
             torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-11)
+            usage = prototype_usage(h, u, 0.3, row_weights=weights)
+            of_all = prototype_usage(mine, u, 0.3, row_weights=own, gather_distributed=True)
+            torch.testing.assert_close(of_all[:3], usage[:3], rtol=1e-9, atol=1e-11)
+            assert torch.equal(of_all.assignment, usage.assignment.split(list(sizes))[rank])
             for prototypes in (u, NormalizedPrototypes(u)):
                 center, whole = torch.ones(1, 11, dtype=torch.float64), torch.ones(1, 11, dtype=torch.float64)
                 center_update_(whole, h, prototypes, row_weights=weights)

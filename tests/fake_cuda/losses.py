@@ -212,6 +212,8 @@ _PROTOTYPES: dict[str, Case] = {
     ),
     "DINOHead": lambda x: _of_head(x.made(lambda: sslfast.DINOHead(D, 40, hidden_dim=24, bottleneck_dim=16)), x),
     "prototype_sinkhorn": lambda x: sslfast.prototype_sinkhorn(x.fixed(), x.fixed(40, D), row_weights=x.fixed(N)),
+    "prototype_usage": lambda x: sslfast.prototype_usage(x.fixed(), x.fixed(40, D), row_weights=x.fixed(N)),
+    "duplicate_prototypes": lambda x: sslfast.duplicate_prototypes(x.fixed(40, D)),
     "ops.prototype_columns.visit": lambda x: visit(
         TeacherRows.of(x.fixed(), x.fixed(40, D), 0.3, x.ids(N) > 3), x.fixed(40).float(), by_row=True
     ),

@@ -30,6 +30,8 @@ WITHOUT = {
     "center_update_",
     "center_update_/normalised",
     "prototype_sinkhorn",
+    "prototype_usage",
+    "duplicate_prototypes",
     "ops.prototype_columns.visit",
     "sinkhorn",
     "sinkhorn_bias",

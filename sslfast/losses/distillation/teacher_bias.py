@@ -59,11 +59,11 @@ def prototype_sinkhorn(
         >>> [round(x, 3) for x in p.sum(0).tolist()]  # each gets half of the rows
         [2.0, 2.0]
     """
-    _check(teacher, prototypes)
+    check_teacher(teacher, prototypes)
     check_temperature("temperature", temperature)
     count = whole_number("iterations", iterations, 1)
     scope = scope_of(gather_distributed)
-    rows = TeacherRows.of(teacher, prototypes, temperature, _taken(row_weights, teacher))
+    rows = TeacherRows.of(teacher, prototypes, temperature, rows_taken(row_weights, teacher))
     with torch.no_grad():
         # Or the ranks would wait for each other for ever. Of rows a rank may have none.
         scope.shard(rows.prototypes, {"how many prototypes": len(rows.prototypes), "how many iterations": count})
@@ -130,14 +130,14 @@ def center_update_(
     if row_weights is not None and teacher.dim() == 3 and isinstance(row_weights, Tensor):
         row_weights = row_weights.repeat(len(teacher))
     teacher = teacher.reshape(-1, teacher.shape[-1])
-    _check(teacher, prototypes)
+    check_teacher(teacher, prototypes)
     u = prototypes.direction if isinstance(prototypes, NormalizedPrototypes) else prototypes
     if not isinstance(center, Tensor) or not center.is_floating_point():
         raise TypeError("center must be a torch.Tensor of floating-point numbers")
     if center.numel() != len(u):
         raise ValueError(f"center must have one number for each of {len(u)} prototypes, got {center.numel()}")
     share = check_share("momentum", momentum)
-    taken = _taken(row_weights, teacher)
+    taken = rows_taken(row_weights, teacher)
     scope = scope_of(gather_distributed)
     kind = accumulator(teacher)
     with torch.no_grad(), without_autocast(teacher):
@@ -159,7 +159,7 @@ def center_update_(
     return center
 
 
-def _check(teacher: Tensor, prototypes: Tensor | NormalizedPrototypes) -> None:
+def check_teacher(teacher: Tensor, prototypes: Tensor | NormalizedPrototypes) -> None:
     if not isinstance(teacher, Tensor) or teacher.dim() != 2 or len(teacher) > 0:  # a rank may have no row
         check_matrix("teacher", teacher)
     u = prototypes.direction if isinstance(prototypes, NormalizedPrototypes) else prototypes
@@ -170,7 +170,7 @@ def _check(teacher: Tensor, prototypes: Tensor | NormalizedPrototypes) -> None:
         raise ValueError(f"prototypes must be on teacher's device {teacher.device}, got {u.device}")
 
 
-def _taken(row_weights: Tensor | None, teacher: Tensor) -> Tensor | None:
+def rows_taken(row_weights: Tensor | None, teacher: Tensor) -> Tensor | None:
     """Which rows take part, [N]; ``None`` for all."""
     if row_weights is None:
         return None
