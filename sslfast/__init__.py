@@ -98,6 +98,7 @@ from .losses.distillation.negative_cosine import (
     negative_cosine as negative_cosine,
     sim_siam as sim_siam,
 )
+from .losses.distillation.prototype_loss import PrototypeLoss as PrototypeLoss
 from .losses.distillation.prototype_usage import (
     PrototypeUsage as PrototypeUsage,
     duplicate_prototypes as duplicate_prototypes,

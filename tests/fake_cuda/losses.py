@@ -212,6 +212,12 @@ _PROTOTYPES: dict[str, Case] = {
     ),
     "DINOHead": lambda x: _of_head(x.made(lambda: sslfast.DINOHead(D, 40, hidden_dim=24, bottleneck_dim=16)), x),
     "prototype_sinkhorn": lambda x: sslfast.prototype_sinkhorn(x.fixed(), x.fixed(40, D), row_weights=x.fixed(N)),
+    "PrototypeLoss": lambda x: x.made(lambda: sslfast.PrototypeLoss(40))(
+        x.z(3, N, D), x.fixed(2, N, D), x.z(40, D), x.fixed(40, D)
+    ),
+    "PrototypeLoss/masked tokens, Sinkhorn": lambda x: x.made(lambda: sslfast.PrototypeLoss(40, centering="sinkhorn"))(
+        x.z(2 * L, D), x.fixed(2 * L, D), x.z(40, D), x.fixed(40, D), x.mask()
+    ),
     "prototype_usage": lambda x: sslfast.prototype_usage(x.fixed(), x.fixed(40, D), row_weights=x.fixed(N)),
     "duplicate_prototypes": lambda x: sslfast.duplicate_prototypes(x.fixed(40, D)),
     "ops.prototype_columns.visit": lambda x: visit(

@@ -82,6 +82,18 @@ def _sinkhorn(n: int, d: int) -> Problem:
     return Problem(function, (unit(n, d), unit(2 * n, d, seed=2)), (), (unit(n, d, seed=1),))
 
 
+def _prototype_loss(n: int, d: int) -> Problem:
+    mask = rows(3, n, seed=2) > 0.5
+
+    def function(student: Tensor, w: Tensor, teacher: Tensor, u: Tensor, mask: Tensor) -> Tensor:
+        dino, ibot = sslfast.PrototypeLoss(2 * n), sslfast.PrototypeLoss(2 * n, centering="sinkhorn")
+        of_views = dino.to(student.device)(student.view(3, n, d), teacher.view(3, n, d)[:2], w, u)
+        return of_views + ibot.to(student.device)(student, teacher, w, u, mask)
+
+    given = unit(3 * n, d, seed=1), unit(2 * n, d, seed=4), mask
+    return Problem(function, (unit(3 * n, d), unit(2 * n, d, seed=3)), (), given)
+
+
 DISTILLATION = [
     Loss("gram_anchor", ("gram_anchor",), _gram),
     Loss("gram_anchor, all rows", ("gram_anchor",), _gram_of_all),
@@ -97,5 +109,6 @@ DISTILLATION = [
     Loss("DINOLoss", ("DINOLoss",), _dino, triton=False),
     Loss("IBOTPatchLoss", ("IBOTPatchLoss",), _ibot, triton=False),
     Loss("prototype_cross_entropy", ("prototype_cross_entropy", "NormalizedPrototypes"), _prototypes),
+    Loss("PrototypeLoss", ("PrototypeLoss",), _prototype_loss),
     Loss("prototype_sinkhorn", ("prototype_sinkhorn", "center_update_"), _sinkhorn),
 ]

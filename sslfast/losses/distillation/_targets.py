@@ -24,6 +24,8 @@ class TeacherTargets(nn.Module):
     for :meth:`update_center`, so that several small batches move it as one large one.
     """
 
+    teacher_temp: float
+    student_temp: float
     center: Tensor
     waiting_sum: Tensor
     waiting_rows: Tensor
@@ -61,9 +63,12 @@ class TeacherTargets(nn.Module):
     @torch.no_grad()
     def take_in(self, teacher: list[Tensor], now: bool, rows: Tensor | None = None) -> None:
         """Moves the centre by the teacher's logits [v, B, K], or keeps them for the next :meth:`update_center`."""
-        if self.centering != "center":
-            return
-        total, count = _row_sum(teacher, accumulator(self.center), rows)
+        if self.centering == "center":
+            self.take_in_sum(*_row_sum(teacher, accumulator(self.center), rows), now)
+
+    @torch.no_grad()
+    def take_in_sum(self, total: Tensor, count: Tensor | int, now: bool) -> None:
+        """As :meth:`take_in`, of rows of logits with this sum [K]."""
         if now and not self.waiting:
             self._move(total, count)
             return
@@ -99,6 +104,12 @@ class TeacherTargets(nn.Module):
             return
         moved = self.center * self.center_momentum + (total / rows).view_as(self.center) * weight
         self.center.copy_(torch.where(rows == 0, self.center, moved))
+
+    def extra_repr(self) -> str:
+        return (
+            f"output_dim={self.center.shape[-1]}, teacher_temp={self.teacher_temp}, student_temp={self.student_temp}, "
+            f"centering={self.centering!r}, gather_distributed={self.gather_distributed}"
+        )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         self._adopt_center(state_dict, prefix)

@@ -119,9 +119,3 @@ class DINOLoss(TeacherTargets):
         found = prototype_diagnostics(loss, teacher, bias, teacher_temp) if self.diagnostics else None
         self.take_in(teacher, update_center)
         return loss, found
-
-    def extra_repr(self) -> str:
-        return (
-            f"output_dim={self.center.shape[-1]}, teacher_temp={self.teacher_temp}, student_temp={self.student_temp}, "
-            f"centering={self.centering!r}, gather_distributed={self.gather_distributed}"
-        )

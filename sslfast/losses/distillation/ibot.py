@@ -86,7 +86,7 @@ class IBOTPatchLoss(TeacherTargets):
             raise ValueError(f"teacher_out and student_out must be [N, K], got {tuple(teacher_out.shape)}")
         check_number("student_temp", self.student_temp, student[0])
         check_number("teacher_temp", teacher_temp, student[0])
-        _check_mask(mask, student[0])
+        check_mask(mask, student[0])
         length = student[0].shape[1]
         rows: Tensor | None
         weights, rows = token_weights(mask, length, accumulator(student[0]))
@@ -103,14 +103,8 @@ class IBOTPatchLoss(TeacherTargets):
         self.take_in(teacher, update_center, rows)
         return loss, found
 
-    def extra_repr(self) -> str:
-        return (
-            f"output_dim={self.center.shape[-1]}, teacher_temp={self.teacher_temp}, student_temp={self.student_temp}, "
-            f"centering={self.centering!r}, gather_distributed={self.gather_distributed}"
-        )
 
-
-def _check_mask(mask: Tensor, like: Tensor) -> None:
+def check_mask(mask: Tensor, like: Tensor) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() < 2 or len(mask) == 0:
         got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"mask must be a bool tensor [B, H, W] or [B, L] with B at least 1, got {got}")

@@ -148,15 +148,21 @@ def center_update_(
             h, count = torch.where(taken[:, None], h, 0), taken.sum(dtype=kind)[None]
         sums = scope.gather(torch.cat([h.sum(0), count])[None]).sum(0)  # [D + 1], over the ranks in their order
         mean = sums[:-1] / sums[-1].clamp_min(1)
-        logits = u.to(kind) @ mean  # [K]
-        if isinstance(prototypes, NormalizedPrototypes):
-            logits = logits / torch.linalg.vector_norm(u, dim=1, dtype=kind).clamp_min(1e-12)
-            if prototypes.gain is not None:
-                logits = logits * prototypes.gain.reshape(-1).to(kind)
+        logits = logits_of(mean, prototypes)
         before = center.to(kind)
         after = torch.lerp(logits.view(center.shape), before, share)
         center.copy_(torch.where(sums[-1] > 0, after, before))
     return center
+
+
+def logits_of(feature: Tensor, prototypes: Tensor | NormalizedPrototypes) -> Tensor:
+    """``h·uᵀ`` [K] of one feature [D], in its dtype."""
+    if not isinstance(prototypes, NormalizedPrototypes):
+        return prototypes.to(feature.dtype) @ feature
+    u, gain = prototypes
+    logits = u.to(feature.dtype) @ feature
+    logits = logits / torch.linalg.vector_norm(u, dim=1, dtype=feature.dtype).clamp_min(1e-12)
+    return logits if gain is None else logits * gain.reshape(-1).to(feature.dtype)
 
 
 def check_teacher(teacher: Tensor, prototypes: Tensor | NormalizedPrototypes) -> None:
