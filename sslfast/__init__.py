@@ -123,6 +123,12 @@ from .losses.distillation.patch_kernel_alignment import (
     PatchKernelAlignmentLoss as PatchKernelAlignmentLoss,
     patch_kernel_alignment as patch_kernel_alignment,
 )
+from .losses.distillation.prototype_loss import PrototypeLoss as PrototypeLoss
+from .losses.distillation.prototype_usage import (
+    PrototypeUsage as PrototypeUsage,
+    duplicate_prototypes as duplicate_prototypes,
+    prototype_usage as prototype_usage,
+)
 from .losses.distillation.re_ssl import ReSSLLoss as ReSSLLoss, re_ssl as re_ssl
 from .losses.distillation.sinkhorn import sinkhorn as sinkhorn, sinkhorn_bias as sinkhorn_bias
 from .losses.distillation.swav import SwAVLoss as SwAVLoss, swav as swav

@@ -100,5 +100,5 @@ def mean_assignment(
     """
     if _backends.serve("mean_assignment", logits, "cuda", why_not) == "reference":
         return by_reference(logits, targets, weights, temperature, rows)
-    sums, cross_entropy, entropy, _ = torch.ops.sslfast.mean_assignment(logits, targets, weights, temperature, rows)
+    sums, cross_entropy, entropy, _ = _library.run("mean_assignment", logits, targets, weights, temperature, rows)
     return sums, cross_entropy, entropy

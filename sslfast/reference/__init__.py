@@ -22,6 +22,7 @@ from .negative_cosine import negative_cosine
 from .neighbour_distance import neighbour_distance, sums_by_index
 from .nt_xent import nt_xent
 from .partition_mask import partition_mask
+from .prototype_columns import prototype_columns, prototype_rows
 from .prototype_cross_entropy import normalized_prototypes, prototype_cross_entropy
 from .random_mask import random_mask
 from .scatter_tokens import scatter_tokens
@@ -57,7 +58,9 @@ __all__ = [
     "normalized_prototypes",
     "nt_xent",
     "partition_mask",
+    "prototype_columns",
     "prototype_cross_entropy",
+    "prototype_rows",
     "random_mask",
     "scatter_patches",
     "scatter_tokens",

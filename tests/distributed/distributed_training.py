@@ -149,8 +149,7 @@ def ranks_that_do_not_all_learn(rank: int, world: int) -> None:
 # Not of two views, or taking ranks without a row; their refusals are cases of their own.
 ELSEWHERE = {"sigreg", "le_jepa", "le_wm", "visreg", "swav", "sinkhorn", "sinkhorn_bias"}
 ELSEWHERE |= {"prototype_sinkhorn", "center_update_"}
-ELSEWHERE |= {"k_means", "self_labelling"}
-ELSEWHERE |= {"capi"}
+ELSEWHERE |= {"k_means", "self_labelling", "capi", "prototype_usage"}
 
 
 def _calls() -> dict[str, Callable[..., Any]]:

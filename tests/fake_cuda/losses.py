@@ -22,6 +22,7 @@ from sslfast.ops.mean_assignment import mean_assignment
 from sslfast.ops.negative_cosine import negative_cosine
 from sslfast.ops.neighbour_distance import neighbour_distance, sums_by_index
 from sslfast.ops.nt_xent import nt_xent
+from sslfast.ops.prototype_columns import TeacherRows, visit
 from sslfast.ops.sinkhorn import assigned, bias_of, column_sums
 from sslfast.ops.unit_slices import unit_slices
 
@@ -246,6 +247,17 @@ _PROTOTYPES: dict[str, Case] = {
     "SwAVPrototypes": lambda x: _of_prototypes(x.made(lambda: sslfast.SwAVPrototypes(D, [9, 7])), x),
     "re_ssl": lambda x: sslfast.re_ssl(x.z(), x.fixed(), x.fixed(40, D)),
     "ReSSLLoss": lambda x: _and_queue(x.made(lambda: sslfast.ReSSLLoss(40, D)), x),
+    "PrototypeLoss": lambda x: x.made(lambda: sslfast.PrototypeLoss(40))(
+        x.z(3, N, D), x.fixed(2, N, D), x.z(40, D), x.fixed(40, D)
+    ),
+    "PrototypeLoss/masked tokens, Sinkhorn": lambda x: x.made(lambda: sslfast.PrototypeLoss(40, centering="sinkhorn"))(
+        x.z(2 * L, D), x.fixed(2 * L, D), x.z(40, D), x.fixed(40, D), x.mask()
+    ),
+    "prototype_usage": lambda x: sslfast.prototype_usage(x.fixed(), x.fixed(40, D), row_weights=x.fixed(N)),
+    "duplicate_prototypes": lambda x: sslfast.duplicate_prototypes(x.fixed(40, D)),
+    "ops.prototype_columns.visit": lambda x: visit(
+        TeacherRows.of(x.fixed(), x.fixed(40, D), 0.3, x.ids(N) > 3), x.fixed(40).float(), by_row=True
+    ),
     "center_update_": lambda x: sslfast.center_update_(x.fixed(40), x.fixed(2, N, D), x.fixed(40, D)),
     "center_update_/normalised": lambda x: sslfast.center_update_(
         x.fixed(1, 40), x.fixed(), sslfast.NormalizedPrototypes(x.fixed(40, D), x.fixed(40)), row_weights=x.fixed(N)

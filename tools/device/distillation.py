@@ -158,6 +158,18 @@ def _msn(n: int, d: int) -> Problem:
     return Problem(function, (rows(3 * n, d), rows(2 * n, d, seed=1)), (), (rows(n, d, seed=2),))
 
 
+def _prototype_loss(n: int, d: int) -> Problem:
+    mask = rows(3, n, seed=2) > 0.5
+
+    def function(student: Tensor, w: Tensor, teacher: Tensor, u: Tensor, mask: Tensor) -> Tensor:
+        dino, ibot = sslfast.PrototypeLoss(2 * n), sslfast.PrototypeLoss(2 * n, centering="sinkhorn")
+        of_views = dino.to(student.device)(student.view(3, n, d), teacher.view(3, n, d)[:2], w, u)
+        return of_views + ibot.to(student.device)(student, teacher, w, u, mask)
+
+    given = unit(3 * n, d, seed=1), unit(2 * n, d, seed=4), mask
+    return Problem(function, (unit(3 * n, d), unit(2 * n, d, seed=3)), (), given)
+
+
 DISTILLATION = [
     Loss("gram_anchor", ("gram_anchor",), _gram),
     Loss("gram_anchor, all rows", ("gram_anchor",), _gram_of_all),
@@ -183,5 +195,6 @@ DISTILLATION = [
     Loss("capi", ("capi", "CAPILoss"), _capi, triton=False),
     Loss("re_ssl", ("re_ssl", "ReSSLLoss"), _re_ssl),
     Loss("prototype_cross_entropy", ("prototype_cross_entropy", "NormalizedPrototypes"), _prototypes),
+    Loss("PrototypeLoss", ("PrototypeLoss",), _prototype_loss),
     Loss("prototype_sinkhorn", ("prototype_sinkhorn", "center_update_"), _sinkhorn),
 ]

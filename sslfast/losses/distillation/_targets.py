@@ -26,6 +26,8 @@ class TeacherTargets(nn.Module):
     for :meth:`update_center`, so that several small batches move it as one large one.
     """
 
+    teacher_temp: float
+    student_temp: float
     center: Tensor
     waiting_sum: Tensor
     waiting_rows: Tensor
@@ -99,9 +101,12 @@ class TeacherTargets(nn.Module):
     @torch.no_grad()
     def take_in(self, teacher: list[Tensor], now: bool, rows: Tensor | None = None) -> None:
         """Moves the centre by the teacher's logits [v, B, K], or keeps them for the next :meth:`update_center`."""
-        if self.centering != "center":
-            return
-        total, count = _row_sum(teacher, accumulator(self.center), rows)
+        if self.centering == "center":
+            self.take_in_sum(*_row_sum(teacher, accumulator(self.center), rows), now)
+
+    @torch.no_grad()
+    def take_in_sum(self, total: Tensor, count: Tensor | int, now: bool) -> None:
+        """As :meth:`take_in`, of rows of logits with this sum [K]."""
         if now and not self.waiting:
             self._move(total, count)
             return

@@ -82,7 +82,7 @@ class IBOTPatchLoss(TeacherTargets):
         student, teacher = self.checked(student_out, teacher_out, teacher_temp)
         if len(student[0]) != 1 or len(teacher[0]) != 1:
             raise ValueError(f"teacher_out and student_out must be [N, K], got {tuple(teacher_out.shape)}")
-        _check_mask(mask, student[0])
+        check_mask(mask, student[0])
         length = student[0].shape[1]
         rows: Tensor | None
         weights, rows = token_weights(mask, length, accumulator(student[0]))
@@ -161,7 +161,7 @@ class IBOTPlusPlusPatchLoss(IBOTPatchLoss):
             if student_out.dim() != 3:
                 raise ValueError("mask must be given with logits [B·N, K], or B is not known")
             mask = torch.ones(student_out.shape[:2], dtype=torch.bool, device=student_out.device)
-        _check_mask(mask, student[0])
+        check_mask(mask, student[0])
         images, rows = len(mask), student_out[..., 0].numel()
         if mask.numel() != rows or student_out.dim() == 3 and images != len(student_out):
             raise ValueError(
@@ -172,7 +172,7 @@ class IBOTPlusPlusPatchLoss(IBOTPatchLoss):
         return self.distilled(*flat, teacher_temp, update_center, weights=weights)
 
 
-def _check_mask(mask: Tensor, like: Tensor) -> None:
+def check_mask(mask: Tensor, like: Tensor) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() < 2 or len(mask) == 0:
         got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"mask must be a bool tensor [B, H, W] or [B, L] with B at least 1, got {got}")
