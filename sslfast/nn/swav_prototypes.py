@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,10 @@ class SwAVPrototypes(nn.Module):
             raise ValueError("n_prototypes must name at least one head, got none")
         self.n_steps_frozen_prototypes = whole_number("n_steps_frozen_prototypes", n_steps_frozen_prototypes, 0)
         self.heads = nn.ModuleList(nn.Linear(width, count, bias=bias) for count in self.n_prototypes)
-        self.register_load_state_dict_pre_hook(_renamed)
+        self.register_load_state_dict_pre_hook(_renamed)  # type: ignore[no-untyped-call]
+
+    def _linears(self) -> list[nn.Linear]:
+        return cast("list[nn.Linear]", list(self.heads))
 
     @property
     def prototypes(self) -> Tensor | list[Tensor]:
@@ -73,7 +76,7 @@ class SwAVPrototypes(nn.Module):
     def prototypes_at(self, step: int | None) -> Tensor | list[Tensor]:
         """:attr:`prototypes`, without gradient in the first ``n_steps_frozen_prototypes`` steps."""
         frozen = step is not None and step < self.n_steps_frozen_prototypes
-        weights = [head.weight.detach() if frozen else head.weight for head in self.heads]
+        weights = [head.weight.detach() if frozen else head.weight for head in self._linears()]
         return weights[0] if self.is_single else weights
 
     def forward(self, x: Tensor, step: int | None = None) -> Tensor | list[Tensor]:
@@ -88,15 +91,15 @@ class SwAVPrototypes(nn.Module):
         rows = [weights] if isinstance(weights, Tensor) else weights
         frozen = step is not None and step < self.n_steps_frozen_prototypes
         scores = []
-        for head, weight in zip(self.heads, rows, strict=True):
-            bias = head.bias.detach() if frozen and head.bias is not None else head.bias
+        for head, weight in zip(self._linears(), rows, strict=True):
+            bias: Tensor | None = head.bias.detach() if frozen and head.bias is not None else head.bias
             scores.append(F.linear(x, weight, bias))
         return scores[0] if self.is_single else scores
 
     @torch.no_grad()
     def normalize(self) -> None:
         """Divide every prototype by its norm, in place: before the first forward of a step, as backwards need them."""
-        for head in self.heads:
+        for head in self._linears():
             head.weight.copy_(l2_normalize(head.weight))
 
 

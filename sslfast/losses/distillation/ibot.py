@@ -168,8 +168,8 @@ class IBOTPlusPlusPatchLoss(IBOTPatchLoss):
                 f"mask must have one entry for each token of logits {tuple(student_out.shape)}, got {tuple(mask.shape)}"
             )
         weights = all_token_weights(mask, visible, accumulator(student[0])) * self.scope().shard(mask).weight
-        flat = [[x.reshape(1, rows, -1) for x in views] for views in (student, teacher)]
-        return self.distilled(*flat, teacher_temp, update_center, weights=weights)
+        student, teacher = ([x.reshape(1, rows, -1) for x in views] for views in (student, teacher))
+        return self.distilled(student, teacher, teacher_temp, update_center, weights=weights)
 
 
 def check_mask(mask: Tensor, like: Tensor) -> None:
