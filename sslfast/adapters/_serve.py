@@ -109,7 +109,7 @@ def is_served(value: object) -> bool:
 
 def own_method(cls: type, name: str) -> Any:
     """The method that ``cls`` itself, not a base, defines, also while sslfast serves it; or ``None``."""
-    method = vars(cls).get(name)
+    method: Any = vars(cls).get(name)
     return method.__wrapped__ if is_served(method) else method
 
 
