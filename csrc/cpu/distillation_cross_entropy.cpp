@@ -19,13 +19,14 @@ const T* row_of(const void* view, const DistillationRows& x, int64_t b) {
   return static_cast<const T*>(view) + b * x.prototypes;
 }
 
-// scaled_chunk of teacher t and row b, with its bias.
+// scaled_chunk of teacher t, of the row that row b of a student meets, with its bias.
 template <typename T, typename A>
 int64_t teacher_chunk(const DistillationRows& x, int t, int64_t b, int64_t begin, int64_t count, A base, A* buffer,
                       A* __restrict__ out) {
-  const T* row = row_of<T>(x.teacher[t], x, b) + begin;
+  const int64_t r = x.teacher_row(b);
+  const T* row = row_of<T>(x.teacher[t], x, r) + begin;
   if (!x.bias) return scaled_chunk(row, count, A(x.teacher_factor), base, buffer, out);
-  const A* bias = static_cast<const A*>(x.bias) + t * x.bias_view + b % x.bias_rows * x.prototypes + begin;
+  const A* bias = static_cast<const A*>(x.bias) + t * x.bias_view + r % x.bias_rows * x.prototypes + begin;
   const A* in = chunk_of(row, count, buffer);
   int64_t k = 0;
   for (; k + kLanes<A> <= count; k += kLanes<A>) {
@@ -99,7 +100,7 @@ void forward_chunk(const DistillationRows& x, int64_t b, int64_t begin, const Pa
     A* target = parts.targets + t * kLogitChunk;
     Running<A>& running = parts.teacher[t];
     if (x.assigned) {
-      const int64_t n = assigned_chunk(row_of<T>(x.teacher[t], x, b) + begin, count, target);
+      const int64_t n = assigned_chunk(row_of<T>(x.teacher[t], x, x.teacher_row(b)) + begin, count, target);
       running.sum += sum_of(target, n);
       continue;
     }
@@ -166,7 +167,7 @@ void forward(const Parallel& parallel, const DistillationRows& x, Accumulator<T>
 template <typename T, typename A>
 int64_t target_chunk(const DistillationRows& x, int t, int64_t b, int64_t begin, int64_t count, const A* stats, A* raw,
                      A* p) {
-  if (x.assigned) return assigned_chunk(row_of<T>(x.teacher[t], x, b) + begin, count, p);
+  if (x.assigned) return assigned_chunk(row_of<T>(x.teacher[t], x, x.teacher_row(b)) + begin, count, p);
   const A* of_view = stats + 2 * (t * x.batch + b);
   const int64_t n = teacher_chunk<T>(x, t, b, begin, count, of_view[0], raw, p);
   exponentials_of(p, n, of_view[1]);
@@ -251,8 +252,8 @@ struct Arguments {
   Tensor like, scratch;
 
   Arguments(const std::vector<Tensor>& students, const std::vector<Tensor>& teachers, const std::optional<Tensor>& bias,
-            const Distilled& how, const std::optional<Tensor>& rows)
-      : like((check_distillation(students, teachers, bias, how, rows), students[0])), scratch(like) {
+            const Distilled& how, const std::optional<Tensor>& rows, const std::optional<Tensor>& teacher_rows)
+      : like((check_distillation(students, teachers, bias, how, rows, teacher_rows), students[0])), scratch(like) {
     for (const Tensor& view : students) add(view, student);
     for (const Tensor& view : teachers) add(view, teacher);
     x = {like.size(1),
@@ -268,8 +269,18 @@ struct Arguments {
          1,
          0,
          how.ignore_diagonal,
-         how.assigned};
+         how.assigned,
+         nullptr};
     if (rows) x.rows = std::clamp<int64_t>(*const_data<int64_t>(*rows), 0, x.batch);
+    if (teacher_rows) {
+      tensors.push_back(as_contiguous(*teacher_rows));
+      x.teacher_rows = const_data<int64_t>(tensors.back());
+      const int64_t length = teachers[0].size(1);
+      for (int64_t b = 0; b < x.rows; ++b) {
+        SSLFAST_CHECK(x.teacher_rows[b] >= 0 && x.teacher_rows[b] < length, "teacher_rows must be from 0 to ",
+                      length - 1, ", got ", x.teacher_rows[b]);
+      }
+    }
     if (bias) {
       tensors.push_back(as_contiguous(*bias));
       x.bias = tensors.back().const_data_ptr();
@@ -293,9 +304,10 @@ std::tuple<Tensor, Tensor, Tensor> distillation_cross_entropy_cpu(std::vector<Te
                                                                   const std::optional<Tensor>& bias,
                                                                   double student_temperature,
                                                                   double teacher_temperature, bool ignore_diagonal,
-                                                                  bool assigned, const std::optional<Tensor>& rows) {
+                                                                  bool assigned, const std::optional<Tensor>& rows,
+                                                                  const std::optional<Tensor>& teacher_rows) {
   Arguments arguments(student, teacher, bias, {student_temperature, teacher_temperature, ignore_diagonal, assigned},
-                      rows);
+                      rows, teacher_rows);
   const DistillationRows& x = arguments.x;
   const ScalarType type = accumulator_type(arguments.like);
   Tensor of_row = allocate(arguments.like, {x.batch}, type);
@@ -319,9 +331,10 @@ std::tuple<Tensor, Tensor, Tensor> distillation_cross_entropy_cpu(std::vector<Te
 std::vector<Tensor> distillation_cross_entropy_backward_cpu(
     const Tensor& grad_any, std::vector<Tensor> student, std::vector<Tensor> teacher, const std::optional<Tensor>& bias,
     const Tensor& student_stats_any, const Tensor& teacher_stats_any, double student_temperature,
-    double teacher_temperature, bool ignore_diagonal, bool assigned, const std::optional<Tensor>& rows) {
+    double teacher_temperature, bool ignore_diagonal, bool assigned, const std::optional<Tensor>& rows,
+    const std::optional<Tensor>& teacher_rows) {
   Arguments arguments(student, teacher, bias, {student_temperature, teacher_temperature, ignore_diagonal, assigned},
-                      rows);
+                      rows, teacher_rows);
   const DistillationRows& x = arguments.x;
   const ScalarType type = accumulator_type(arguments.like);
   check_tensor(grad_any, "grad", {x.batch}, type, arguments.like);

@@ -1,4 +1,4 @@
-"""The fast forms of lightly's losses of second moments: Barlow Twins, VICReg(L), TiCo, MMCR, FroSSL, W-MSE."""
+"""The fast forms of lightly's losses of second moments: Barlow Twins, VICReg(L), TiCo, MMCR, FroSSL, EMP-SSL, W-MSE."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from torch import Tensor
 
 from ..distributed.choose import scope_of
 from ..losses.decorrelation.barlow_twins import barlow_twins
+from ..losses.decorrelation.emp_ssl import emp_ssl
 from ..losses.decorrelation.frossl import frossl
 from ..losses.decorrelation.mmcr import mmcr
 from ..losses.decorrelation.tico import tico
 from ..losses.decorrelation.vicreg import covariance_loss, vicreg
 from ..losses.decorrelation.vicregl import vicregl
 from ..losses.decorrelation.w_mse import whiten, whitened_pairs
-from ._lightly_contrastive import gathers, in_dtype_of, is_number, is_unhooked
-from ._serve import Unserved, overridden, unserved_matrices, unserved_tensors
+from ._lightly_contrastive import gathers, in_dtype_of
+from ._serve import Unserved, is_number, is_unhooked, overridden, unserved_matrices, unserved_tensors
 
 ONE_ROW = Unserved("one row, which has no variance")
 
@@ -225,13 +226,24 @@ def fast_mmcr(self: Any, online: Tensor, momentum: Tensor) -> Tensor | Unserved:
     return in_dtype_of(online, mmcr(online, momentum, self.lmda))
 
 
-def fast_frossl(self: Any, z_views: list[Tensor]) -> Tensor | Unserved:
+def _unserved_views_of_samples(z_views: Any) -> Unserved | None:
     if not isinstance(z_views, (list, tuple)) or len(z_views) < 2:
         return Unserved("z_views that are no list of two views or more")
-    unserved = unserved_matrices(*z_views)
+    return unserved_matrices(*z_views)
+
+
+def fast_frossl(self: Any, z_views: list[Tensor]) -> Tensor | Unserved:
+    unserved = _unserved_views_of_samples(z_views)
+    return unserved or in_dtype_of(z_views[0], frossl(z_views, self.invariance_weight))
+
+
+def fast_emp_ssl(self: Any, z_views: list[Tensor]) -> Tensor | Unserved:
+    unserved = _unserved_views_of_samples(z_views) or _unserved_eps(self.tcr_eps)
     if unserved:
         return unserved
-    return in_dtype_of(z_views[0], frossl(z_views, self.invariance_weight))
+    if not is_number(self.inv_coef):
+        return Unserved("inv_coef that is no number")
+    return emp_ssl(z_views, self.tcr_eps, self.inv_coef)  # float32 of 16-bit views, as lightly's
 
 
 def _unserved_whitening(layer: Any, rows: int, width: int) -> Unserved | None:

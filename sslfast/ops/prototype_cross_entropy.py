@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _backends, _native
+from .. import _backends, _library, _native
 from .._checks import FLOATS, accumulator, is_real, readable, warn_once, whole_numbers
 from ._prototype_operators import Inputs, by_reference, by_triton
 from .types import NormalizedPrototypes
@@ -133,7 +133,7 @@ def prototype_cross_entropy(
     learns = torch.is_grad_enabled()
     need_prototypes = learns and (w.requires_grad or (gain is not None and gain.requires_grad))
     inputs = inputs._replace(need_student=learns and student.requires_grad, need_prototypes=need_prototypes)
-    loss: Tensor = torch.ops.sslfast.prototype_cross_entropy(*inputs)[0]
+    loss: Tensor = _library.run("prototype_cross_entropy", *inputs)[0]
     return loss
 
 

@@ -19,7 +19,7 @@ from .mean_assignment import mean_assignment
 from .multiblock_mask import multiblock_mask
 from .nearest_neighbours import nearest_neighbours, neighbour_similarity
 from .negative_cosine import negative_cosine
-from .neighbour_distance import neighbour_distance
+from .neighbour_distance import neighbour_distance, sums_by_index
 from .nt_xent import nt_xent
 from .partition_mask import partition_mask
 from .prototype_cross_entropy import normalized_prototypes, prototype_cross_entropy
@@ -66,6 +66,7 @@ __all__ = [
     "similarity_lse",
     "similarity_terms",
     "unit_slices",
+    "sums_by_index",
     "sinkhorn_assign",
     "sinkhorn_bias",
     "sinkhorn_sums",

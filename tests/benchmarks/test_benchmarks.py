@@ -45,7 +45,10 @@ def test_every_bench_file_is_found_and_complete() -> None:
             assert set(bench.TINY) == {name for name, size in full[0].shape.items() if isinstance(size, int)}
 
 
-@pytest.mark.parametrize("op", ["clip", "dcl", "koleo", "moco", "msn", "nearest_neighbours", "sig_lip", "sup_con"])
+@pytest.mark.parametrize("op", [
+    *("clip", "co2", "dcl", "det_con", "koleo", "moco", "msn", "nearest_neighbours", "sig_lip", "sup_con"),
+    *("emp_ssl", "patch_kernel_alignment"),
+])  # fmt: skip
 def test_the_fused_loss_and_its_peers_compute_the_formula(op: str) -> None:
     bench = harness.discover()[op]
     case = harness.Case(op, bench.TINY)

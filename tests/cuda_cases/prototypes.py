@@ -81,6 +81,19 @@ def cross_entropies() -> Iterator[Case]:
             name = f"distillation_cross_entropy {views} {name_of(dtype)} {given_targets} {diagonal} {count}"
             yield case(name, operators, partial(make, views, dtype, given_targets, diagonal, count), floor=1.0)
 
+    def chosen(dtype: torch.dtype, assigned: bool) -> tuple[Any, ...]:
+        """Of five rows of two teachers, three rows of the students meet two, each with the bias of where it lies."""
+        _, _, target, bias, _ = make((0, 2, 5, 301), dtype, assigned, False, False)
+
+        def call(student: torch.Tensor, target: torch.Tensor, bias: Any, meets: torch.Tensor) -> torch.Tensor:
+            return cross_entropy_of_rows([student], [target], bias, (0.3, 0.2), assigned=assigned, teacher_rows=meets)
+
+        return call, given(3, 3, 301, dtype=dtype), target, bias, torch.tensor([4, 1, 4])
+
+    for dtype, given_targets in itertools.product(FLOATS, (False, True)):
+        name = f"distillation_cross_entropy, chosen rows {name_of(dtype)} {given_targets}"
+        yield case(name, operators, partial(chosen, dtype, given_targets), floor=1.0)
+
 
 # Rows, prototypes, targets: several pieces, ragged tiles, one of everything, no row.
 ASSIGNED = ((70, 33, 7), (5, 600, 5), (1, 1, 1), (9, 257, 1), (0, 7, 1))

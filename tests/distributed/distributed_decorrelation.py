@@ -14,6 +14,7 @@ from benchmarks import peers
 from distributed_common import SIZES as BATCH_SIZES, batch, case, mean_over_ranks, of_global_batch, raises
 from distributed_moments import SIZES, batches
 from sslfast.losses.decorrelation.barlow_twins import BarlowTwinsLoss, barlow_twins
+from sslfast.losses.decorrelation.emp_ssl import emp_ssl
 from sslfast.losses.decorrelation.frossl import frossl
 from sslfast.losses.decorrelation.le_jepa import le_jepa, le_wm
 from sslfast.losses.decorrelation.mmcr import mmcr
@@ -47,6 +48,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "vibcreg": lambda x, y, s, **how: vibcreg(s * x, 0.3 * y, **how),
     "vicregl": of_crops,
     "tico": lambda x, y, s, **how: tico(x + s, y, gather_distributed=how.get("gather_distributed", False))[0],
+    "emp_ssl": lambda x, y, s, **how: emp_ssl([x + s, y, x * y], 0.3, 5.0, **how),
     "frossl": lambda x, y, s, **how: frossl([x + s, y, x * y], **how),
     "mmcr": lambda x, y, s, **how: mmcr(torch.stack([x, y], 1), torch.stack([x + s, y.flip(1)], 1), 0.3, **how),
     "spectral_contrastive": lambda x, y, s, **how: spectral_contrastive(s * x, x + y, **how),

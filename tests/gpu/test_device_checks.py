@@ -106,7 +106,7 @@ def test_every_public_loss_is_checked() -> None:
     for name in sslfast.__all__:
         public = getattr(sslfast, name)
         if inspect.isclass(public) and issubclass(public, nn.Module):
-            if name == "DINOHead":  # layers, and no loss
+            if name in ("DINOHead", "SwAVPrototypes"):  # layers, and no loss
                 continue
             assert (name in covered) != (name in losses.THIN), name
         elif callable(public) and not inspect.isclass(public):

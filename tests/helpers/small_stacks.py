@@ -53,6 +53,7 @@ LARGE: dict[str, Case] = {
     "negative_cosine": lambda x: negative_cosine(x.z(4 * M, F), x.z(4 * M, F)),
     "nearest_neighbours": lambda x: nearest_neighbours(x.z(M, F), x.z(M, F), 70),
     "nearest_neighbours of rows among themselves": lambda x: nearest_neighbours(x.z(2 * M, F), None, 70),
+    "nearest_neighbours by distance": lambda x: nearest_neighbours(x.z(2 * M, F), x.z(M, F), metric="euclidean"),
     "neighbour_distance": lambda x: neighbour_distance(x.z(M, F), x.z(M, F), x.ids(M, 3)),
     "koleo": lambda x: koleo(x.z(2 * M, F), 3, 1e-8),
     **{

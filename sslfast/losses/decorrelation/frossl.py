@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..._checks import accumulator, check_matrix, check_same
+from ..._checks import accumulator
 from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...distributed.scope import Scope
-from .._inputs import check_gather, in_one_dtype
+from .._inputs import check_gather
+from ._views import checked_views
 
 EPS = 1e-12  # lower bound of a column's norm, as F.normalize
 
@@ -46,23 +47,10 @@ def frossl(z_views: Sequence[Tensor], invariance_weight: float = 1.0, *, gather_
         >>> round(sslfast.frossl([torch.eye(4), torch.eye(4)]).item(), 4)  # 2 views · 2 log(2/4)
         -2.7726
     """
-    views = _checked(z_views)
+    views = checked_views(z_views)
     scope = scope_of(gather_distributed)
     weight = invariance_weight * len(views) * scope.shard(views[0]).weight
     return torch.add(_log_norms(scope, views), _distance(scope, views), alpha=weight)
-
-
-def _checked(z_views: Sequence[Tensor]) -> list[Tensor]:
-    if isinstance(z_views, Tensor) or not isinstance(z_views, Sequence):
-        raise TypeError(f"z_views must be a list of views [N, D], got {type(z_views).__name__}")
-    if len(z_views) < 2:
-        raise ValueError(f"z_views must contain at least two views, got {len(z_views)}")
-    for i, z in enumerate(z_views):
-        check_matrix(f"z_views[{i}]", z)
-    views = [z for z in in_one_dtype(*z_views) if z is not None]
-    for i, z in enumerate(views[1:], start=1):
-        check_same("z_views[0]", views[0], f"z_views[{i}]", z)
-    return views
 
 
 def _log_norms(scope: Scope, views: list[Tensor]) -> Tensor:

@@ -121,8 +121,9 @@ def mean_of_pairs(
     pairing: Pairing,
     row_weights: Tensor | None,
     rows: Tensor | None,
+    teacher_rows: Tensor | None = None,
 ) -> Tensor:
-    """The loss of checked views [v, B, K] and bias [T or 1, P, K]."""
+    """The loss of checked views [v, B, K] and bias [T or 1, P, K]; ``teacher_rows``: [B] into a teacher's [v, R, K]."""
     students, teachers = count_of(student), count_of(teacher)
     pairs = pairing.pairs(students, teachers)
     if pairs == 0:
@@ -141,6 +142,7 @@ def mean_of_pairs(
         ignore_diagonal=pairing.ignore_diagonal,
         assigned=pairing.assigned,
         rows=count,
+        teacher_rows=teacher_rows,
     )
     if row_weights is not None:
         return (of_row * checked_weights(row_weights, student[0], batch)).sum() / pairs
