@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..._checks import check_matrix
 from ...ops.mean_assignment import mean_assignment as assignment_sums
-from ...ops.sinkhorn import as_count, check_count, check_number
+from ...ops.sinkhorn import as_count, check_logits
 from .cross_entropy import checked_weights
 
 
@@ -43,11 +42,9 @@ def mean_assignment(
         >>> [round(p, 4) for p in mean.tolist()]
         [0.6155, 0.3845]
     """
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0]:
-        check_matrix("logits", logits)
-    check_number("temperature", temperature, logits)
-    if rows is not None:
-        check_count(rows, logits)
+    check_logits(logits, temperature, rows)
+    if logits.dim() != 2:
+        raise ValueError(f"logits must be [B, K], got shape {tuple(logits.shape)}")
     count = as_count(rows)
     weights = None if row_weights is None else checked_weights(row_weights, logits, len(logits))
     sums = assignment_sums(logits, None, weights, temperature, count)[0]

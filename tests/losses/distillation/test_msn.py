@@ -261,8 +261,8 @@ def test_mean_assignment() -> None:
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        ({"logits": torch.zeros(2, 3, 4)}, ValueError, "logits must be two-dimensional"),
-        ({"logits": torch.zeros(2, 0)}, ValueError, "logits must have at least one row and one feature"),
+        ({"logits": torch.zeros(2, 3, 4)}, ValueError, r"logits must be \[B, K\], got shape \(2, 3, 4\)"),
+        ({"logits": torch.zeros(2, 0)}, ValueError, "with K at least 1, got shape"),
         ({"logits": torch.zeros(2, 3).long()}, TypeError, "logits must be float32"),
         ({"temperature": 0.0}, ValueError, "temperature must be finite and not zero"),
         ({"row_weights": torch.ones(2)}, ValueError, r"row_weights must have shape \(4,\), got \(2,\)"),
