@@ -67,7 +67,7 @@ def co2(
     Example:
         >>> q, k = torch.eye(4), torch.eye(4).roll(1, 0)
         >>> round(sslfast.co2(q, k, temperature=0.5).item(), 4)
-        1.1617
+        1.23
     """
     if queue is None:
         q, k = two_views("q", q, "k", k, normalize=False)
@@ -210,7 +210,7 @@ class CO2Regularizer(nn.Module):
     Example:
         >>> regularizer = sslfast.CO2Regularizer(alpha=2.0, t_consistency=0.5)
         >>> round(regularizer(torch.eye(4), torch.eye(4).roll(1, 0)).item(), 4)
-        2.3234
+        2.4599
     """
 
     def __init__(
