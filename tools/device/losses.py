@@ -191,7 +191,7 @@ CONTRASTIVE = [
     ),
     of_two_views("dcl", lambda z0, z1, t: sslfast.dcl(z0, z1, t), 0.3),
     of_two_views("dclw", lambda z0, z1, t: sslfast.dclw(z0, z1, t), 0.3),
-    of_two_views("direct_clr", lambda z0, z1, t: sslfast.direct_clr(z0, z1, t, loss_dim=max(1, z0.shape[1] // 2)), 0.3),
+    of_two_views("direct_clr", lambda z0, z1, t: sslfast.direct_clr(z0, z1, t, loss_dim=9), 0.3),
     of_two_views("macl", lambda z0, z1, t: sslfast.macl(z0, z1, t), 0.5),
     Loss("det_con_s", ("det_con_s",), _det_con_s),
     Loss("det_con_b", ("det_con_b",), _det_con_b),

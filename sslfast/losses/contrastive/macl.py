@@ -75,7 +75,7 @@ def macl(
     Example:
         >>> loss = sslfast.macl(torch.eye(4), torch.eye(4), temperature=0.5)
         >>> round(loss.item(), 4)
-        1.456
+        1.5481
     """
     follows = Alignment(alpha, A_0)
     return _macl(z0, z1, temperature, follows, normalize, scope_of(gather_distributed, strategy))[0]
@@ -124,7 +124,7 @@ class MACLLoss(ContrastiveLoss):
     Example:
         >>> criterion = sslfast.MACLLoss(temperature=0.5)
         >>> round(criterion(torch.eye(4), torch.eye(4)).item(), 4)
-        1.456
+        1.5481
     """
 
     def __init__(

@@ -44,6 +44,11 @@ def test_features_that_do_not_count_have_no_gradient(dtype: torch.dtype) -> None
         torch.testing.assert_close(loss, nt_xent(z0[:, :3], z1[:, :3]))
 
 
+def test_compile_without_graph_breaks() -> None:
+    step = torch.compile(lambda a, b: direct_clr(a, b, 0.2, loss_dim=4), fullgraph=True, backend="aot_eager")
+    same_value_and_gradients(step, lambda a, b: direct_clr(a, b, 0.2, loss_dim=4), *two_views((9, 6), torch.float32))
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
