@@ -275,10 +275,9 @@ struct Arguments {
     if (teacher_rows) {
       tensors.push_back(as_contiguous(*teacher_rows));
       x.teacher_rows = const_data<int64_t>(tensors.back());
-      const int64_t length = teachers[0].size(1);
-      for (int64_t b = 0; b < x.rows; ++b) {
-        SSLFAST_CHECK(x.teacher_rows[b] >= 0 && x.teacher_rows[b] < length, "teacher_rows must be from 0 to ",
-                      length - 1, ", got ", x.teacher_rows[b]);
+      for (int64_t b = 0, last = teachers[0].size(1) - 1; b < x.rows; ++b) {
+        const int64_t r = x.teacher_rows[b];
+        SSLFAST_CHECK(r >= 0 && r <= last, "teacher_rows must be from 0 to ", last, ", got ", r);
       }
     }
     if (bias) {
@@ -299,13 +298,10 @@ struct Arguments {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> distillation_cross_entropy_cpu(std::vector<Tensor> student,
-                                                                  std::vector<Tensor> teacher,
-                                                                  const std::optional<Tensor>& bias,
-                                                                  double student_temperature,
-                                                                  double teacher_temperature, bool ignore_diagonal,
-                                                                  bool assigned, const std::optional<Tensor>& rows,
-                                                                  const std::optional<Tensor>& teacher_rows) {
+std::tuple<Tensor, Tensor, Tensor> distillation_cross_entropy_cpu(
+    std::vector<Tensor> student, std::vector<Tensor> teacher, const std::optional<Tensor>& bias,
+    double student_temperature, double teacher_temperature, bool ignore_diagonal, bool assigned,
+    const std::optional<Tensor>& rows, const std::optional<Tensor>& teacher_rows) {
   Arguments arguments(student, teacher, bias, {student_temperature, teacher_temperature, ignore_diagonal, assigned},
                       rows, teacher_rows);
   const DistillationRows& x = arguments.x;

@@ -219,13 +219,10 @@ struct Arguments {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> distillation_cross_entropy_cuda(std::vector<Tensor> student,
-                                                                   std::vector<Tensor> teacher,
-                                                                   const std::optional<Tensor>& bias,
-                                                                   double student_temperature,
-                                                                   double teacher_temperature, bool ignore_diagonal,
-                                                                   bool assigned, const std::optional<Tensor>& rows,
-                                                                   const std::optional<Tensor>& teacher_rows) {
+std::tuple<Tensor, Tensor, Tensor> distillation_cross_entropy_cuda(
+    std::vector<Tensor> student, std::vector<Tensor> teacher, const std::optional<Tensor>& bias,
+    double student_temperature, double teacher_temperature, bool ignore_diagonal, bool assigned,
+    const std::optional<Tensor>& rows, const std::optional<Tensor>& teacher_rows) {
   const Arguments arguments(student, teacher, bias,
                             {student_temperature, teacher_temperature, ignore_diagonal, assigned}, rows, teacher_rows);
   const Tensor& like = arguments.students[0];

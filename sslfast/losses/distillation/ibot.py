@@ -152,7 +152,8 @@ class IBOTPlusPlusPatchLoss(IBOTPatchLoss):
         update_center: bool,
     ) -> Diagnosed:
         student, teacher = self.checked(student_out, teacher_out, teacher_temp)
-        if len(student) != 1 or len(teacher) != 1 or student_out.shape != teacher_out.shape:
+        both = isinstance(student_out, Tensor) and isinstance(teacher_out, Tensor)
+        if not both or student_out.shape != teacher_out.shape:
             raise ValueError("teacher_out and student_out must be tensors of one shape, [B, N, K] or [B·N, K]")
         visible = real_number("visible_loss_weight", visible_loss_weight)
         if not math.isfinite(visible):
@@ -168,7 +169,7 @@ class IBOTPlusPlusPatchLoss(IBOTPatchLoss):
                 f"mask must have one entry for each token of logits {tuple(student_out.shape)}, got {tuple(mask.shape)}"
             )
         weights = all_token_weights(mask, visible, accumulator(student[0])) * self.scope().shard(mask).weight
-        student, teacher = ([x.reshape(1, rows, -1) for x in views] for views in (student, teacher))
+        student, teacher = ([x[0].reshape(1, rows, -1)] for x in (student, teacher))
         return self.distilled(student, teacher, teacher_temp, update_center, weights=weights)
 
 

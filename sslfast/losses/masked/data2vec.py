@@ -151,8 +151,8 @@ def _checked_layers(layers: Layers, top_k: int, pred: Tensor) -> list[Tensor]:
     last = list(layers[-count:])
     for x in last:
         if not isinstance(x, Tensor) or x.dtype not in FLOATS:
-            dtype = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"layers must be float32, float64, bfloat16 or float16 tensors, got {dtype}")
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"layers must be float32, float64, bfloat16 or float16 tensors, got {kind}")
         if x.dim() != 3 or x.shape != last[0].shape:
             raise ValueError(
                 f"layers must be [B, L, D], all of one shape, got {tuple(last[0].shape)} and {tuple(x.shape)}"
