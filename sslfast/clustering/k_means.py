@@ -93,14 +93,14 @@ def k_means(
     with torch.no_grad(), without_autocast(x):
         rows = x.detach().to(accumulator(x))
         rows = _unit(rows) if spherical else rows
-        given = clusters if isinstance(clusters, Tensor) else None
+        given = clusters.detach() if isinstance(clusters, Tensor) and clusters.dim() == 2 else None
         traits = {"clusters": count, "iterations": iterations, "whether k-means is spherical": spherical}
         shard = scope.shard(rows, {**traits, "whether centroids are given": given is not None})
         if given is None:
             whole_number("clusters", count, 1, shard.total, "rows of x")
             centroids = _drawn_rows(rows, count, scope, shard, generator)
         else:
-            centroids = given.detach().to(rows.dtype)
+            centroids = given.to(rows.dtype)
         if spherical:
             return _clustered(rows, _unit(centroids), iterations, scope, spherical)
         # Distances do not change, and their squares keep their digits: a coordinate of a centroid in the middle, which

@@ -52,8 +52,8 @@ def self_labelling(
         iteration.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; it is named. Over ranks also where they disagree on K or on an
-            option.
+        TypeError, ValueError: an argument does not fit; it is named. NaN among the numbers, on any rank. Over ranks
+            also where they disagree on K or on an option.
 
     Source: Asano, Rupprecht and Vedaldi 2020, "Self-labelling via simultaneous clustering and representation learning",
     section 3.2, algorithm 1; labels as yukimasano/self-label's ``optimize_L_sk``.
@@ -83,8 +83,7 @@ def self_labelling(
                 before = f
                 sums = _summed([column_sums(x[:, None], f[None], 1 / sharpness)[1] for x in rows])
                 f = updated(f, torch.zeros_like(f), scope.total(sums)[0]) + level
-            # Read by the host, as is needed to stop.
-            if step % TESTED == 0 and float(scope.total(_error(rows, sharpness, before, f))) <= tolerance:
+            if step % TESTED == 0 and _is_small(scope.total(_error(rows, sharpness, before, f)), tolerance):
                 break
         else:
             warn_once(f"self_labelling: after {most} iterations the error is still above tolerance={tolerance:g}")
@@ -125,8 +124,16 @@ def _error(rows: _Logits, sharpness: float, before: Tensor | None, f: Tensor) ->
     total = f.new_zeros(())
     for x in rows:
         old = sharpness * x.logsumexp(1) if before is None else (sharpness * x + before).logsumexp(1)
-        total += torch.expm1((sharpness * x + f).logsumexp(1) - old).abs().nansum()
+        total += torch.expm1((sharpness * x + f).logsumexp(1) - old).abs().sum()
     return total
+
+
+def _is_small(error: Tensor, tolerance: float) -> bool:
+    """Read by the host, as is needed to stop."""
+    value = float(error)
+    if math.isnan(value):
+        raise ValueError("outputs, and prototypes and bias if given, must be finite: the assignment is NaN")
+    return value <= tolerance
 
 
 def _checked(outputs: Tensor, prototypes: Tensor | None, bias: Tensor | None) -> int:

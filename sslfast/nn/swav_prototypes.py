@@ -46,6 +46,8 @@ class SwAVPrototypes(nn.Module):
         ['heads.0.weight']
     """
 
+    heads: nn.ModuleList
+
     def __init__(
         self,
         input_dim: int = 128,
@@ -65,9 +67,6 @@ class SwAVPrototypes(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(width, count, bias=bias) for count in self.n_prototypes)
         self.register_load_state_dict_pre_hook(_renamed)  # type: ignore[no-untyped-call]
 
-    def _linears(self) -> list[nn.Linear]:
-        return cast("list[nn.Linear]", list(self.heads))
-
     @property
     def prototypes(self) -> Tensor | list[Tensor]:
         """[K, D], of several heads a list."""
@@ -75,9 +74,16 @@ class SwAVPrototypes(nn.Module):
 
     def prototypes_at(self, step: int | None) -> Tensor | list[Tensor]:
         """:attr:`prototypes`, without gradient in the first ``n_steps_frozen_prototypes`` steps."""
-        frozen = step is not None and step < self.n_steps_frozen_prototypes
-        weights = [head.weight.detach() if frozen else head.weight for head in self._linears()]
+        weights = [self._at(step, layer.weight) for layer in self.layers()]
         return weights[0] if self.is_single else weights
+
+    def layers(self) -> list[nn.Linear]:
+        """The linear layer of each head."""
+        return cast("list[nn.Linear]", list(self.heads))
+
+    def _at(self, step: int | None, parameter: Tensor) -> Tensor:
+        frozen = step is not None and step < self.n_steps_frozen_prototypes
+        return parameter.detach() if frozen else parameter
 
     def forward(self, x: Tensor, step: int | None = None) -> Tensor | list[Tensor]:
         """Scores [..., K].
@@ -87,20 +93,17 @@ class SwAVPrototypes(nn.Module):
         """
         if step is None and self.n_steps_frozen_prototypes > 0:
             raise ValueError("step must be given where n_steps_frozen_prototypes is not 0, got None")
-        weights = self.prototypes_at(step)
-        rows = [weights] if isinstance(weights, Tensor) else weights
-        frozen = step is not None and step < self.n_steps_frozen_prototypes
         scores = []
-        for head, weight in zip(self._linears(), rows, strict=True):
-            bias: Tensor | None = head.bias.detach() if frozen and head.bias is not None else head.bias
-            scores.append(F.linear(x, weight, bias))
+        for layer in self.layers():
+            bias = None if layer.bias is None else self._at(step, layer.bias)
+            scores.append(F.linear(x, self._at(step, layer.weight), bias))
         return scores[0] if self.is_single else scores
 
     @torch.no_grad()
     def normalize(self) -> None:
         """Divide every prototype by its norm, in place: before the first forward of a step, as backwards need them."""
-        for head in self._linears():
-            head.weight.copy_(l2_normalize(head.weight))
+        for layer in self.layers():
+            layer.weight.copy_(l2_normalize(layer.weight))
 
 
 def _renamed(head: SwAVPrototypes, state: dict[str, Any], prefix: str, *_: Any) -> None:

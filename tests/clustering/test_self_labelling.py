@@ -67,6 +67,14 @@ def test_the_iterations_that_were_not_enough_are_told(recwarn: pytest.WarningsRe
     assert "after 11 iterations the error is still above tolerance=0.1" in str(recwarn.pop(UserWarning).message)
 
 
+def test_nan_is_an_error() -> None:
+    """A label cannot say it."""
+    logits = torch.randn(30, 4)
+    logits[7, 2] = float("nan")
+    with pytest.raises(ValueError, match="outputs, and prototypes and bias if given, must be finite"):
+        sslfast.self_labelling(logits)
+
+
 X = torch.ones(4, 3)
 
 

@@ -276,6 +276,7 @@ def _of_head(head: sslfast.DINOHead, x: Inputs) -> Tensor:
 
 def _of_bank(module: sslfast.DeepClusterV2Loss, x: Inputs) -> Tensor:
     module.update(x.fixed(2, N, D), x.ids(N))
+    module.assignments.copy_(x.ids(1, N) % 7)
     return module(x.z(2, N, D), x.ids(N), x.z(7, D))
 
 

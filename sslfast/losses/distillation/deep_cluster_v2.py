@@ -91,7 +91,7 @@ def _of_logits(x: Tensor, labels: Tensor, temperature: float) -> Tensor:
 def _parts(name: str, heads: Heads | SwAVPrototypes) -> list[Tensor]:
     """One tensor for each head: logits [..., N, K], or prototypes [K, D]."""
     if isinstance(heads, SwAVPrototypes):
-        if any(head.bias is not None for head in heads.heads):
+        if any(layer.bias is not None for layer in heads.layers()):
             raise ValueError("prototypes must be a head without bias: pass its logits, or SwAVPrototypes(bias=False)")
         heads = heads.prototypes
     if isinstance(heads, Tensor):
