@@ -8,40 +8,29 @@ import torch
 from lightly.models.modules.memory_bank import MemoryBankModule
 from torch import Tensor, nn
 
-from .._checks import FLOATS
 from ..nn.ema import ema_update_
 from ..ops.nearest_neighbours import nearest_neighbours
 from ._serve import DEVICES, PLAIN, Unserved, unserved_matrices
 
 
-def _unserved_pair(average: Tensor, student: Tensor) -> Unserved | None:
-    """Why this is not a pair that one pass moves as two of PyTorch's kernels do."""
-    if type(average) not in PLAIN or type(student) not in PLAIN:
-        return Unserved("parameters of a kind of their own")
-    if average.shape != student.shape or average.device != student.device:
-        return Unserved("parameters of several shapes, or on several devices")
-    if average.dtype not in (torch.float32, torch.float64) or student.dtype not in FLOATS:
-        return Unserved(f"averages of {average.dtype}")  # in 16 bits lightly rounds between the product and the sum
-    if average.device.type not in DEVICES or average.layout != torch.strided or student.layout != torch.strided:
-        return Unserved("parameters on another device than CPU and CUDA, or sparse ones")
-    if average.data_ptr() == student.data_ptr() and average.numel():
-        return Unserved("a model that is its own average")
-    return None
-
-
 def fast_update_momentum(model: nn.Module, model_ema: nn.Module, m: float) -> None | Unserved:
     if torch.compiler.is_compiling():
         return Unserved("a compiled update")
-    if isinstance(m, bool) or not isinstance(m, (float, int)) or not 0 <= m <= 1:
-        return Unserved("a momentum that is no number from 0 to 1")
+    if isinstance(m, bool) or not isinstance(m, (float, int)):
+        return Unserved("a momentum that is no number")
     averages, students = list(model_ema.parameters()), list(model.parameters())
-    if not averages or len(averages) != len(students):
-        return Unserved("models of different numbers of parameters, or of none")
-    for average, student in zip(averages, students, strict=True):
-        unserved = _unserved_pair(average, student)
-        if unserved:
-            return unserved
-    return ema_update_(averages, students, m)
+    if not averages:
+        return Unserved("a model without parameters")
+    for x in (*averages, *students):
+        if type(x) not in PLAIN or x.device.type not in DEVICES or x.layout != torch.strided:
+            return Unserved("parameters of a kind of their own, or on another device than CPU and CUDA")
+    for average in averages:
+        if average.dtype not in (torch.float32, torch.float64):  # in 16 bits lightly rounds the product and the sum
+            return Unserved(f"averages of {average.dtype}")
+    try:
+        return ema_update_(averages, students, m)
+    except (TypeError, ValueError) as error:  # before anything has moved
+        return Unserved(str(error))
 
 
 def fast_nearest(self: Any, output: Tensor, update: bool = False) -> Tensor | Unserved:

@@ -156,9 +156,9 @@ def test_update_momentum_takes_16_bit_students_and_refuses_nothing_of_lightlys(u
     ("change", "reason"),
     [
         (lambda student, average: (student.half(), average.half(), 0.9), "averages of torch.float16"),
-        (lambda student, average: (student, average, 1.5), "a momentum that is no number from 0 to 1"),
+        (lambda student, average: (student, average, 1.5), "momentum must be between 0 and 1, got 1.5"),
         (lambda student, average: (student, average, torch.tensor(0.9)), "a momentum that is no number"),
-        (lambda student, average: (average, average, 0.9), "a model that is its own average"),
+        (lambda student, average: (average, average, 0.9), "teacher and student must not share memory"),
     ],
 )
 def test_update_momentum_that_is_left(utils, change, reason):

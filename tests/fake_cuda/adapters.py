@@ -28,7 +28,7 @@ def _views(kind: Any, *options: Any, **named: Any) -> Case:
 def _momentum(x: Inputs) -> list[Tensor]:
     student, average = (x.made(lambda: nn.Linear(D, 3)) for _ in range(2))
     _adapter("lightly").update_momentum(student, average, 0.9)
-    return list(average.parameters())
+    return [p.detach() for p in average.parameters()]
 
 
 def lightly() -> tuple[dict[str, Case], Package]:
@@ -52,7 +52,7 @@ def lightly() -> tuple[dict[str, Case], Package]:
         "FroSSLLoss": lambda x: adapter.FroSSLLoss()([x.z(), x.z()]),
         "EMPSSLLoss": lambda x: adapter.EMPSSLLoss()([x.z(), x.z()]),
         "PatchKernelAlignmentLoss": lambda x: adapter.PatchKernelAlignmentLoss()(x.z(B, L, D), x.z(B, L, D)),
-        "NNMemoryBankModule": lambda x: x.made(lambda: adapter.NNMemoryBankModule((40, D)).to(x.dtype))(x.z(), True),
+        "NNMemoryBankModule": lambda x: x.made(lambda: adapter.NNMemoryBankModule((40, D)).to(x.dtype))(x.z()),
         "update_momentum": _momentum,
         "KoLeoLoss": lambda x: adapter.KoLeoLoss()(x.z()),
         "Whitening2d": lambda x: x.made(lambda: adapter.Whitening2d(D))(x.z()),
