@@ -47,7 +47,7 @@ from . import (
     _lightly_moments as moments,
     _lightly_prototypes as prototypes,
     _lightly_slices as slices,
-    _lightly_tokens as tokens_,
+    _lightly_tokens as patch_tokens,
 )
 from ._serve import Package, Unserved, served, unserved_distance, unserved_tensors
 
@@ -203,19 +203,19 @@ class DINOLoss(dino_loss.DINOLoss):
 class IBOTPatchLoss(ibot_loss.IBOTPatchLoss):
     """``lightly.loss.IBOTPatchLoss``; ``center`` is lightly's own module."""
 
-    forward = served(ibot_loss.IBOTPatchLoss.forward, tokens_.fast_ibot)
+    forward = served(ibot_loss.IBOTPatchLoss.forward, patch_tokens.fast_ibot)
 
 
 class IBOTPlusPlusPatchLoss(ibot_loss.IBOTPlusPlusPatchLoss, IBOTPatchLoss):
     """``lightly.loss.ibot_loss.IBOTPlusPlusPatchLoss``; ``center`` is lightly's own module."""
 
-    forward = served(ibot_loss.IBOTPlusPlusPatchLoss.forward, tokens_.fast_ibot_plus_plus)
+    forward = served(ibot_loss.IBOTPlusPlusPatchLoss.forward, patch_tokens.fast_ibot_plus_plus)
 
 
 class CAPILoss(capi_loss.CAPILoss):
     """``lightly.loss.CAPILoss``: assignments are K numbers a position, and the predicted tokens are read in place."""
 
-    forward = served(capi_loss.CAPILoss.forward, tokens_.fast_capi)
+    forward = served(capi_loss.CAPILoss.forward, patch_tokens.fast_capi)
 
 
 class NNMemoryBankModule(nn_memory_bank.NNMemoryBankModule):
@@ -250,7 +250,7 @@ def _mask_at_index(tokens: Any, index: Any, mask_token: Any) -> Tensor | Unserve
 
 
 sinkhorn = served(swav_loss.sinkhorn, prototypes.fast_sinkhorn)
-sinkhorn_knopp = served(capi_loss.sinkhorn_knopp, tokens_.fast_sinkhorn_knopp)
+sinkhorn_knopp = served(capi_loss.sinkhorn_knopp, patch_tokens.fast_sinkhorn_knopp)
 covariance_loss = served(vicreg_loss.covariance_loss, moments.fast_covariance_loss)
 get_at_index = served(utils.get_at_index, compat.get_at_index)
 set_at_index = served(utils.set_at_index, compat.set_at_index)

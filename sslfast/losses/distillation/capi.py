@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..._checks import FLOATS, accumulator, ids_checked
+from ..._checks import FLOATS, ids_checked
 from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...ops.sinkhorn import check_iterations, check_number
 from .._inputs import check_gather
-from .cross_entropy import Pairing, mean_of_pairs
+from .cross_entropy import Pairing, mean_of_pairs, weights_over_ranks
 from .diagnostics import Diagnosed, PrototypeDiagnostics, prototype_diagnostics, with_diagnostics
 
 
@@ -91,10 +91,7 @@ def _capi(
     with torch.no_grad():
         bias = scope.sinkhorn_bias(teacher, temperatures[1], iterations).unsqueeze(0)  # [1, S, K]
     rows, every = student.flatten(0, 1), teacher.flatten(0, 1)  # [B·P, K], [B·S, K]
-    weights = None
-    if gather_distributed:
-        weight = scope.shard(rows).weight
-        weights = torch.full((len(rows),), weight, dtype=accumulator(rows), device=rows.device)
+    weights = weights_over_ranks(scope, rows) if gather_distributed else None
     meets = None if teacher_index is None else _rows_of(teacher_index, teacher.shape[1])
     loss = mean_of_pairs([rows[None]], [every[None]], bias, Pairing(False, False, temperatures), weights, None, meets)
     return loss, prototype_diagnostics(loss, [every[None]], bias, temperatures[1]) if diagnostics else None

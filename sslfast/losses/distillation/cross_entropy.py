@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import FLOATS, accumulator
+from ...distributed.scope import Scope
 from ...ops.distillation_cross_entropy import distillation_cross_entropy as cross_entropy_of_rows
 from ...ops.sinkhorn import as_count, check_count, check_number
 from ._views import Views, count_of, matching_views
@@ -172,6 +173,11 @@ def _checked_bias(bias: Tensor, like: Tensor, teachers: int) -> Tensor:
     if bias.device != like.device:
         raise ValueError(f"teacher_bias must be on the logits' device {like.device}, got {bias.device}")
     return bias.detach().to(accumulator(like)).view(-1, 1, prototypes)
+
+
+def weights_over_ranks(scope: Scope, rows: Tensor) -> Tensor:
+    """Weights [n] of the local rows [n, ...] with which the mean over ranks is the mean over the rows of all."""
+    return torch.full((len(rows),), scope.shard(rows).weight, dtype=accumulator(rows), device=rows.device)
 
 
 def as_bias(bias: Tensor, like: Tensor) -> Tensor:

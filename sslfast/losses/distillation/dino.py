@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..._checks import accumulator
 from ...distributed.agreement import over_ranks
 from ._targets import TeacherTargets
 from ._views import Views
+from .cross_entropy import weights_over_ranks
 from .diagnostics import Diagnosed, PrototypeDiagnostics, with_diagnostics
 
 
@@ -103,8 +102,5 @@ class DINOLoss(TeacherTargets):
     @over_ranks()
     def _loss(self, teacher_out: Views, student_out: Views, teacher_temp: float, update_center: bool) -> Diagnosed:
         student, teacher = self.checked(student_out, teacher_out, teacher_temp)
-        batch, weights = student[0].shape[1], None
-        if self.gather_distributed:
-            weight = self.scope().shard(student[0][0]).weight
-            weights = torch.full((batch,), weight, dtype=accumulator(student[0]), device=student[0].device)
+        weights = weights_over_ranks(self.scope(), student[0][0]) if self.gather_distributed else None
         return self.distilled(student, teacher, teacher_temp, update_center, weights=weights, ignore_diagonal=True)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from ..._checks import accumulator
 from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...ops.prototype_cross_entropy import prototype_cross_entropy
 from ...ops.sinkhorn import check_number
 from .._inputs import check_gather, views_and_queue
 from ..memory_queue import MemoryQueue
+from .cross_entropy import weights_over_ranks
 
 
 @over_ranks()
@@ -59,10 +58,7 @@ def re_ssl(
     q, k, queue = views_and_queue(("q", q), ("k", k.detach() if isinstance(k, Tensor) else k), queue, normalize)
     check_number("temperature_q", temperature_q, q)
     check_number("temperature_k", temperature_k, q)
-    weights = None
-    if gather_distributed:
-        weight = scope_of(True).shard(q).weight
-        weights = torch.full((len(q),), weight, dtype=accumulator(q), device=q.device)
+    weights = weights_over_ranks(scope_of(True), q) if gather_distributed else None
     return prototype_cross_entropy(
         q, k, queue, student_temperature=temperature_q, teacher_temperature=temperature_k, row_weights=weights
     )

@@ -154,3 +154,12 @@ def test_bad_input() -> None:
     compiled = torch.compile(sslfast.capi, backend="aot_eager", fullgraph=True)
     with pytest.raises(RuntimeError, match="teacher_rows must be from 0"):
         compiled(teacher, student, beyond)  # whose values are not looked at before
+
+
+def test_temperatures_that_change_stay_in_one_graph() -> None:
+    """As a teacher's does while it warms up."""
+    teacher, student = drawn(4, 3, 6), drawn(4, 3, 6)
+    compiled = torch.compile(sslfast.capi, backend="aot_eager", fullgraph=True)
+    for temperature in (0.3, 0.4, 0.5):
+        how = {"teacher_temperature": temperature}
+        torch.testing.assert_close(compiled(teacher, student, **how), sslfast.capi(teacher, student, **how))
