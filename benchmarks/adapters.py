@@ -23,6 +23,7 @@ from . import (
     Unavailable,
     bench_barlow_twins,
     bench_clip,
+    bench_det_con,
     bench_nt_xent,
     bench_vicreg,
     contrastive,
@@ -144,6 +145,18 @@ def _solo_simclr(function: Any, case: Case) -> Loss:
     return lambda z0, z1: function(torch.cat([z0, z1]), numbers, temperature=TEMPERATURE)
 
 
+def _det_con_s(criterion: Any, case: Case) -> Loss:
+    loss, masks = criterion(gather_distributed=False), bench_det_con.masks(case)
+    return lambda z0, z1: loss(z0, z1, *masks)
+
+
+def _det_con_b(criterion: Any, case: Case) -> Loss:
+    """Targets without gradient: the other view's features, as a momentum encoder would give something like them."""
+    loss, masks = criterion(gather_distributed=False), bench_det_con.masks(case)
+    targets = [z.detach() for z in reversed(bench_det_con.regions(case))]
+    return lambda z0, z1: loss(z0, z1, *targets, *masks)
+
+
 def _defaults(criterion: Any, case: Case) -> Loss:
     return criterion()
 
@@ -159,6 +172,9 @@ def _nt_xent_plain(case: Case) -> Loss:
 _two, _columns, _clip = contrastive.views, redundancy.views, bench_clip.BENCHMARK.inputs
 _metric_learning = ("pytorch-metric-learning", "pytorch_metric_learning.losses")
 LIGHTLY_NT_XENT = Theirs("lightly", "lightly.loss", "NTXentLoss", _nt_xent, _two, bench_nt_xent, _nt_xent_plain)
+LIGHTLY_MACL = Theirs("lightly", "lightly.loss", "MACLLoss", _nt_xent, _two, bench_nt_xent)
+LIGHTLY_DET_CON_S = Theirs("lightly", "lightly.loss", "DetConSLoss", _det_con_s, bench_det_con.regions, bench_det_con)
+LIGHTLY_DET_CON_B = Theirs("lightly", "lightly.loss", "DetConBLoss", _det_con_b, bench_det_con.regions, bench_det_con)
 LIGHTLY_VICREG = Theirs(
     "lightly", "lightly.loss", "VICRegLoss", _defaults, _columns, bench_vicreg, bench_vicreg.BENCHMARK.plain
 )
@@ -168,6 +184,7 @@ OPEN_CLIP = Theirs("open_clip_torch", "open_clip", "ClipLoss", _defaults, _clip,
 SOLO_SIMCLR = Theirs("solo-learn", "solo.losses", "simclr_loss_func", _solo_simclr, _two, bench_nt_xent)
 SOLO_VICREG = Theirs("solo-learn", "solo.losses", "vicreg_loss_func", _itself, _columns, bench_vicreg)
 ALL = (
+    *(LIGHTLY_MACL, LIGHTLY_DET_CON_S, LIGHTLY_DET_CON_B),
     *(LIGHTLY_NT_XENT, LIGHTLY_VICREG, LIGHTLY_BARLOW_TWINS, METRIC_LEARNING_NT_XENT, OPEN_CLIP),
     *(SOLO_SIMCLR, SOLO_VICREG),
 )

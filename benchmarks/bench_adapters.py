@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from .adapters import (
     LIGHTLY_BARLOW_TWINS,
+    LIGHTLY_DET_CON_B,
+    LIGHTLY_DET_CON_S,
+    LIGHTLY_MACL,
     LIGHTLY_NT_XENT,
     LIGHTLY_VICREG,
     METRIC_LEARNING_NT_XENT,
@@ -24,6 +27,9 @@ BENCHMARK = Patched(
         (METRIC_LEARNING_NT_XENT, 256, 128),  # 512 embeddings, 256 classes of two
         (LIGHTLY_VICREG, 256, 2048),
         (LIGHTLY_VICREG, 256, 8192),
+        (LIGHTLY_MACL, 2048, 128),
+        (LIGHTLY_DET_CON_S, 128, 256),  # 16 regions of each of 128 images
+        (LIGHTLY_DET_CON_B, 128, 256),
         (LIGHTLY_BARLOW_TWINS, 256, 2048),
         (LIGHTLY_BARLOW_TWINS, 256, 8192),
         (OPEN_CLIP, 2048, 128),

@@ -15,7 +15,7 @@ from .harness import Case
 TEMPERATURE = 0.07
 
 
-def _keys(case: Case) -> tuple[Tensor, Tensor]:
+def keys_and_queue(case: Case) -> tuple[Tensor, Tensor]:
     """The queries' own keys [N, D] and the queue [K, D], both without gradient."""
     _, k = views(case)
     queue = torch.randn(case.shape["K"], case.shape["D"], generator=generator())
@@ -23,7 +23,7 @@ def _keys(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def _plain(case: Case) -> Loss:
-    k, queue = _keys(case)
+    k, queue = keys_and_queue(case)
     first = torch.zeros(case.shape["N"], dtype=torch.long, device=case.device)
 
     def moco(q: Tensor) -> Tensor:
@@ -34,12 +34,12 @@ def _plain(case: Case) -> Loss:
 
 
 def _fused(case: Case) -> Loss:
-    k, queue = _keys(case)
+    k, queue = keys_and_queue(case)
     return lambda q: sslfast.moco(q, k, queue, TEMPERATURE, normalize=False)
 
 
 def _chunked(case: Case) -> Loss:
-    k, queue = _keys(case)
+    k, queue = keys_and_queue(case)
     return lambda q: chunked.moco(q, k, queue, TEMPERATURE)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sslfast
+from sslfast.ops.prototype_columns import TeacherRows, numbers_to_keep
 
 from .contrastive import Benchmark as Contrastive, Loss, generator
 from .harness import Case
@@ -108,13 +109,22 @@ def _fused(case: Case) -> Loss:
     return function
 
 
+def _visits(case: Case) -> float:
+    """Products of the teacher's rows with the prototypes that Sinkhorn makes."""
+    b, k, d, iterations = (case.shape[name] for name in ("B", "K", "D", "S"))
+    rows = torch.empty(_targets(case) * b, d, dtype=case.torch_dtype, device="meta")
+    teacher = TeacherRows.of(rows, rows.new_empty(k, d), TEACHER_TEMPERATURE, None)
+    again = 1 - min(1.0, numbers_to_keep(teacher) / (len(rows) * k))
+    return 1 + (iterations - 1) * again if iterations else 0.0
+
+
 class Benchmark(Contrastive):
-    """Operations: three products of the student's rows with the prototypes and one of the teacher's."""
+    """Operations: three products of the student's rows with the prototypes, one of the teacher's, and Sinkhorn's."""
 
     def units(self, case: Case) -> float:
         """In units of the student's product."""
-        targets = _targets(case) / case.shape["V"]
-        return {"forward": 1.0 + targets, "backward": 2.0}.get(case.mode, 3.0 + targets)
+        teacher = (1 + _visits(case)) * _targets(case) / case.shape["V"]
+        return {"forward": 1.0 + teacher, "backward": 2.0}.get(case.mode, 3.0 + teacher)
 
 
 BENCHMARK = Benchmark(

@@ -1,4 +1,4 @@
-"""The largest dot products of q [M, D] with k [N, D], and their columns, without the M × N matrix.
+"""The largest dot products of q [M, D] with k [N, D], biased or not, and their columns, without the M × N matrix.
 
 A similarity and its column make one 64-bit key, whose order is the order of neighbours: the float's bits, turned so
 that integers compare as the numbers do, and below them the column, counted down. Keys are all different, so the largest
@@ -43,6 +43,7 @@ def _key(order, cols):
 def _nearest_neighbours_kernel(
     Q,  # [M, D]
     K,  # [N, D]
+    Bias,  # [N] float32, or None
     RowIds,  # [M] or None
     ColIds,  # [N], with RowIds
     ColRanges,  # [4, tiles], with RowIds
@@ -62,7 +63,7 @@ def _nearest_neighbours_kernel(
 ):
     """Program (b, r): rows of block ``first_block + b`` against the r-th run of ``run_length`` tiles of columns.
 
-    ITSELF: k is q, and no row is its own neighbour.
+    ITSELF: k is q, no row is its own neighbour, and the bias is added for the row too.
     """
     run = tl.program_id(1)
     row0 = (first_block + tl.program_id(0)) * BLOCK_M
@@ -76,6 +77,11 @@ def _nearest_neighbours_kernel(
         cols = col0 + tl.arange(0, BLOCK_N)
         kj = load_rows(K, cols, 0, N, D, BLOCK_K, UPCAST)
         x = dot_products(qi, kj, Q, K, rows, cols, M, N, D, BLOCK_K, PRECISION, UPCAST)
+        if Bias is not None:
+            added = tl.load(Bias + tl.minimum(cols, N - 1))[None, :]
+            if ITSELF:
+                added = tl.load(Bias + tl.minimum(rows, M - 1))[:, None] + added
+            x += added
         masked = col0 + BLOCK_N > N
         if ITSELF:
             masked |= overlap(row0, BLOCK_M, col0, BLOCK_N)
@@ -115,17 +121,19 @@ def _decoded(key: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nearest_neighbours(
-    q: Tensor, k: Tensor | None, row_ids: Tensor | None, col_ids: Tensor | None, count: int
+    q: Tensor, k: Tensor | None, bias: Tensor | None, row_ids: Tensor | None, col_ids: Tensor | None, count: int
 ) -> tuple[Tensor, Tensor]:
     """The largest similarities and their columns, [M, count] each, the largest first.
 
     Args:
         q: [M, D]; k: [N, D], or ``None`` for the rows of q, each without itself; float32, bfloat16 or float16.
+        bias: [N] float32, or ``None``.
         row_ids, col_ids: [M], [N] int64; without k the rows' count.
     """
     itself = k is None
     q = padded(q.contiguous())
     k = q if k is None else padded(k.contiguous())
+    bias = None if bias is None else bias.contiguous()
     row_ids, col_ids = contiguous(row_ids, row_ids if itself else col_ids)
     (m, d), n = q.shape, k.shape[0]
     config = config_for(NEAREST_NEIGHBOURS, architecture(q), q.element_size(), d)
@@ -142,7 +150,7 @@ def nearest_neighbours(
             rows = min(present * config.block_m, m - first * config.block_m)
             keys = q.new_empty((rows, n), dtype=torch.int64) if best is None else None
             _nearest_neighbours_kernel[(present, runs)](
-                q, k, row_ids, col_ids, ranges, best, keys, m, n, first, run_length,
+                q, k, bias, row_ids, col_ids, ranges, best, keys, m, n, first, run_length,
                 ITSELF=itself, D=d, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
                 PRECISION=dot_precision(q.dtype), UPCAST=upcast(q.dtype),
                 num_warps=config.num_warps, num_stages=config.num_stages, **EXACT,

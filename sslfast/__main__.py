@@ -160,7 +160,7 @@ def _packages() -> list[tuple[str, str]]:
     rows = []
     for name, known in PACKAGES.items():
         if known.distribution is None:
-            rows.append((name, "not a distribution: classes of loaded modules"))
+            rows.append((name, "not a distribution: its classes are tried out by sslfast.patch"))
             continue
         version = _version(known.distribution)
         tested = f"; tested: {', '.join(known.tested)}"

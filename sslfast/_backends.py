@@ -117,7 +117,7 @@ def select(op: str, preferred: str, why_not: Callable[[str], str | None]) -> str
         if reason is not None:
             raise RuntimeError(f"sslfast.{op}: backend {_forced!r} was forced but cannot serve this call: {reason}")
         return _forced
-    if op in _library.differentiable and _library.in_forward_mode():
+    if op in _library.functions and _library.in_forward_mode():
         return "reference"  # the kernels have derivatives of reverse mode alone
     reason = why_not(preferred)
     if reason is None:

@@ -17,19 +17,19 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.autograd import forward_ad
 
 LIB = torch.library.Library("sslfast", "DEF")
-differentiable: set[str] = set()  # operators with an autograd formula
+functions: dict[str, type[torch.autograd.Function]] = {}  # of the operators with an autograd formula
 
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+Constant = TypeVar("Constant", bound=Callable[..., Any])
 
 
-def constant_to_the_compiler(function: Function) -> Function:
+def constant_to_the_compiler(function: Constant) -> Constant:
     """``torch.compiler.assume_constant_result``, which would import the whole compiler: 0.9 s of ``import sslfast``."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
-def kept_on_device(function: Function) -> Function:
+def kept_on_device(function: Constant) -> Constant:
     """Constants on the device that is the last argument, made once for each: a copy to a GPU would wait for it.
 
     Where all tensors are fake they are made anew: such a one must not stay, nor a real one get in. To a compiler they
@@ -85,14 +85,109 @@ def implement(name: str, function: Callable[..., Any], *dispatch_keys: str) -> N
 def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
     """Register the autograd formula of ``sslfast::<name>``: one of reverse mode, so that a tangent is an error."""
 
-    differentiable.add(name)
-
     def guarded(ctx: Any, *grads: Any) -> Any:
         refuse_tangents(name, grads)
         return with_memory_error(backward, ctx, *grads)
 
     lib: Any = _WithoutTangents()
     torch.library.register_autograd(f"sslfast::{name}", guarded, setup_context=setup_context, lib=lib)
+    functions[name] = _function(name, guarded, setup_context)
+
+
+def _function(
+    name: str, backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> type[torch.autograd.Function]:
+    """The operator's autograd formula as a class, whose ``apply`` takes the operator's arguments.
+
+    In place of arguments with a list of tensors, which autograd does not look into, it takes first the lists' lengths
+    (``None`` for what is no such list) and then all tensors one by one.
+    """
+    operator = getattr(torch.ops.sslfast, name).default
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            result = with_memory_error(operator, *args)
+        setup_context(ctx, args, result)
+        return result
+
+    def forward_of_lists(ctx: Any, lengths: Lengths, *args: Any) -> Any:
+        ctx.lengths = lengths
+        return forward(ctx, *_gathered(args, lengths))
+
+    def backward_of_lists(ctx: Any, *grads: Any) -> Any:
+        needed = ctx.needs_input_grad
+        ctx.needs_input_grad = _gathered(needed[1:], ctx.lengths)
+        try:
+            return None, *_spread(backward(ctx, *grads), ctx.lengths)
+        finally:
+            ctx.needs_input_grad = needed  # of the next backward through this node
+
+    members: dict[str, Any] = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    if any(_lists_of(operator)):
+        members = {"forward": staticmethod(forward_of_lists), "backward": staticmethod(backward_of_lists)}
+    words = "".join(word.capitalize() for word in name.split("_"))  # autograd calls the node <words>Backward
+    return type(words, (torch.autograd.Function,), members)
+
+
+Lengths = tuple[int | None, ...]
+
+
+@functools.cache
+def _lists_of(operator: torch._ops.OpOverload) -> tuple[bool, ...]:
+    """Which of its arguments are lists of tensors."""
+    return tuple(str(argument.type) == "List[Tensor]" for argument in operator._schema.arguments)
+
+
+def _spread(values: Sequence[Any], lengths: Lengths) -> list[Any]:
+    """``values`` with the elements of its lists in their place."""
+    flat: list[Any] = []
+    for value, length in zip(values, lengths, strict=True):
+        flat.extend((value,) if length is None else value)
+    return flat
+
+
+def _gathered(flat: Sequence[Any], lengths: Lengths) -> tuple[Any, ...]:
+    """What :func:`_spread` undoes."""
+    given = iter(flat)
+    return tuple(next(given) if length is None else [next(given) for _ in range(length)] for length in lengths)
+
+
+def run(name: str, *args: Any) -> Any:
+    """``sslfast::<name>`` of these arguments, for operators that have a gradient.
+
+    In eager mode, with plain tensors, the node of the graph is made here: by way of the dispatcher, which hands the
+    arguments to Python and back twice, it takes 50 µs more.
+    """
+    operator = getattr(torch.ops.sslfast, name).default
+    if torch.compiler.is_compiling() or _is_transformed():
+        return operator(*args)
+    lists = _lists_of(operator)
+    if any(lists):
+        lengths = tuple(len(x) if is_list else None for x, is_list in zip(args, lists, strict=True))
+        flat: Sequence[Any] = _spread(args, lengths)
+    else:
+        lengths, flat = None, args
+    learns = False
+    for x in flat:
+        if isinstance(x, Tensor):
+            if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+                return operator(*args)
+            learns |= x.requires_grad
+    if learns and torch.is_grad_enabled():
+        return functions[name].apply(*flat) if lengths is None else functions[name].apply(lengths, *flat)
+    with torch._C._AutoDispatchBelowAutograd():
+        return with_memory_error(operator, *args)
+
+
+def _is_transformed() -> bool:
+    """Whether something looks at the operators: a mode, a tracer, a transform of ``torch.func``, a tangent's level."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or in_forward_mode()
+    )
 
 
 def mutates(name: str, *places: int) -> None:

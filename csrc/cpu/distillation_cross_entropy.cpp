@@ -19,22 +19,14 @@ const T* row_of(const void* view, const DistillationRows& x, int64_t b) {
   return static_cast<const T*>(view) + b * x.prototypes;
 }
 
-// out[k] = log2(e)·row[k]/τ − base, and −∞ up to a whole vector; returns their number. `buffer` holds a chunk.
-template <typename T, typename A>
-int64_t scaled_chunk(const T* row, int64_t count, A factor, A base, A* buffer, A* __restrict__ out) {
-  const A* in = chunk_of(row, count, buffer);
-  int64_t k = 0;
-  for (; k < count; k += kLanes<A>) store(out + k, load(in + k) * factor - base);
-  return k;
-}
-
-// The same with the bias of teacher t and row b.
+// scaled_chunk of teacher t, of the row that row b of a student meets, with its bias.
 template <typename T, typename A>
 int64_t teacher_chunk(const DistillationRows& x, int t, int64_t b, int64_t begin, int64_t count, A base, A* buffer,
                       A* __restrict__ out) {
-  const T* row = row_of<T>(x.teacher[t], x, b) + begin;
+  const int64_t r = x.teacher_row(b);
+  const T* row = row_of<T>(x.teacher[t], x, r) + begin;
   if (!x.bias) return scaled_chunk(row, count, A(x.teacher_factor), base, buffer, out);
-  const A* bias = static_cast<const A*>(x.bias) + t * x.bias_view + b % x.bias_rows * x.prototypes + begin;
+  const A* bias = static_cast<const A*>(x.bias) + t * x.bias_view + r % x.bias_rows * x.prototypes + begin;
   const A* in = chunk_of(row, count, buffer);
   int64_t k = 0;
   for (; k + kLanes<A> <= count; k += kLanes<A>) {
@@ -53,20 +45,6 @@ int64_t assigned_chunk(const T* row, int64_t count, A* __restrict__ out) {
   int64_t k = count;
   for (; k % kLanes<A> != 0; ++k) out[k] = 0;
   return k;
-}
-
-// The base of a row whose first chunk this is.
-template <typename A>
-A base_of(const A* chunk, int64_t n) {
-  const A top = largest_of(chunk, n);
-  return top > kLeast<A> && top < A(3.0e38) ? top : A(0);
-}
-
-template <typename A>
-A sum_of(const A* x, int64_t n) {
-  vec<A> sum = {};
-  for (int64_t k = 0; k < n; k += kLanes<A>) sum += load(x + k);
-  return sum_lanes<A>(sum);
 }
 
 // Takes a chunk into the maximum and the sum, and leaves its exponentials; what the sum so far was multiplied by.
@@ -100,17 +78,6 @@ void take_kept(Running<A>& running, const A* chunk, int64_t n) {
   running.sum += sum_lanes<A>(sum[0] + sum[1]);
 }
 
-template <typename A>
-A dot_of(const A* p, const A* y, int64_t n) {
-  vec<A> sum[4] = {};
-  int64_t k = 0;
-  for (; k + 4 * kLanes<A> <= n; k += 4 * kLanes<A>) {
-    for (int u = 0; u < 4; ++u) sum[u] += load(p + k + u * kLanes<A>) * load(y + k + u * kLanes<A>);
-  }
-  for (; k < n; k += kLanes<A>) sum[0] += load(p + k) * load(y + k);
-  return sum_lanes<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
-}
-
 // Scratch memory of one worker, by its parts.
 template <typename A>
 struct Parts {
@@ -133,7 +100,7 @@ void forward_chunk(const DistillationRows& x, int64_t b, int64_t begin, const Pa
     A* target = parts.targets + t * kLogitChunk;
     Running<A>& running = parts.teacher[t];
     if (x.assigned) {
-      const int64_t n = assigned_chunk(row_of<T>(x.teacher[t], x, b) + begin, count, target);
+      const int64_t n = assigned_chunk(row_of<T>(x.teacher[t], x, x.teacher_row(b)) + begin, count, target);
       running.sum += sum_of(target, n);
       continue;
     }
@@ -200,7 +167,7 @@ void forward(const Parallel& parallel, const DistillationRows& x, Accumulator<T>
 template <typename T, typename A>
 int64_t target_chunk(const DistillationRows& x, int t, int64_t b, int64_t begin, int64_t count, const A* stats, A* raw,
                      A* p) {
-  if (x.assigned) return assigned_chunk(row_of<T>(x.teacher[t], x, b) + begin, count, p);
+  if (x.assigned) return assigned_chunk(row_of<T>(x.teacher[t], x, x.teacher_row(b)) + begin, count, p);
   const A* of_view = stats + 2 * (t * x.batch + b);
   const int64_t n = teacher_chunk<T>(x, t, b, begin, count, of_view[0], raw, p);
   exponentials_of(p, n, of_view[1]);
@@ -285,8 +252,8 @@ struct Arguments {
   Tensor like, scratch;
 
   Arguments(const std::vector<Tensor>& students, const std::vector<Tensor>& teachers, const std::optional<Tensor>& bias,
-            const Distilled& how, const std::optional<Tensor>& rows)
-      : like((check_distillation(students, teachers, bias, how, rows), students[0])), scratch(like) {
+            const Distilled& how, const std::optional<Tensor>& rows, const std::optional<Tensor>& teacher_rows)
+      : like((check_distillation(students, teachers, bias, how, rows, teacher_rows), students[0])), scratch(like) {
     for (const Tensor& view : students) add(view, student);
     for (const Tensor& view : teachers) add(view, teacher);
     x = {like.size(1),
@@ -302,8 +269,18 @@ struct Arguments {
          1,
          0,
          how.ignore_diagonal,
-         how.assigned};
+         how.assigned,
+         nullptr};
     if (rows) x.rows = std::clamp<int64_t>(*const_data<int64_t>(*rows), 0, x.batch);
+    if (teacher_rows) {
+      tensors.push_back(as_contiguous(*teacher_rows));
+      x.teacher_rows = const_data<int64_t>(tensors.back());
+      const int64_t length = teachers[0].size(1);
+      for (int64_t b = 0; b < x.rows; ++b) {
+        SSLFAST_CHECK(x.teacher_rows[b] >= 0 && x.teacher_rows[b] < length, "teacher_rows must be from 0 to ",
+                      length - 1, ", got ", x.teacher_rows[b]);
+      }
+    }
     if (bias) {
       tensors.push_back(as_contiguous(*bias));
       x.bias = tensors.back().const_data_ptr();
@@ -327,9 +304,10 @@ std::tuple<Tensor, Tensor, Tensor> distillation_cross_entropy_cpu(std::vector<Te
                                                                   const std::optional<Tensor>& bias,
                                                                   double student_temperature,
                                                                   double teacher_temperature, bool ignore_diagonal,
-                                                                  bool assigned, const std::optional<Tensor>& rows) {
+                                                                  bool assigned, const std::optional<Tensor>& rows,
+                                                                  const std::optional<Tensor>& teacher_rows) {
   Arguments arguments(student, teacher, bias, {student_temperature, teacher_temperature, ignore_diagonal, assigned},
-                      rows);
+                      rows, teacher_rows);
   const DistillationRows& x = arguments.x;
   const ScalarType type = accumulator_type(arguments.like);
   Tensor of_row = allocate(arguments.like, {x.batch}, type);
@@ -353,9 +331,10 @@ std::tuple<Tensor, Tensor, Tensor> distillation_cross_entropy_cpu(std::vector<Te
 std::vector<Tensor> distillation_cross_entropy_backward_cpu(
     const Tensor& grad_any, std::vector<Tensor> student, std::vector<Tensor> teacher, const std::optional<Tensor>& bias,
     const Tensor& student_stats_any, const Tensor& teacher_stats_any, double student_temperature,
-    double teacher_temperature, bool ignore_diagonal, bool assigned, const std::optional<Tensor>& rows) {
+    double teacher_temperature, bool ignore_diagonal, bool assigned, const std::optional<Tensor>& rows,
+    const std::optional<Tensor>& teacher_rows) {
   Arguments arguments(student, teacher, bias, {student_temperature, teacher_temperature, ignore_diagonal, assigned},
-                      rows);
+                      rows, teacher_rows);
   const DistillationRows& x = arguments.x;
   const ScalarType type = accumulator_type(arguments.like);
   check_tensor(grad_any, "grad", {x.batch}, type, arguments.like);

@@ -4,7 +4,8 @@
 
 namespace sslfast {
 
-// Views of B samples, each a matrix [B, K] without gaps: S of the student, T of the teacher. In units of log 2
+// Views of B samples, each a matrix [B, K] without gaps: S of the student, T of the teacher (of R rows, if row b of the
+// student meets row teacher_rows[b] of it). In units of log 2
 //     y = log2(e)·student / τs,   z = log2(e)·(teacher / τt + bias);
 // `assigned`: the teacher's numbers are the target itself, and neither τt nor bias is used.
 struct DistillationRows {
@@ -15,10 +16,12 @@ struct DistillationRows {
   const void* const* student;  // [S]
   const void* const* teacher;  // [T]
   double student_factor, teacher_factor;
-  const void* bias;              // accumulators [T or 1, P, K], or none: row b takes b mod P
+  const void* bias;              // accumulators [T or 1, P, K], or none: a teacher's row r takes r mod P
   int64_t bias_rows, bias_view;  // P, and from one view's bias to the next
   bool ignore_diagonal;          // the pairs of view t with view t
   bool assigned;
+  const int64_t* teacher_rows;  // [B] of 0 … R − 1, or none: b itself
+  int64_t teacher_row(int64_t b) const { return teacher_rows ? teacher_rows[b] : b; }
   bool pair(int t, int s) const { return !(ignore_diagonal && t == s); }
 };
 

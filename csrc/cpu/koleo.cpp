@@ -167,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> koleo(const Tensor& x_any, int64_t to
   const ScalarType kind = accumulator_type(x);
   Tensor loss = allocate(x, {}, kind), index = allocate(x, {m, topk}, ScalarType::Long);
   Tensor inv_norm = allocate(x, {m}, kind), distance = allocate(x, {m, topk}, kind);
-  const NeighbourInput input{rows, {nullptr, rows.type}, m, m, x.size(1), nullptr, nullptr, topk};
+  const NeighbourInput input{rows, {nullptr, rows.type}, m, m, x.size(1), nullptr, nullptr, nullptr, topk};
   const Normalization unit{eps, inv_norm.mutable_data_ptr()};
   const KoLeoSaved saved{unit.inv_norm, distance.mutable_data_ptr()};
   const Parallel parallel = torch_parallel();

@@ -1,4 +1,5 @@
-// The largest dot products of every row on the CPU, without the M × N matrix; docs/nearest_neighbours.md.
+// The largest dot products of every row on the CPU, without the M × N matrix; docs/nearest_neighbours.md. A bias for
+// each column, −½‖k_j‖², makes of them the smallest distances.
 //
 // Rows against themselves: s is symmetric, so a tile above the diagonal serves the lists of its rows and, read down, of
 // its columns: N²·D operations. q against k: 2·M·N·D, with k packed a few blocks at a time.
@@ -57,6 +58,9 @@ struct CrossNeighbours {
   }
 
   int64_t tasks() const { return of_q.count * splits; }
+  const T* bias_from(int64_t j) const {
+    return input.bias == nullptr ? nullptr : static_cast<const T*>(input.bias) + j;
+  }
 
   // The lists of split s: of the first one those that are returned.
   NeighbourLists<T> of_split(const NeighbourLists<T>& lists, int64_t s) const {
@@ -76,9 +80,10 @@ struct CrossNeighbours {
     for (int64_t first = 0; first < of_k.count; first += chunk) {
       const int64_t left = of_k.count - first, present = left < chunk ? left : chunk;
       auto pack_k = [&](int64_t b) {
-        of_k_block[b] =
+        const double square =
             pack_block({input.k, input.k, input.n}, of_k, first + b, k_panels + b * of_k.size,
                        k_transposed + b * of_k.size, scratch_rows + (of_q.count + b) * of_q.padded, one_each);
+        of_k_block[b] = with_bias(square, bias_from(of_k.first(first + b)), of_k.length(first + b));
         if (input.col_ids == nullptr) return;
         col_ranges[b] = range_of(input.col_ids + of_k.first(first + b), of_k.length(first + b));
       };
@@ -100,6 +105,7 @@ struct CrossNeighbours {
     const TilePlace at{of_q.first(i), of_q.length(i), of_k.first(j), of_k.length(j)};
     tile_similarity(q_panels + i * of_q.size, k_transposed + b * of_k.size, of_q.height, at.rows, at.columns, input.d,
                     one, x);
+    if (input.bias != nullptr) add_bias(x, at.rows, at.columns, bias_from(at.column));
     if (input.row_ids != nullptr && row_ranges[i].meets(col_ranges[b]))
       exclude_equal(input, at.row, at.rows, at.column, at.columns, x);
     take_tile<T, false>(x, at, is_finite(of_q_block[i]) && is_finite(of_k_block[b]), lists, nullptr);
@@ -154,9 +160,10 @@ namespace sslfast {
 namespace {
 
 std::tuple<Tensor, Tensor> nearest_neighbours(const Tensor& q_any, const MaybeTensor& k_any,
-                                              const MaybeTensor& row_ids_any, const MaybeTensor& col_ids_any,
-                                              int64_t count) {
+                                              const MaybeTensor& bias_any, const MaybeTensor& row_ids_any,
+                                              const MaybeTensor& col_ids_any, int64_t count) {
   const Tensor q = as_contiguous(q_any), k = k_any.has_value() ? as_contiguous(*k_any) : q;
+  const MaybeTensor bias = contiguous_or_none(bias_any);
   const MaybeTensor row_ids = contiguous_or_none(row_ids_any), col_ids = contiguous_or_none(col_ids_any);
   SSLFAST_CHECK(q.dim() == 2 && k.dim() == 2 && q.size(1) == k.size(1) && q.scalar_type() == k.scalar_type(),
                 "q and k must be two-dimensional with the same width and dtype");
@@ -164,6 +171,7 @@ std::tuple<Tensor, Tensor> nearest_neighbours(const Tensor& q_any, const MaybeTe
   SSLFAST_CHECK(count > 0, "count must be positive, got ", count);
   SSLFAST_CHECK(row_ids.has_value() == (col_ids.has_value() || (!k_any.has_value() && row_ids.has_value())),
                 "row_ids and col_ids must be given together");
+  check_optional(bias, "bias", k.size(0), accumulator_type(q), q);
   check_optional(row_ids, "row_ids", q.size(0), ScalarType::Long, q);
   check_optional(col_ids, "col_ids", k.size(0), ScalarType::Long, q);
   Tensor similarity = allocate(q, {q.size(0), count}, accumulator_type(q));
@@ -175,6 +183,7 @@ std::tuple<Tensor, Tensor> nearest_neighbours(const Tensor& q_any, const MaybeTe
                              q.size(0),
                              k.size(0),
                              q.size(1),
+                             data_or_null(bias),
                              static_cast<const int64_t*>(data_or_null(row_ids)),
                              static_cast<const int64_t*>(data_or_null(k_any.has_value() ? col_ids : row_ids)),
                              count};

@@ -75,11 +75,6 @@ struct CrossEntropy {
     scratch = arena.take<T>(workers * scratch_size);
   }
 
-  static int64_t split_count(int64_t blocks, int64_t threads) {
-    const int64_t wanted = (kSplits + threads - 1) / threads * threads;
-    return wanted < blocks ? wanted : blocks;
-  }
-
   // Of a worker: logits and exponentials of two tiles, a block of prototypes for each side, what a block leaves where
   // it is visited again, a row, and the edge of a product.
   struct Scratch {

@@ -75,25 +75,7 @@ void row_exponentials(const SinkhornRows& size, const T* __restrict__ x, const A
     weight[c] = exponentials_of(out + k, i, shift[c]);
     top = shift[c] > top ? shift[c] : top;
   }
-  A total = 0;
-  const int64_t chunks = chunks_of(size.prototypes);
-  for (int64_t c = 0; c < chunks; ++c) total += weight[c] * exp2_of(shift[c] - top);
-  for (int64_t c = 0; c < chunks; ++c) weight[c] = exp2_of(shift[c] - top) / total;
-}
-
-// sums[k] += Σ_r weight_r·E_r[k].
-template <int kRows, typename A>
-void add_rows(const A* __restrict__ e, int64_t padded, const A* weight, int64_t chunks, A* __restrict__ sums) {
-  for (int64_t c = 0; c < chunks; ++c) {
-    vec<A> w[kRows];
-    for (int r = 0; r < kRows; ++r) w[r] = broadcast(weight[r * chunks + c]);
-    const int64_t end = (c + 1) * kLogitChunk < padded ? (c + 1) * kLogitChunk : padded;
-    for (int64_t k = c * kLogitChunk; k < end; k += kLanes<A>) {
-      vec<A> sum = load(sums + k);
-      for (int r = 0; r < kRows; ++r) sum += load(e + r * padded + k) * w[r];
-      store(sums + k, sum);
-    }
-  }
+  chunk_weights(shift, weight, chunks_of(size.prototypes), top);
 }
 
 template <typename T>
@@ -104,22 +86,17 @@ void column_mass(const Parallel& parallel, const SinkhornRows& size, const T* x,
   const int64_t chunks = chunks_of(size.prototypes);
   each_piece(parallel, size, [&](int64_t position, int64_t piece, int64_t begin, int64_t end) {
     const int64_t slot = piece * size.positions + position;
-    A *sum = sums + slot * padded, *e = scratch + slot * each, *weight = e + kSinkhornRows * padded;
-    A *shift = weight + kSinkhornRows * chunks, *buffer = shift + kSinkhornRows * chunks;
+    A *sum = sums + slot * padded, *e = scratch + slot * each, *weight = e + kSummedRows * padded;
+    A *shift = weight + kSummedRows * chunks, *buffer = shift + kSummedRows * chunks;
     for (int64_t k = 0; k < padded; ++k) sum[k] = 0;
-    for (int64_t k = 0; k < kSinkhornRows * padded; ++k) e[k] = 0;  // what lies beyond a row's last vector
-    for (int64_t b = begin; b < end; b += kSinkhornRows) {
-      const int64_t rows = end - b < kSinkhornRows ? end - b : kSinkhornRows;
+    for (int64_t k = 0; k < kSummedRows * padded; ++k) e[k] = 0;  // what lies beyond a row's last vector
+    for (int64_t b = begin; b < end; b += kSummedRows) {
+      const int64_t rows = end - b < kSummedRows ? end - b : kSummedRows;
       for (int64_t r = 0; r < rows; ++r) {
         row_exponentials(size, row_of(size, x, b + r, position), bias + position * padded, e + r * padded, shift,
                          weight + r * chunks, buffer);
       }
-      switch (rows) {
-        case 4: add_rows<4>(e, padded, weight, chunks, sum); break;
-        case 3: add_rows<3>(e, padded, weight, chunks, sum); break;
-        case 2: add_rows<2>(e, padded, weight, chunks, sum); break;
-        default: add_rows<1>(e, padded, weight, chunks, sum);
-      }
+      add_rows(rows, e, padded, weight, chunks, sum);
     }
   });
 }
@@ -190,7 +167,7 @@ struct Visits {
     padded = padded_columns(size.prototypes);
     const int64_t threads = torch_parallel().threads;
     const int64_t wanted = (threads + size.positions - 1) / std::max<int64_t>(size.positions, 1);
-    size.pieces = std::max<int64_t>(1, std::min(wanted, size.rows / kSinkhornRows));
+    size.pieces = std::max<int64_t>(1, std::min(wanted, size.rows / kSummedRows));
     const int64_t slots = size.pieces * size.positions;
     const ScalarType type = accumulator_type(x);
     bias = allocate(x, {size.positions, padded}, type);

@@ -33,11 +33,10 @@ namespace sslfast {
 
 inline constexpr int64_t kSinkhornBlock = 16;     // rows whose column maxima are taken together
 inline constexpr int64_t kSinkhornColumns = 256;  // columns of such a block
-inline constexpr int64_t kSinkhornRows = 4;       // rows whose softmax is added to the column sums together
 
 // Numbers of scratch memory that a piece of any visit needs.
 inline int64_t sinkhorn_scratch(int64_t prototypes) {
-  const int64_t softmax = kSinkhornRows * (padded_columns(prototypes) + 2 * chunks_of(prototypes)) + kLogitChunk;
+  const int64_t softmax = kSummedRows * (padded_columns(prototypes) + 2 * chunks_of(prototypes)) + kLogitChunk;
   const int64_t block = kSinkhornBlock * kSinkhornColumns;
   return padded_columns(softmax > block ? softmax : block);
 }

@@ -14,7 +14,8 @@ namespace {
 constexpr int kMostViews = 64;
 constexpr int64_t kStretch = 4 * kRowBlock;  // columns of a block, backward
 
-// Views of B samples, each a matrix [B, K] without gaps. In units of log 2,
+// Views of B samples, each a matrix [B, K] without gaps; row b of a student meets row teacher_rows[b] of the teachers,
+// which have R rows, or row b. In units of log 2,
 //     y = log2(e)·student/τs,   z = log2(e)·(teacher/τt + bias);
 // `assigned`: the teacher's numbers are the target itself. A row's numbers are relative to a base, the largest of its
 // first ones: a shift common to a row costs no digit.
@@ -30,6 +31,8 @@ struct Views {
   A student_factor, teacher_factor;
   const A* bias;
   int64_t bias_rows, bias_view;
+  const int64_t* teacher_rows;
+  int64_t teacher_count;  // R
   bool ignore_diagonal, assigned;
 
   __device__ bool counts(int64_t b) const { return b < rows_counted(counted, batch); }
@@ -37,13 +40,20 @@ struct Views {
   __device__ A y(int s, int64_t b, int64_t k, A base) const {
     return A(widen(student[s][b * prototypes + k])) * student_factor - base;
   }
+  // What the teacher's view says; NaN where there is no such row.
+  __device__ A given(int t, int64_t r, int64_t k) const {
+    return r >= 0 && r < teacher_count ? A(widen(teacher[t][r * prototypes + k])) : A(bits_to_float(0x7fc00000u));
+  }
+  __device__ int64_t teacher_row(int64_t b) const { return teacher_rows ? teacher_rows[b] : b; }
   __device__ A z(int t, int64_t b, int64_t k, A base) const {
-    const A x = A(widen(teacher[t][b * prototypes + k])) * teacher_factor;
-    return bias ? x + (bias[t * bias_view + b % bias_rows * prototypes + k] * A(kLog2E) - base) : x - base;
+    const int64_t r = teacher_row(b);
+    const A x = given(t, r, k) * teacher_factor;
+    if (!bias || x != x) return x - base;
+    return x + (bias[t * bias_view + r % bias_rows * prototypes + k] * A(kLog2E) - base);
   }
   // The target of teacher t, from the statistics {base, log2 Σ} of its row.
   __device__ A target(int t, int64_t b, int64_t k, const A* stats) const {
-    if (assigned) return A(widen(teacher[t][b * prototypes + k]));
+    if (assigned) return given(t, teacher_row(b), k);
     const A* own = stats + 2 * (t * batch + b);
     return power_of_two(z(t, b, k, own[0]) - own[1]);
   }
@@ -56,13 +66,6 @@ struct Views {
     return sum;
   }
 };
-
-// The base of a row whose first numbers these are, one of each thread.
-template <typename A>
-__device__ A base_of(A x) {
-  const A top = block_largest(x == x ? x : A(-3.0e38));
-  return top > A(-3.0e38) && top < A(3.0e38) ? top : A(0);
-}
 
 // Blocks (b, t): {base, log2 Σ 2^(z − base)}, or {0, Σ q}.
 template <typename T>
@@ -162,17 +165,19 @@ __global__ void __launch_bounds__(kRowBlock, kBlocksAtOnce / 2)
 // Checked arguments, and memory that they point into.
 struct Arguments {
   std::vector<Tensor> students, teachers;
-  std::optional<Tensor> bias;
+  std::optional<Tensor> bias, teacher_rows;
   const std::optional<Tensor>& rows;
   Distilled how;
 
   Arguments(const std::vector<Tensor>& student, const std::vector<Tensor>& teacher,
-            const std::optional<Tensor>& bias_any, const Distilled& given, const std::optional<Tensor>& rows_any)
+            const std::optional<Tensor>& bias_any, const Distilled& given, const std::optional<Tensor>& rows_any,
+            const std::optional<Tensor>& teacher_rows_any)
       : rows(rows_any), how(given) {
-    check_distillation(student, teacher, bias_any, given, rows_any);
+    check_distillation(student, teacher, bias_any, given, rows_any, teacher_rows_any);
     for (const Tensor& x : student) students.push_back(as_contiguous(x));
     for (const Tensor& x : teacher) teachers.push_back(as_contiguous(x));
     if (bias_any) bias = as_contiguous(*bias_any);
+    if (teacher_rows_any) teacher_rows = as_contiguous(*teacher_rows_any);
     const Tensor& like = students[0];
     SSLFAST_CHECK(count(students) <= kMostViews && count(teachers) <= kMostViews, "at most ", kMostViews,
                   " views of the student and of the teacher on a GPU");
@@ -192,14 +197,16 @@ struct Arguments {
     const Tensor& like = students[0];
     Views<T> x{};
     x.batch = like.size(1), x.prototypes = like.size(2);
-    const int64_t view = x.batch * x.prototypes;
+    x.teacher_count = teachers[0].size(1);
+    const int64_t view = x.batch * x.prototypes, teacher_view = x.teacher_count * x.prototypes;
     for (const Tensor& part : students) {
       for (int64_t v = 0; v < part.size(0); ++v) x.student[x.students++] = const_data<T>(part) + v * view;
     }
     for (const Tensor& part : teachers) {
-      for (int64_t v = 0; v < part.size(0); ++v) x.teacher[x.teachers++] = const_data<T>(part) + v * view;
+      for (int64_t v = 0; v < part.size(0); ++v) x.teacher[x.teachers++] = const_data<T>(part) + v * teacher_view;
     }
     x.counted = rows ? const_data<int64_t>(*rows) : nullptr;
+    x.teacher_rows = teacher_rows ? const_data<int64_t>(*teacher_rows) : nullptr;
     x.student_factor = A(kLog2E / how.student_temperature), x.teacher_factor = A(kLog2E / how.teacher_temperature);
     x.bias_rows = 1;
     if (bias) {
@@ -217,9 +224,10 @@ std::tuple<Tensor, Tensor, Tensor> distillation_cross_entropy_cuda(std::vector<T
                                                                    const std::optional<Tensor>& bias,
                                                                    double student_temperature,
                                                                    double teacher_temperature, bool ignore_diagonal,
-                                                                   bool assigned, const std::optional<Tensor>& rows) {
+                                                                   bool assigned, const std::optional<Tensor>& rows,
+                                                                   const std::optional<Tensor>& teacher_rows) {
   const Arguments arguments(student, teacher, bias,
-                            {student_temperature, teacher_temperature, ignore_diagonal, assigned}, rows);
+                            {student_temperature, teacher_temperature, ignore_diagonal, assigned}, rows, teacher_rows);
   const Tensor& like = arguments.students[0];
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
   const int students = Arguments::count(student), teachers = Arguments::count(teacher);
@@ -251,9 +259,10 @@ std::tuple<Tensor, Tensor, Tensor> distillation_cross_entropy_cuda(std::vector<T
 std::vector<Tensor> distillation_cross_entropy_backward_cuda(
     const Tensor& grad_any, std::vector<Tensor> student, std::vector<Tensor> teacher, const std::optional<Tensor>& bias,
     const Tensor& student_stats_any, const Tensor& teacher_stats_any, double student_temperature,
-    double teacher_temperature, bool ignore_diagonal, bool assigned, const std::optional<Tensor>& rows) {
+    double teacher_temperature, bool ignore_diagonal, bool assigned, const std::optional<Tensor>& rows,
+    const std::optional<Tensor>& teacher_rows) {
   const Arguments arguments(student, teacher, bias,
-                            {student_temperature, teacher_temperature, ignore_diagonal, assigned}, rows);
+                            {student_temperature, teacher_temperature, ignore_diagonal, assigned}, rows, teacher_rows);
   const Tensor& like = arguments.students[0];
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
   const int students = Arguments::count(student), teachers = Arguments::count(teacher);

@@ -45,6 +45,13 @@ __device__ OnlineSum<A> block_merged(const OnlineSum<A>& x) {
   return over_block(x, [](const OnlineSum<A>& a, const OnlineSum<A>& b) { return merged(a, b); });
 }
 
+// The base of a row whose first numbers these are, one of each thread.
+template <typename A>
+__device__ A base_of(A x) {
+  const A top = block_largest(x == x ? x : A(-3.0e38));
+  return top > A(-3.0e38) && top < A(3.0e38) ? top : A(0);
+}
+
 // How many of `batch` rows count.
 __device__ __forceinline__ int64_t rows_counted(const int64_t* rows, int64_t batch) {
   if (!rows) return batch;

@@ -3,16 +3,12 @@
 // of the rows, and the pieces are added up in their order, so that the same bits come out every time.
 #include "checks/sinkhorn.h"
 
-#include <algorithm>
 #include <tuple>
 
-#include "logit_rows.h"
+#include "column_tiles.h"
 
 namespace sslfast {
 namespace {
-
-constexpr int kTileColumns = kWarp, kTileWarps = kRowBlock / kWarp;
-constexpr int64_t kWantedBlocks = 1024, kMostPieces = 64, kLeastRows = 4 * kTileWarps;
 
 // Logits x [B, S, K]: B rows, of which *counted count, of each of S positions. In units of log 2,
 // z_bk = log2(e)·x_bk/τ + f_k.
@@ -52,7 +48,6 @@ __global__ void __launch_bounds__(kRowBlock, kBlocksAtOnce)
     columns_kernel(SinkhornRows size, const T* __restrict__ x, const Accumulator<T>* __restrict__ bias,
                    const Accumulator<T>* __restrict__ lse, OnlineSum<Accumulator<T>>* __restrict__ partial) {
   using A = Accumulator<T>;
-  __shared__ OnlineSum<A> of_warp[kTileWarps][kTileColumns];
   const int64_t position = blockIdx.x / size.tiles, piece = blockIdx.y;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t k = blockIdx.x % size.tiles * kTileColumns + lane;
@@ -70,16 +65,10 @@ __global__ void __launch_bounds__(kRowBlock, kBlocksAtOnce)
       }
     }
   }
-  of_warp[warp][lane] = sum;
-  __syncthreads();
+  sum = over_warps(sum, [](const OnlineSum<A>& a, const OnlineSum<A>& b) {
+    return kFirst ? merged(a, b) : OnlineSum<A>{a.largest, a.sum + b.sum};
+  });
   if (warp != 0 || k >= size.prototypes) return;
-  for (int w = 1; w < kTileWarps; ++w) {
-    if constexpr (kFirst) {
-      sum = merged(sum, of_warp[w][lane]);
-    } else {
-      sum.sum += of_warp[w][lane].sum;
-    }
-  }
   partial[(piece * size.positions + position) * size.prototypes + k] = sum;
 }
 
@@ -151,8 +140,7 @@ struct Visits {
     size.tiles = (size.prototypes + kTileColumns - 1) / kTileColumns;
     const int64_t blocks = std::max<int64_t>(1, size.tiles * size.positions);
     SSLFAST_CHECK(blocks < (int64_t{1} << 31), "logits must have fewer columns at all positions together");
-    const int64_t most = std::clamp<int64_t>(size.batch / kLeastRows, 1, kMostPieces);
-    size.pieces = std::clamp<int64_t>(kWantedBlocks / blocks, 1, most);
+    size.pieces = row_pieces(size.batch, blocks);
     const ScalarType type = accumulator_type(x);
     bias = allocate(x, {size.positions, size.prototypes}, type);
     lse = allocate(x, {size.batch, size.positions}, type);

@@ -20,8 +20,8 @@ from ..losses.decorrelation.tico import tico
 from ..losses.decorrelation.vicreg import covariance_loss, vicreg
 from ..losses.decorrelation.vicregl import vicregl
 from ..losses.decorrelation.w_mse import whiten, whitened_pairs
-from ._lightly_contrastive import gathers, in_dtype_of, is_number, is_unhooked
-from ._serve import Unserved, overridden, unserved_matrices, unserved_tensors
+from ._lightly_contrastive import gathers, in_dtype_of
+from ._serve import Unserved, is_number, is_unhooked, overridden, unserved_matrices, unserved_tensors
 
 ONE_ROW = Unserved("one row, which has no variance")
 

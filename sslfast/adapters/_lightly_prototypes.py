@@ -1,4 +1,4 @@
-"""The fast forms of lightly's losses over prototypes: SwAV, DINO, iBOT."""
+"""The fast forms of lightly's losses over prototypes, of whole views: SwAV, DINO, MSN. Those of tokens are beside."""
 
 from __future__ import annotations
 
@@ -9,19 +9,25 @@ import lightly.loss.swav_loss as swav_loss
 import torch
 from torch import Tensor
 
-from .._checks import accumulator, readable
 from .._library import constant_to_the_compiler
 from ..losses.distillation.cross_entropy import distillation_cross_entropy
-from ..losses.distillation.ibot import token_weights
+from ..losses.distillation.msn import MSNOptions, floored, msn_loss
+from ..losses.distillation.sinkhorn import sinkhorn
 from ..losses.distillation.swav import swav
-from ._lightly_contrastive import in_dtype_of, is_number
-from ._serve import Unserved, overridden, unserved_matrices
+from ._lightly_contrastive import in_dtype_of
+from ._serve import Unserved, is_number, overridden, unserved_matrices, unserved_temperatures, unserved_tensors
 
 
-def _unserved_temperatures(*temperatures: object) -> Unserved | None:
-    if all(is_number(t) and 1e-8 <= abs(t) <= 1e8 for t in temperatures):  # type: ignore[arg-type]
+def unserved_iterations(iterations: object) -> Unserved | None:
+    if isinstance(iterations, int) and not isinstance(iterations, bool) and iterations >= 1:
         return None
-    return Unserved("a temperature that is no number from 1e-8 to 1e8 in size")
+    return Unserved("no iteration of Sinkhorn's")
+
+
+def over_ranks(gather_distributed: object) -> bool:
+    """As lightly reads it: without a process group it is the local loss."""
+    distributed = torch.distributed
+    return bool(gather_distributed) and distributed.is_available() and distributed.is_initialized()
 
 
 def _unserved_lists(*lists: object) -> Unserved | None:
@@ -33,7 +39,7 @@ def _unserved_lists(*lists: object) -> Unserved | None:
 
 
 @constant_to_the_compiler
-def _rounded(temperature: float) -> float:
+def rounded(temperature: float) -> float:
     """As lightly's, which is a tensor of the default dtype."""
     return float(torch.tensor(temperature, device="cpu"))
 
@@ -43,13 +49,14 @@ def fast_swav(
 ) -> Tensor | Unserved:
     high, low = high_resolution_outputs, low_resolution_outputs
     unserved = overridden(self, swav_loss.SwaVLoss, "subloss") or _unserved_lists(high, low)
-    unserved = unserved or _unserved_temperatures(self.temperature, self.sinkhorn_epsilon)
+    unserved = unserved or unserved_temperatures(self.temperature, self.sinkhorn_epsilon)
     if unserved:
         return unserved
     if not high or len(high) + len(low) < 2:
         return Unserved("fewer than two views, or none of high resolution")
-    if not isinstance(self.sinkhorn_iterations, int) or self.sinkhorn_iterations < 1:
-        return Unserved("no iteration of Sinkhorn's")
+    unserved = unserved_iterations(self.sinkhorn_iterations)
+    if unserved:
+        return unserved
     if queue_outputs is not None:
         unserved = _unserved_lists(queue_outputs)
         if unserved:
@@ -59,8 +66,6 @@ def fast_swav(
             return Unserved("a queue that does not fit the views")
         if first.device != high[0].device:
             return Unserved("tensors on several devices")
-    distributed = torch.distributed
-    gather = self.sinkhorn_gather_distributed and distributed.is_available() and distributed.is_initialized()
     loss = swav(
         high,
         low,
@@ -68,9 +73,21 @@ def fast_swav(
         temperature=self.temperature,
         sinkhorn_iterations=self.sinkhorn_iterations,
         sinkhorn_epsilon=self.sinkhorn_epsilon,
-        sinkhorn_gather_distributed=gather,
+        sinkhorn_gather_distributed=over_ranks(self.sinkhorn_gather_distributed),
     )
     result: Tensor = in_dtype_of(high[0], loss.view(1))
+    return result
+
+
+def fast_sinkhorn(
+    out: Any, iterations: Any = 3, epsilon: Any = 0.05, gather_distributed: Any = False
+) -> Tensor | Unserved:
+    """``lightly.loss.swav_loss.sinkhorn``, where a script calls it by itself."""
+    unserved = unserved_tensors(out, dim=2) or unserved_iterations(iterations) or unserved_temperatures(epsilon)
+    if unserved:
+        return unserved
+    found = sinkhorn(out, epsilon, iterations, gather_distributed=over_ranks(gather_distributed))
+    result: Tensor = in_dtype_of(out, found)
     return result
 
 
@@ -84,7 +101,7 @@ def fast_dino(
             temperature = float(self.teacher_temp_schedule[epoch])
     elif teacher_temp is None and epoch is not None:
         return Unserved("an epoch that is no whole number")
-    unserved = unserved or _unserved_temperatures(self.student_temp, temperature)
+    unserved = unserved or unserved_temperatures(self.student_temp, temperature)
     if unserved:
         return unserved
     if not teacher_out or not student_out or len(teacher_out) == len(student_out) == 1:
@@ -95,7 +112,7 @@ def fast_dino(
     half = like.dtype in (torch.float16, torch.bfloat16)
     if half and self.center.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
         return Unserved("half precision beside a center that is not")
-    temperature = _rounded(temperature)
+    temperature = rounded(temperature)
     loss = distillation_cross_entropy(
         student_out,
         teacher_out,
@@ -110,26 +127,31 @@ def fast_dino(
     return result
 
 
-def fast_ibot(self: Any, teacher_out: Any, student_out: Any, mask: Any, teacher_temp: Any = None) -> Tensor | Unserved:
-    temperature = self.teacher_temp if teacher_temp is None else teacher_temp
-    unserved = unserved_matrices(student_out, teacher_out) or _unserved_temperatures(self.student_temp, temperature)
+def fast_msn(
+    self: Any, anchors: Any, targets: Any, prototypes: Any, target_sharpen_temperature: Any = 0.25
+) -> Tensor | Unserved:
+    unserved = unserved_tensors(anchors, targets, prototypes, dim=2)
+    unserved = unserved or unserved_temperatures(self.temperature, target_sharpen_temperature)
     if unserved:
         return unserved
-    center = getattr(self.center, "value", None)
-    if not isinstance(center, Tensor) or center.shape != (1, student_out.shape[1]):
-        return Unserved("a center that is not [1, K]")
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 3 or mask.device != student_out.device:
-        return Unserved("a mask that is no bool tensor [B, H, W] on the logits' device")
-    if readable(mask) and int(mask.sum()) != len(student_out):  # on a GPU it would wait, as lightly does
-        return Unserved("a mask of another number of tokens")
-    temperature = _rounded(temperature)
-    loss = distillation_cross_entropy(
-        student_out,
-        teacher_out,
-        student_temperature=self.student_temp,
-        teacher_temperature=temperature,
-        teacher_bias=(center / -temperature).view(-1),
-        row_weights=token_weights(mask, len(student_out), accumulator(student_out))[0] / len(mask),
+    if not anchors.shape[1] == targets.shape[1] == prototypes.shape[1] or len(anchors) % len(targets):
+        return Unserved("embeddings of several widths, or anchors that are no whole number of views of the targets")
+    if not is_number(self.regularization_weight):
+        return Unserved("a regularization_weight that is no number")
+    if not isinstance(self.sinkhorn_iterations, int):
+        return Unserved("iterations of Sinkhorn's that are no whole number")
+
+    def prior(mean: Tensor) -> Tensor:  # K numbers: lightly's own code, or a subclass's
+        loss: Tensor = self.regularization_loss(mean_anchor_probs=floored(mean))
+        return loss
+
+    options = MSNOptions(
+        self.temperature,
+        target_sharpen_temperature,
+        max(self.sinkhorn_iterations, 0),
+        max(self.regularization_weight, 0.0),
     )
-    self.center.update(teacher_out)
-    return loss
+    gather = over_ranks(self.gather_distributed)
+    loss, _ = msn_loss(anchors, targets, prototypes, options, prior, gather_distributed=gather, targets_alone=True)
+    result: Tensor = in_dtype_of(anchors, loss)
+    return result

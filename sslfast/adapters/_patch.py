@@ -21,6 +21,8 @@ class _Known(NamedTuple):
 
 
 PACKAGES: Mapping[str, _Known] = {
+    "dinov2": _Known(None, ()),
+    "dinov3": _Known(None, ()),
     "lightly": _Known("lightly", ("1.6.0",)),
     "mae": _Known(None, ()),
     "open_clip": _Known("open_clip_torch", ("3.3.0",)),
@@ -119,8 +121,8 @@ def patch(package: str, *, allow_untested: bool = False, verbose: bool = True) -
 
     Args:
         package: ``"lightly"``, ``"solo"``, ``"open_clip"``, ``"pytorch_metric_learning"``,
-            ``"sentence_transformers"``, or ``"mae"`` (a ``MaskedAutoencoderViT`` as in facebookresearch/mae, in any
-            loaded module).
+            ``"sentence_transformers"``, ``"dinov2"`` or ``"dinov3"`` (the losses of those repositories), or ``"mae"``
+            (a ``MaskedAutoencoderViT`` as in facebookresearch/mae, in any loaded module).
         allow_untested: patch a version that the adapter was not tested with.
         verbose: print the list. Default true; ``print(patched)`` shows it at any time.
 

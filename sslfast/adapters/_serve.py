@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.modules.module as every  # its hooks are those of every module
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -105,6 +107,22 @@ def is_served(value: object) -> bool:
     return callable(value) and getattr(value, "__sslfast__", False) is True
 
 
+def own_method(cls: type, name: str) -> Any:
+    """The method that ``cls`` itself, not a base, defines, also while sslfast serves it; or ``None``."""
+    method: Any = vars(cls).get(name)
+    return method.__wrapped__ if is_served(method) else method
+
+
+def parameters(function: Callable[..., Any]) -> list[tuple[str, object]]:
+    """Names and defaults."""
+    return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
+
+
+def adapter_class(cls: type, methods: Mapping[str, Any], module: str) -> type:
+    """A subclass of ``cls`` with these served methods, as if ``module`` had defined it."""
+    return type(cls.__name__, (cls,), {"__doc__": cls.__doc__, "__module__": module, **methods})
+
+
 def name_of(original: Callable[..., Any]) -> str:
     """``lightly.NTXentLoss`` of that class's ``forward``; ``solo.barlow_loss_func`` of the function."""
     name = original.__qualname__.removesuffix(".forward")
@@ -127,16 +145,23 @@ def unserved_matrices(*matrices: object) -> Unserved | None:
     return unserved_tensors(*matrices, dim=2, same_shape=True)
 
 
-def unserved_tensors(*tensors: object, dim: int, same_shape: bool = False) -> Unserved | None:
-    """Why these are not non-empty floating-point tensors of ``dim`` dimensions, one dtype and device, in order."""
+def unserved_tensors(
+    *tensors: object, dim: int, same_shape: bool = False, without_rows: bool = False
+) -> Unserved | None:
+    """Why these are not non-empty floating-point tensors of ``dim`` dimensions, one dtype and device, in order.
+
+    ``without_rows``: they may be empty, but for the last dimension of a matrix.
+    """
     first = tensors[0]
     for x in tensors:
         if not isinstance(x, Tensor) or not isinstance(first, Tensor):
             return Unserved(f"an argument is no tensor but {type(x).__name__}")
         if type(x) not in PLAIN:
             return Unserved(f"a {type(x).__name__}, a tensor of a kind of its own")
-        if x.dim() != dim or x.numel() == 0:
-            return Unserved(f"a tensor of {x.dim()} dimensions" if x.dim() != dim else "an empty tensor")
+        if x.dim() != dim:
+            return Unserved(f"a tensor of {x.dim()} dimensions")
+        if (x.numel() == 0 and not without_rows) or (dim > 1 and x.shape[-1] == 0):
+            return Unserved("an empty tensor")
         if x.layout != torch.strided:
             return Unserved("a sparse tensor")
         if x.dtype not in FLOATS:
@@ -163,4 +188,40 @@ def overridden(instance: object, base: type, *names: str) -> Unserved | None:
             return Unserved(f"an instance with a {name} of its own")
         if mine is not theirs and getattr(mine, "__wrapped__", mine) is not getattr(theirs, "__wrapped__", theirs):
             return Unserved(f"{type(instance).__name__} has a {name} of its own")
+    return None
+
+
+def is_number(value: object) -> bool:
+    """A float or an int that is finite."""
+    return isinstance(value, (float, int)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def unserved_temperatures(*temperatures: object) -> Unserved | None:
+    """Why these are not numbers that a kernel can divide by."""
+    if all(is_number(t) and 1e-8 <= abs(t) <= 1e8 for t in temperatures):  # type: ignore[arg-type]
+        return None
+    return Unserved("a temperature that is no number from 1e-8 to 1e8 in size")
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """Calling ``module`` does no more than its ``forward``."""
+    return not (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or every._global_forward_pre_hooks
+        or every._global_forward_hooks
+        or every._global_backward_pre_hooks
+        or every._global_backward_hooks
+    )
+
+
+def unserved_distance(distance: object, eps: object) -> Unserved | None:
+    """Why KoLeo's ``distance`` is not the Euclidean one with this ``eps``, a positive number."""
+    plain = type(distance) is nn.PairwiseDistance and not distance.keepdim and is_unhooked(distance)
+    if not plain or distance.norm != 2:  # type: ignore[attr-defined]
+        return Unserved("a distance that is not Euclidean")
+    if not (is_number(eps) and eps > 0 and distance.eps == eps):  # type: ignore[operator,attr-defined]
+        return Unserved("eps that is no positive number, or two of them")
     return None

@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import lightly.loss.barlow_twins_loss as barlow_twins_loss
+import lightly.loss.capi_loss as capi_loss
 import lightly.loss.dcl_loss as dcl_loss
+import lightly.loss.detcon_loss as detcon_loss
 import lightly.loss.dino_loss as dino_loss
 import lightly.loss.emp_ssl_loss as emp_ssl_loss
 import lightly.loss.frossl_loss as frossl_loss
@@ -17,10 +19,14 @@ import lightly.loss.hypersphere_loss as hypersphere_loss
 import lightly.loss.ibot_loss as ibot_loss
 import lightly.loss.koleo_loss as koleo_loss
 import lightly.loss.lejepa_loss as lejepa_loss
+import lightly.loss.macl_loss as macl_loss
 import lightly.loss.mmcr_loss as mmcr_loss
+import lightly.loss.msn_loss as msn_loss
 import lightly.loss.negative_cosine_similarity as negative_cosine_similarity
 import lightly.loss.ntx_ent_loss as ntx_ent_loss
 import lightly.loss.patch_kernel_alignment_loss as patch_kernel_alignment_loss
+import lightly.loss.pmsn_loss as pmsn_loss
+import lightly.loss.regularizer.co2 as co2
 import lightly.loss.swav_loss as swav_loss
 import lightly.loss.tico_loss as tico_loss
 import lightly.loss.vicreg_loss as vicreg_loss
@@ -29,7 +35,7 @@ import lightly.loss.wmse_loss as wmse_loss
 import lightly.models.modules.nn_memory_bank as nn_memory_bank
 import lightly.models.utils as utils
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..losses.distillation.koleo import koleo
 from ..masking import compat
@@ -41,20 +47,18 @@ from . import (
     _lightly_moments as moments,
     _lightly_prototypes as prototypes,
     _lightly_slices as slices,
+    _lightly_tokens as tokens_,
 )
-from ._serve import Package, Unserved, served, unserved_tensors
+from ._serve import Package, Unserved, served, unserved_distance, unserved_tensors
 
 
 def _fast_koleo(self: Any, x: Tensor) -> Tensor | Unserved:
     unserved = unserved_tensors(x, dim=2)
     if unserved:
         return unserved
-    distance = self.pairwise_distance
-    plain = type(distance) is nn.PairwiseDistance and not distance.keepdim and contrastive.is_unhooked(distance)
-    if not plain or self.p != 2 or distance.norm != 2:
-        return Unserved("a distance that is not Euclidean")
-    if not (contrastive.is_number(self.eps) and self.eps > 0 and distance.eps == self.eps):
-        return Unserved("eps that is no positive number, or two of them")
+    unserved = unserved_distance(self.pairwise_distance, self.eps)
+    if unserved or self.p != 2:
+        return unserved or Unserved("a distance that is not Euclidean")
     if len(x) < 2:
         return Unserved("one row, which has no neighbour but itself")
     return contrastive.in_dtype_of(x, koleo(x, eps=self.eps))
@@ -74,6 +78,30 @@ class DCLLoss(dcl_loss.DCLLoss):
 
 class DCLWLoss(dcl_loss.DCLWLoss, DCLLoss):
     """``lightly.loss.DCLWLoss``."""
+
+
+class MACLLoss(macl_loss.MACLLoss):
+    """``lightly.loss.MACLLoss``: no 2N × 2N matrix."""
+
+    forward = served(macl_loss.MACLLoss.forward, contrastive.fast_macl)
+
+
+class DetConBLoss(detcon_loss.DetConBLoss):
+    """``lightly.loss.DetConBLoss``: no matrix of all regions against all."""
+
+    forward = served(detcon_loss.DetConBLoss.forward, contrastive.fast_det_con_b)
+
+
+class DetConSLoss(detcon_loss.DetConSLoss):
+    """``lightly.loss.DetConSLoss``: half of the similarities, none of which is stored."""
+
+    forward = served(detcon_loss.DetConSLoss.forward, contrastive.fast_det_con_s)
+
+
+class CO2Regularizer(co2.CO2Regularizer):
+    """``lightly.loss.regularizer.CO2Regularizer``, which has no gradient: the value, block by block."""
+
+    forward = served(co2.CO2Regularizer.forward, contrastive.fast_co2)
 
 
 class HypersphereLoss(hypersphere_loss.HypersphereLoss):
@@ -175,13 +203,39 @@ class DINOLoss(dino_loss.DINOLoss):
 class IBOTPatchLoss(ibot_loss.IBOTPatchLoss):
     """``lightly.loss.IBOTPatchLoss``; ``center`` is lightly's own module."""
 
-    forward = served(ibot_loss.IBOTPatchLoss.forward, prototypes.fast_ibot)
+    forward = served(ibot_loss.IBOTPatchLoss.forward, tokens_.fast_ibot)
+
+
+class IBOTPlusPlusPatchLoss(ibot_loss.IBOTPlusPlusPatchLoss, IBOTPatchLoss):
+    """``lightly.loss.ibot_loss.IBOTPlusPlusPatchLoss``; ``center`` is lightly's own module."""
+
+    forward = served(ibot_loss.IBOTPlusPlusPatchLoss.forward, tokens_.fast_ibot_plus_plus)
+
+
+class CAPILoss(capi_loss.CAPILoss):
+    """``lightly.loss.CAPILoss``: assignments are K numbers a position, and the predicted tokens are read in place."""
+
+    forward = served(capi_loss.CAPILoss.forward, tokens_.fast_capi)
 
 
 class NNMemoryBankModule(nn_memory_bank.NNMemoryBankModule):
     """``lightly.models.modules.NNMemoryBankModule``: no N × K matrix of similarities."""
 
     forward = served(nn_memory_bank.NNMemoryBankModule.forward, models.fast_nearest)
+
+
+class MSNLoss(msn_loss.MSNLoss):
+    """``lightly.loss.MSNLoss``: the anchors' logits are read once each way; the regulariser is lightly's own code."""
+
+    forward = served(msn_loss.MSNLoss.forward, prototypes.fast_msn)
+
+
+class PMSNLoss(pmsn_loss.PMSNLoss, MSNLoss):
+    """``lightly.loss.PMSNLoss``."""
+
+
+class PMSNCustomLoss(pmsn_loss.PMSNCustomLoss, MSNLoss):
+    """``lightly.loss.PMSNCustomLoss``."""
 
 
 def _mask_at_index(tokens: Any, index: Any, mask_token: Any) -> Tensor | Unserved:
@@ -195,6 +249,8 @@ def _mask_at_index(tokens: Any, index: Any, mask_token: Any) -> Tensor | Unserve
     return compat.mask_at_index(tokens, index, mask_token)
 
 
+sinkhorn = served(swav_loss.sinkhorn, prototypes.fast_sinkhorn)
+sinkhorn_knopp = served(capi_loss.sinkhorn_knopp, tokens_.fast_sinkhorn_knopp)
 covariance_loss = served(vicreg_loss.covariance_loss, moments.fast_covariance_loss)
 get_at_index = served(utils.get_at_index, compat.get_at_index)
 set_at_index = served(utils.set_at_index, compat.set_at_index)
@@ -203,22 +259,8 @@ update_momentum = served(utils.update_momentum, models.fast_update_momentum)
 
 _NO_KERNEL = "sslfast has no faster form"
 _ONE_PASS = "one pass over the inputs already"
-_PROTOTYPES = "over prototypes, in a form that sslfast has no kernel for"
 _UNCHANGED = {
-    _PROTOTYPES: (
-        "CAPILoss",
-        "IBOTPlusPlusPatchLoss",
-        "MSNLoss",
-        "PMSNCustomLoss",
-        "PMSNLoss",
-    ),
-    _NO_KERNEL: (
-        "CO2Regularizer",
-        "DSERegularizer",
-        "DetConBLoss",
-        "DetConSLoss",
-        "MACLLoss",
-    ),
+    _NO_KERNEL: ("DSERegularizer",),
     _ONE_PASS: ("invariance_loss", "norm_mse_loss", "repeat_token", "variance_loss"),
     "VICRegLoss and VICRegLLoss do not call it any more": ("covariance_loss",),
     "a sort, which sslfast would do too": ("VISRegLoss", "random_token_mask"),
@@ -232,6 +274,10 @@ def contents() -> Package:
             NTXentLoss,
             DCLLoss,
             DCLWLoss,
+            MACLLoss,
+            DetConSLoss,
+            DetConBLoss,
+            CO2Regularizer,
             HypersphereLoss,
             BarlowTwinsLoss,
             VICRegLoss,
@@ -249,9 +295,14 @@ def contents() -> Package:
             SwaVLoss,
             DINOLoss,
             IBOTPatchLoss,
+            IBOTPlusPlusPatchLoss,
+            CAPILoss,
             NNMemoryBankModule,
+            MSNLoss,
+            PMSNLoss,
+            PMSNCustomLoss,
         ),
-        functions=(get_at_index, set_at_index, mask_at_index, update_momentum),
+        functions=(get_at_index, set_at_index, mask_at_index, sinkhorn, sinkhorn_knopp, update_momentum),
         through={"DirectCLRLoss": "NTXentLoss", "LeJEPALoss": "SIGReg", "LeWMLoss": "SIGReg"},
         unchanged={name: reason for reason, names in _UNCHANGED.items() for name in names},
     )

@@ -28,7 +28,7 @@ from ._mae import (
     unserved_projection,
     visible_tokens,
 )
-from ._serve import Package, Unserved, overridden, served
+from ._serve import Package, Unserved, adapter_class, overridden, served
 from ._trial import random_numbers_kept, same, seed, shaken
 
 NAME = "MaskedAutoencoderViT"
@@ -298,11 +298,7 @@ def _hugging_face() -> tuple[tuple[type, ...], dict[str, str]]:
             adapters.setdefault(cls, {})[name] = served(original, fast)
         else:
             unchanged[f"{cls.__name__}.{name}"] = "this version of transformers computes something else"
-    return tuple(_adapter(cls, methods) for cls, methods in adapters.items()), unchanged
-
-
-def _adapter(cls: type, methods: dict[str, Any]) -> type:
-    return type(cls.__name__, (cls,), {"__doc__": cls.__doc__, "__module__": __name__, **methods})
+    return tuple(adapter_class(cls, methods, __name__) for cls, methods in adapters.items()), unchanged
 
 
 def contents() -> Package:
@@ -324,7 +320,7 @@ def contents() -> Package:
             methods, not_served = _served_methods(cls)
             unchanged |= {f"{cls.__module__}.{NAME}.{method}": reason for method, reason in not_served.items()}
             if methods:
-                classes.append(_adapter(cls, methods))
+                classes.append(adapter_class(cls, methods, __name__))
         adapters, not_served = _hugging_face()
     classes += adapters
     unchanged |= not_served

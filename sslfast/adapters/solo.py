@@ -7,16 +7,18 @@ whether it gathers over ranks, is read off the one that is installed.
 from __future__ import annotations
 
 import importlib
-import inspect
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import solo.losses
+import solo.losses.dino
 import torch
 from torch import Tensor
 
-from .._checks import readable
+from .._checks import accumulator, readable
+from ..distributed.choose import scope_of
 from ..losses.contrastive.group_nt_xent import group_members, group_nt_xent
 from ..losses.contrastive.info_nce import info_nce
 from ..losses.contrastive.moco import moco
@@ -24,9 +26,20 @@ from ..losses.contrastive.nt_xent import nt_xent
 from ..losses.decorrelation.barlow_twins import barlow_twins
 from ..losses.decorrelation.vibcreg import vibcreg
 from ..losses.decorrelation.vicreg import vicreg
+from ..losses.distillation.cross_entropy import assignment_cross_entropy, distillation_cross_entropy
+from ..losses.distillation.re_ssl import re_ssl
 from . import _cosine as cosine
+from ._dino import as_views, sinkhorn_targets, unserved_views
 from ._mae import patch_loss
-from ._serve import Package, Unserved, served, unserved_matrices, unserved_tensors
+from ._serve import (
+    Package,
+    Unserved,
+    adapter_class,
+    parameters,
+    served,
+    unserved_matrices,
+    unserved_tensors,
+)
 
 
 def _over_ranks() -> bool:
@@ -160,8 +173,65 @@ def _vibcreg(
     return unserved or vibcreg(z1, z2, *weights, gather_distributed=_over_ranks())
 
 
+def _ressl(
+    q: Tensor, k: Tensor, queue: Tensor, temperature_q: float = 0.1, temperature_k: float = 0.04
+) -> Tensor | Unserved:
+    unserved = unserved_matrices(q, k) or unserved_tensors(q, queue, dim=2)
+    unserved = unserved or _unserved_temperature(temperature_q) or _unserved_temperature(temperature_k)
+    if unserved:
+        return unserved
+    if queue.shape[1] != q.shape[1]:
+        return Unserved(f"a queue of shape {tuple(queue.shape)}")
+    if queue.requires_grad:
+        return Unserved("a gradient for the queue")
+    return _as_tensor(re_ssl(q, k, queue, temperature_q, temperature_k, normalize=False))
+
+
 def _mae(imgs: Tensor, pred: Tensor, mask: Tensor, patch_size: int, norm_pix_loss: bool = True) -> Tensor | Unserved:
     return patch_loss(imgs, pred, mask, patch_size, bool(norm_pix_loss))
+
+
+# ---------------------------------------------------------------------------------------------------------- prototypes
+
+
+def _swav(preds: list[Tensor], assignments: list[Tensor], temperature: float = 0.1) -> Tensor | Unserved:
+    predictions, targets = as_views(preds), as_views(assignments)
+    unserved = unserved_views(predictions, targets) or _unserved_temperature(temperature)
+    if unserved or len(predictions) != len(targets) or len(predictions) < 2:
+        return unserved or Unserved("fewer than two views, or not as many of assignments as of predictions")
+    return assignment_cross_entropy(predictions, targets, temperature=temperature, ignore_diagonal=True)
+
+
+def _fast_sinkhorn(self: Any, Q: Tensor) -> Tensor | Unserved:  # noqa: N803
+    return sinkhorn_targets(scope_of(_over_ranks()), Q, self.epsilon, self.num_iters)
+
+
+def _fast_dino(self: Any, student_output: Tensor, teacher_output: Tensor) -> Tensor | Unserved:
+    temperature = float(self.teacher_temp_schedule[self.epoch])
+    unserved = unserved_matrices(student_output, teacher_output) or _unserved_temperature(temperature)
+    unserved = unserved or _unserved_temperature(self.student_temp)
+    if unserved:
+        return unserved
+    if self.num_large_crops != 2 or len(student_output) % 2:
+        return Unserved("other views than two of equal size")
+    if self.center.shape != (1, student_output.shape[1]) or self.center.device != student_output.device:
+        return Unserved("a center that does not fit the views")
+    loss = distillation_cross_entropy(
+        student_output.unflatten(0, (2, -1)),
+        teacher_output.unflatten(0, (2, -1)),
+        student_temperature=self.student_temp,
+        teacher_temperature=temperature,
+        teacher_bias=(self.center.to(accumulator(student_output)) / -temperature).view(-1),
+        ignore_diagonal=True,
+    )
+    self.update_center(teacher_output)
+    return loss
+
+
+class DINOLoss(solo.losses.dino.DINOLoss):
+    """``solo.losses.dino.DINOLoss``: both views are read once each way; ``center`` is updated by solo-learn's code."""
+
+    forward = served(solo.losses.dino.DINOLoss.forward, _fast_dino)
 
 
 # -------------------------------------------------------------------------------------------------- what is installed
@@ -183,19 +253,18 @@ _KNOWN = (
     _Known("mocov3", "mocov3_loss_func", _mocov3),
     _Known("nnclr", "nnclr_loss_func", _nnclr, gathers=False),
     _Known("nnclr", "nnclr_loss_func", _gathering_nnclr, gathers=True),
+    _Known("ressl", "ressl_loss_func", _ressl),
     _Known("simclr", "simclr_loss_func", _simclr_views, gathers=False),
     _Known("simclr", "simclr_loss_func", _simclr, gathers=True),
     _Known("simsiam", "simsiam_loss_func", cosine.sim_siam),
+    _Known("swav", "swav_loss_func", _swav),
     _Known("vibcreg", "vibcreg_loss_func", _vibcreg, gathers=True),
     _Known("vicreg", "vicreg_loss_func", _vicreg_of(False), gathers=False),
     _Known("vicreg", "vicreg_loss_func", _vicreg_of(True), gathers=True),
 )
 _UNCHANGED = {
-    "DINOLoss": "sslfast has no DINO loss",
-    "deepclusterv2_loss_func": "logits that come from the model",
+    "deepclusterv2_loss_func": "a cross entropy with hard labels, one pass over the logits already",
     "manual_simclr_loss_func": "masks that are N × N already",
-    "ressl_loss_func": "sslfast has no ReSSL",
-    "swav_loss_func": "logits that come from the model",
     "wmse_loss_func": "no matrix that could be avoided",
 }
 
@@ -210,7 +279,7 @@ def _installed() -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
         except ModuleNotFoundError:
             continue
         original = getattr(module, known.name)
-        same_arguments = _parameters(original) == _parameters(known.fast)
+        same_arguments = parameters(original) == parameters(known.fast)
         if same_arguments and known.gathers in (None, hasattr(module, "gather")):
             found[known.name] = served(original, known.fast)
         elif known.name not in found:
@@ -218,17 +287,23 @@ def _installed() -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
     return found, {name: reason for name, reason in unchanged.items() if name not in found}
 
 
-def _parameters(function: Callable[..., Any]) -> list[tuple[str, object]]:
-    return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
+def _classes() -> tuple[type, ...]:
+    """Adapter classes; of ``solo.utils``, which solo-learn itself imports, where it is loaded."""
+    utils: Any = sys.modules.get("solo.utils.sinkhorn_knopp")
+    if utils is None:
+        return (DINOLoss,)
+    cls = utils.SinkhornKnopp
+    return DINOLoss, adapter_class(cls, {"forward": served(cls.forward, _fast_sinkhorn)}, __name__)
 
 
 def __getattr__(name: str) -> Any:
-    functions = _installed()[0]
-    if name not in functions:
+    found = {**_installed()[0], **{cls.__name__: cls for cls in _classes()}}
+    if name not in found:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return functions[name]
+    return found[name]
 
 
 def contents() -> Package:
     functions, unchanged = _installed()
-    return Package(functions=tuple(functions[name] for name in sorted(functions)), unchanged=unchanged)
+    served_functions = tuple(functions[name] for name in sorted(functions))
+    return Package(classes=_classes(), functions=served_functions, unchanged=unchanged)

@@ -1,4 +1,4 @@
-"""What the contrastive losses share: temperature, checked rows, dot products by row, the module's frame."""
+"""What losses of several families share: checked rows, two views of them, a queue beside them."""
 
 from __future__ import annotations
 
@@ -75,6 +75,18 @@ def two_views(name0: str, z0: Tensor, name1: str, z1: Tensor, normalize: bool) -
     assert first is not None and second is not None
     check_same(name0, first, name1, second)
     return (l2_normalize(first), l2_normalize(second)) if normalize else (first, second)
+
+
+def views_and_queue(
+    named_q: tuple[str, Tensor], named_k: tuple[str, Tensor], queue: Tensor, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and queue, checked, in their widest dtype, rows of the first two normalised if asked."""
+    check_matrix("queue", queue)
+    q, k = two_views(*named_q, *named_k, normalize=False)
+    widest = torch.promote_types(q.dtype, queue.dtype)
+    q, k, queue = q.to(widest), k.to(widest), queue.detach().to(widest)
+    check_fits("queue", queue, named_q[0], q)
+    return (l2_normalize(q), l2_normalize(k), queue) if normalize else (q, k, queue)
 
 
 def check_gather(gather_distributed: bool, strategy: str = "gather") -> None:

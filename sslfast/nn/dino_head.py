@@ -28,6 +28,7 @@ class DINOHead(nn.Module):
         norm_last_layer: the prototypes' norms stay 1 (default; DINO, iBOT); ``False``: they learn (DINOv2).
         nlayers: of the MLP, at least 1 (default 3).
         hidden_dim, bottleneck_dim: widths inside (2048) and of the features (256).
+        mlp_bias: biases in the MLP (default).
         weight_norm: normalise the prototypes (default); ``False``: DINOv3's plain last layer, and ``norm_last_layer``
             has no effect.
 
@@ -59,6 +60,7 @@ class DINOHead(nn.Module):
         nlayers: int = 3,
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
+        mlp_bias: bool = True,
         *,
         weight_norm: bool = True,
     ) -> None:
@@ -69,9 +71,10 @@ class DINOHead(nn.Module):
         widths = [in_dim, *[hidden_dim] * (nlayers - 1), bottleneck_dim]
         layers: list[nn.Module] = []
         for i, (width, following) in enumerate(zip(widths, widths[1:], strict=False)):
-            linear = nn.Linear(width, following)
+            linear = nn.Linear(width, following, bias=mlp_bias)
             nn.init.normal_(linear.weight, std=0.02)  # published: cut off at 100 deviations
-            nn.init.zeros_(linear.bias)
+            if mlp_bias:
+                nn.init.zeros_(linear.bias)
             layers.append(linear)
             if i + 1 < nlayers:
                 layers += [nn.BatchNorm1d(hidden_dim), nn.GELU()] if use_bn else [nn.GELU()]

@@ -35,6 +35,8 @@ class Inputs(NamedTuple):
 
 
 LEARNING = 4  # the first inputs, of which the second does not learn
+TENSORS = 8  # the first inputs
+PROTOTYPES = (2, 4)  # the student's and the teacher's among them
 
 
 def by_reference(inputs: Inputs) -> Tensor:
@@ -82,17 +84,38 @@ def _is_plain(x: Tensor) -> bool:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     given = Inputs(*inputs)
-    ctx.options = given[8:]
+    ctx.options = given[TENSORS:]
     kind = accumulator(given.student)
     ctx.kinds = given.student.dtype, given.prototypes.dtype, kind
     _loss, *gradients = output
     # The first backward hands the gradients on as they are: a copy of the prototypes' would be the largest tensor of
     # the step. A second one through the same graph computes them again.
     ctx.gradients = Gradients(*gradients) if all(map(_is_plain, gradients)) else None
-    ctx.save_for_backward(*given[:8], *([] if ctx.gradients is not None else gradients))
+    # The first derivative reads no prototypes, so that those which do not learn are not saved as something that must
+    # stay: a queue may take in new keys before the backward. What computes again checks that they are what they were.
+    saved: list[Any] = list(given[:TENSORS])
+    ctx.fixed = {
+        place: (saved[place], saved[place]._version) for place in PROTOTYPES if not ctx.needs_input_grad[place]
+    }
+    for place in ctx.fixed:
+        saved[place] = None
+    ctx.save_for_backward(*saved, *([] if ctx.gradients is not None else gradients))
     ctx.kept = ctx.gradients is None
     ctx.mark_non_differentiable(*gradients)
     ctx.set_materialize_grads(False)
+
+
+def _given(ctx: Any) -> Inputs:
+    """The inputs again."""
+    saved = list(ctx.saved_tensors[:TENSORS])
+    for place, (prototypes, version) in ctx.fixed.items():
+        if prototypes._version != version:
+            raise RuntimeError(
+                "the prototypes were overwritten after the loss was computed: create_graph=True, or a second backward, "
+                "needs them unchanged"
+            )
+        saved[place] = prototypes
+    return Inputs(*saved, *ctx.options)
 
 
 def _wants_graph(grad_loss: Tensor, *learning: Tensor | None) -> bool:
@@ -126,18 +149,17 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Te
         return nothing
     need_student, _, need_prototypes, need_gain, *_ = ctx.needs_input_grad
     if torch.is_grad_enabled():
-        given = Inputs(*ctx.saved_tensors[:8], *ctx.options)
-        if _wants_graph(grad_loss, given.student, given.prototypes, given.gain):
-            dstudent, dprototypes, dgain = _second_order(ctx, grad_loss, given)
+        student, _, prototypes, gain, *_ = ctx.saved_tensors[:TENSORS]
+        if _wants_graph(grad_loss, student, prototypes, gain):
+            dstudent, dprototypes, dgain = _second_order(ctx, grad_loss, _given(ctx))
             return (dstudent, None, dprototypes, dgain, *nothing[LEARNING:])
     own = not ctx.kept and _is_plain(grad_loss)
     if ctx.gradients is not None:
         found, ctx.gradients = ctx.gradients, None
     elif ctx.kept:
-        found = Gradients(*ctx.saved_tensors[8:])
+        found = Gradients(*ctx.saved_tensors[TENSORS:])
     else:
-        given = Inputs(*ctx.saved_tensors, *ctx.options)
-        found = Gradients(*torch.ops.sslfast.prototype_cross_entropy(*given)[1:])
+        found = Gradients(*torch.ops.sslfast.prototype_cross_entropy(*_given(ctx))[1:])
     kinds = ctx.kinds
     return (
         _scaled(found.student, grad_loss, kinds[0], own) if need_student else None,

@@ -119,5 +119,5 @@ def characteristic_sums(z: Tensor, slices: Tensor, knots: int, step: float) -> T
     if backend == "reference":
         return by_reference(z, slices, knots, step)
     name = "characteristic_sums_triton" if backend == "triton" else "characteristic_sums"
-    sums: Tensor = getattr(torch.ops.sslfast, name)(z, slices, knots, step)
+    sums: Tensor = _library.run(name, z, slices, knots, step)
     return sums

@@ -5,7 +5,8 @@ With ``y_s = student/τs``, ``p_t = softmax_k(teacher/τt + bias)`` (or the targ
     CE = Σ_ts lse(y_s) − Σ_k p_tk y_sk              (log-sum-exp times Σ_k p_tk, where that is not 1)
     dstudent_s = g/τs · (n_s softmax(y_s) − Σ_t p_t)    n_s: the teachers paired with s, or the sum of their Σ_k p_tk
 
-Saved: two numbers for each row of each view. The teacher and the bias get no gradient.
+Saved: two numbers for each row of each view. The teacher and the bias get no gradient. A row of the student may meet
+another row of the teacher than its own, and several the same one.
 """
 
 from __future__ import annotations
@@ -37,22 +38,22 @@ def _backward_fake(grad: Tensor, student: Sequence[Tensor], *_: Any) -> list[Ten
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    student, teacher, bias, *ctx.options, rows = inputs
+    student, teacher, bias, *ctx.options, rows, teacher_rows = inputs
     ctx.counts = len(student), len(teacher)
-    ctx.save_for_backward(*student, *teacher, bias, *output[1:], rows)
+    ctx.save_for_backward(*student, *teacher, bias, *output[1:], rows, teacher_rows)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     students, teachers = ctx.counts
-    nothing = ([None] * teachers, *(None,) * 6)
+    nothing = ([None] * teachers, *(None,) * 7)
     if grad is None:
         return [None] * students, *nothing
     saved = ctx.saved_tensors
     student, teacher = list(saved[:students]), list(saved[students : students + teachers])
-    bias, student_stats, teacher_stats, rows = saved[students + teachers :]
-    options: tuple[Any, ...] = (*ctx.options, rows)
+    bias, student_stats, teacher_stats, *which = saved[students + teachers :]
+    options: tuple[Any, ...] = (*ctx.options, *which)
     if torch.is_grad_enabled() and (grad.requires_grad or any(x.requires_grad for x in student)):
 
         def function(*views: Tensor) -> Tensor:
@@ -66,7 +67,10 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     return found, *nothing
 
 
-_OPTIONS = "float student_temperature, float teacher_temperature, bool ignore_diagonal, bool assigned, Tensor? rows"
+_OPTIONS = (
+    "float student_temperature, float teacher_temperature, bool ignore_diagonal, bool assigned, Tensor? rows,"
+    " Tensor? teacher_rows"
+)
 _library.define(
     f"distillation_cross_entropy(Tensor[] student, Tensor[] teacher, Tensor? bias, {_OPTIONS})"
     " -> (Tensor of_row, Tensor student_stats, Tensor teacher_stats)",
@@ -89,6 +93,7 @@ def by_reference(
     ignore_diagonal: bool,
     assigned: bool,
     rows: Tensor | None,
+    teacher_rows: Tensor | None,
 ) -> Tensor:
     """The reference with the kernels' precision, also inside an autocast region."""
     wide = accumulator(student[0])
@@ -102,6 +107,7 @@ def by_reference(
             ignore_diagonal,
             assigned,
             rows,
+            teacher_rows,
         )
 
 
@@ -114,21 +120,25 @@ def distillation_cross_entropy(
     ignore_diagonal: bool = False,
     assigned: bool = False,
     rows: Tensor | None = None,
+    teacher_rows: Tensor | None = None,
 ) -> Tensor:
     """The cross entropy of each row, summed over its pairs of views, [B]; float32 (float64 for float64 logits).
 
     Args:
         student, teacher: checked tensors [views, B, K] of one dtype and device, one after another.
-        bias: [teachers or 1, P, K] in the accumulator's dtype; row b takes b mod P.
+        bias: [teachers or 1, P, K] in the accumulator's dtype; row r of the teacher takes r mod P.
         temperatures: (τs, τt).
         ignore_diagonal: leave out the pairs of view t with view t.
         assigned: the teacher's numbers are targets, not logits.
         rows: [] int64, how many of the first rows count; the others give 0.
+        teacher_rows: [B] int64, the teacher's row that each row of the student meets; the teacher's views are then
+            [views, R, K]. Default: b meets b. Where there is no such row the result is NaN, or on the CPU an error.
     """
     backend = _backends.serve("distillation_cross_entropy", student[0], "cuda", why_not)
     if backend == "reference":
-        return by_reference(student, teacher, bias, *temperatures, ignore_diagonal, assigned, rows)
-    of_row: Tensor = torch.ops.sslfast.distillation_cross_entropy(
-        list(student), list(teacher), bias, *temperatures, ignore_diagonal, assigned, rows
+        return by_reference(student, teacher, bias, *temperatures, ignore_diagonal, assigned, rows, teacher_rows)
+    views = list(student), list(teacher)
+    of_row: Tensor = _library.run(
+        "distillation_cross_entropy", *views, bias, *temperatures, ignore_diagonal, assigned, rows, teacher_rows
     )[0]
     return of_row

@@ -230,4 +230,4 @@ def embed_patches(
     inputs = Inputs(images, ids, weight, bias, position, prefix, patch, means, deviations)
     if backend == "reference":
         return by_reference(inputs)
-    return _composed(inputs) if backend == "cuda" else torch.ops.sslfast.embed_patches(*inputs)
+    return _composed(inputs) if backend == "cuda" else _library.run("embed_patches", *inputs)

@@ -151,7 +151,7 @@ def gather_patches(
         check_values(ids, length_of([1, *images.shape[2:]][-3:], patch))
     if backend == "reference":
         return reference.gather_patches(images, ids, patch, means, deviations, inner, kind)
-    return torch.ops.sslfast.gather_patches(images, ids, patch, means, deviations, inner, kind)
+    return _library.run("gather_patches", images, ids, patch, means, deviations, inner, kind)
 
 
 def scatter_patches(
@@ -204,5 +204,5 @@ def scatter_patches(
     if backend == "reference":
         images = reference.scatter_patches(patches, ids, whole, patch, (), inner)
     else:
-        images = torch.ops.sslfast.scatter_patches(patches, ids, whole, patch, [], inner)
+        images = _library.run("scatter_patches", patches, ids, whole, patch, [], inner)
     return images.view(patches.shape[0], *size)

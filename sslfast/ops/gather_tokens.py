@@ -185,4 +185,4 @@ def select_and_gather(
     backend = _backends.serve("gather_tokens", ids, "cuda", why_not)
     if backend == "reference":
         return by_reference(x, ids, position, prefix, token, packed)
-    return torch.ops.sslfast.gather_tokens(x, ids, position, prefix, token, packed)
+    return _library.run("gather_tokens", x, ids, position, prefix, token, packed)

@@ -100,8 +100,8 @@ def gram_anchor(student: Tensor, teacher: Tensor, normalize: bool = True, negati
     mode = NEGATIVES.index(negatives)
     learns = torch.is_grad_enabled() and student.requires_grad
     if backend == "cpu":
-        return torch.ops.sslfast.gram_anchor(student, teacher, normalize, mode, learns)[0]
+        return _library.run("gram_anchor", student, teacher, normalize, mode, learns)[0]
     x, y = (normalized(t.flatten(0, 1), EPS, backend).view(t.shape) if normalize else t for t in (student, teacher))
     if not normalize and student.dtype == torch.float16:  # whose range the differences of long rows leave
         x, y = x.float(), y.float()
-    return torch.ops.sslfast.gram_anchor_triton(x, y, mode, learns)[0]
+    return _library.run("gram_anchor_triton", x, y, mode, learns)[0]

@@ -83,7 +83,7 @@ def koleo(x: Tensor, topk: int, eps: float) -> Tensor:
     if backend == "reference":
         return _by_reference(x, topk, eps)
     if backend == "cpu":
-        return torch.ops.sslfast.koleo(x, topk, eps)[0]
+        return _library.run("koleo", x, topk, eps)[0]
     rows = normalized(x.to(accumulator(x)), eps, backend)
     index = neighbours_of(rows.detach(), None, topk).index
     return -(neighbour_distance(rows, None, index, eps) + eps).log().mean()

@@ -68,7 +68,7 @@ def normalized(x: Tensor, eps: float, backend: str) -> Tensor:
     native = "cuda" if x.device.type == "cuda" else "cpu"
     reason = why_not(native, x)
     if reason is None:
-        return torch.ops.sslfast.l2_normalize(x, eps)[0]
+        return _library.run("l2_normalize", x, eps)[0]
     _backends.tell_fallback("l2_normalize", native, reason)
     return by_reference(x, eps)
 
@@ -97,4 +97,4 @@ def l2_normalize(x: Tensor, eps: float = EPS) -> Tensor:
     backend = _backends.serve("l2_normalize", x, "cuda", why_not)
     if backend == "reference":
         return by_reference(x, eps)
-    return torch.ops.sslfast.l2_normalize(x, eps)[0]
+    return _library.run("l2_normalize", x, eps)[0]

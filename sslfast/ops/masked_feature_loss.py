@@ -127,7 +127,7 @@ def masked_feature_loss(
     backend = _backends.serve("masked_feature_loss", pred, "cuda", why_not)
     if backend == "reference":
         return by_reference(pred, teacher, ids, kind, beta, layer_norm, eps)
-    result: Tensor = torch.ops.sslfast.masked_feature_loss(pred, teacher, ids, kind, beta, layer_norm, eps)
+    result: Tensor = _library.run("masked_feature_loss", pred, teacher, ids, kind, beta, layer_norm, eps)
     return result
 
 

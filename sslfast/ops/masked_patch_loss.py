@@ -254,5 +254,5 @@ def masked_patch_loss(
     )
     if backend == "reference":
         return by_reference(source.x, pred, index, *options)
-    result: Tensor = torch.ops.sslfast.masked_patch_loss(source.x, pred, index, *options)[0]
+    result: Tensor = _library.run("masked_patch_loss", source.x, pred, index, *options)[0]
     return result

@@ -74,5 +74,5 @@ def negative_cosine(p: Tensor, z: Tensor, eps: float = EPS, factor: float = -1.0
     """``offset + factor · Σ_i cos(p_i, z_i)``, [], of matrices [N, D] of one dtype and device, checked already."""
     if _backends.serve("negative_cosine", p, "cuda", why_not) == "reference":
         return by_reference(p, z, eps, factor, offset)
-    loss: Tensor = torch.ops.sslfast.negative_cosine(p, z, eps, factor, offset)[0]
+    loss: Tensor = _library.run("negative_cosine", p, z, eps, factor, offset)[0]
     return loss

@@ -120,5 +120,23 @@ def neighbour_distance(q: Tensor, k: Tensor | None, index: Tensor, eps: float = 
     backend = _backends.serve("neighbour_distance", q, "triton", why_not)
     if backend == "reference":
         return by_reference(q, k, index, eps)
-    operator = getattr(torch.ops.sslfast, "neighbour_distance" + ("_triton" if backend == "triton" else ""))
-    return operator(q, k, index, eps)
+    name = "neighbour_distance_triton" if backend == "triton" else "neighbour_distance"
+    return _library.run(name, q, k, index, eps)
+
+
+def sums_by_index(q: Tensor, index: Tensor, k: Tensor) -> Tensor:
+    """``Σ_{i: index[i] = n} q_i`` for every row n of ``k``, in the order of the rows: [N, D], as ``k``; no gradient.
+
+    It is the gradient of ``Σ_i q_i·k_n`` with respect to k, each row of which has one owner.
+
+    Args:
+        q: [M, D]; k: [N, D] of the same dtype and device, of which only the shape matters.
+        index: [M] int64, rows of k, or −1 for none.
+    """
+    backend = _backends.serve("neighbour_distance", q, "triton", why_not)
+    if backend == "reference":
+        return reference.sums_by_index(q, index, len(k))
+    operator = getattr(torch.ops.sslfast, "neighbour_gradient" + ("_triton" if backend == "triton" else ""))
+    ones = torch.ones_like(index, dtype=accumulator(q))
+    sums: Tensor = operator(ones[:, None], None, index[:, None], q, k, 0.0, False, True)[1]
+    return sums

@@ -230,7 +230,7 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float | Tensor = 0.5, *, normal
         tau = torch.full((), temperature, dtype=kind, device=z0.device)
     if backend == "triton":
         z = torch.cat([z0, z1])  # [2N, D]
-        return torch.ops.sslfast.nt_xent_triton(normalized(z, EPS, backend) if normalize else z, tau)[0]
+        return _library.run("nt_xent_triton", normalized(z, EPS, backend) if normalize else z, tau)[0]
     learns = torch.is_grad_enabled() and (z0.requires_grad or z1.requires_grad or tau.requires_grad)
     cache = _tile_cache(z0) if learns else 0
-    return torch.ops.sslfast.nt_xent(z0, z1, tau, normalize, cache)[0]
+    return _library.run("nt_xent", z0, z1, tau, normalize, cache)[0]

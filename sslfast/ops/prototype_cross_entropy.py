@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _backends, _native
+from .. import _backends, _library, _native
 from .._checks import FLOATS, accumulator, is_real, readable, warn_once, whole_numbers
 from ._prototype_operators import Inputs, by_reference, by_triton
 from .types import NormalizedPrototypes
@@ -105,17 +105,17 @@ def prototype_cross_entropy(
         pairs = [(0, 0)] if pairs is None else pairs
     teacher_views, student_views = _checked_pairs(pairs, len(teacher), len(student))
     for name, value in (("student_temperature", student_temperature), ("teacher_temperature", teacher_temperature)):
-        _check_temperature(name, value)
+        check_temperature(name, value)
     samples, k = student.shape[1], len(w)
     inputs = Inputs(
         student,
         teacher.detach(),
         w,
-        _vector("gain of student_prototypes", gain, k, student, kind),
+        vector_of("gain of student_prototypes", gain, k, student, kind),
         u.detach(),
-        _without_gradient(_vector("gain of teacher_prototypes", teacher_gain, k, student, kind)),
-        _without_gradient(_vector("teacher_bias", teacher_bias, k, student, kind)),
-        _without_gradient(_vector("row_weights", row_weights, samples, student, kind)),
+        _without_gradient(vector_of("gain of teacher_prototypes", teacher_gain, k, student, kind)),
+        _without_gradient(vector_of("teacher_bias", teacher_bias, k, student, kind)),
+        _without_gradient(vector_of("row_weights", row_weights, samples, student, kind)),
         teacher_views,
         student_views,
         float(student_temperature),
@@ -133,7 +133,7 @@ def prototype_cross_entropy(
     learns = torch.is_grad_enabled()
     need_prototypes = learns and (w.requires_grad or (gain is not None and gain.requires_grad))
     inputs = inputs._replace(need_student=learns and student.requires_grad, need_prototypes=need_prototypes)
-    loss: Tensor = torch.ops.sslfast.prototype_cross_entropy(*inputs)[0]
+    loss: Tensor = _library.run("prototype_cross_entropy", *inputs)[0]
     return loss
 
 
@@ -204,14 +204,14 @@ def _checked_pairs(
     return [t for t, _ in found], [v for _, v in found]
 
 
-def _check_temperature(name: str, value: float) -> None:
+def check_temperature(name: str, value: float) -> None:
     if not is_real(value):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 1e-8 <= abs(value) <= 1e8:  # false for NaN too
         raise ValueError(f"{name} must be finite and not zero, 1e-8 to 1e8 in size, got {value}")
 
 
-def _vector(name: str, x: Tensor | None, length: int, like: Tensor, kind: torch.dtype) -> Tensor | None:
+def vector_of(name: str, x: Tensor | None, length: int, like: Tensor, kind: torch.dtype) -> Tensor | None:
     """A vector of floating-point numbers in the accumulator's dtype; weight normalisation's [K, 1] and DINO's center
     [1, K] are vectors too."""
     if x is None:
@@ -223,7 +223,7 @@ def _vector(name: str, x: Tensor | None, length: int, like: Tensor, kind: torch.
     if x.numel() != length or length not in (*x.shape, 1):
         raise ValueError(f"{name} must have shape ({length},), got {tuple(x.shape)}")
     if x.device != like.device:
-        raise ValueError(f"{name} must be on student's device {like.device}, got {x.device}")
+        raise ValueError(f"{name} must be on the features' device {like.device}, got {x.device}")
     return x.reshape(length).to(kind)
 
 

@@ -218,4 +218,4 @@ def _select_and_scatter(
     backend = _backends.serve("scatter_tokens", x, "cuda", why_not)
     if backend == "reference":
         return by_reference(x, index, token, position, prefix, passed)
-    return torch.ops.sslfast.scatter_tokens(x, index, token, position, prefix, passed)
+    return _library.run("scatter_tokens", x, index, token, position, prefix, passed)

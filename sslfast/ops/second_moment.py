@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _backends, _native
+from .. import _backends, _library, _native
 from ._second_moment_operators import by_reference
 from .moment_losses import PENALTIES, Loss
 from .types import SCALES, MomentOptions, SecondMoment
@@ -96,7 +96,7 @@ def moment_of(a: Tensor, b: Tensor | None, options: MomentOptions) -> SecondMome
         return SecondMoment(*_triton(a, b, options, _NO_LOSS)[1:4])
     dual = options.is_dual(*a.shape)
     keep = _learns(a, b) and (dual or _fits(a, b, options.cross))
-    return SecondMoment(*torch.ops.sslfast.second_moment(a, b, *_numbers(options), dual, keep)[:3])
+    return SecondMoment(*_library.run("second_moment", a, b, *_numbers(options), dual, keep)[:3])
 
 
 def _numbers(options: MomentOptions) -> tuple[bool, bool, int, float]:
@@ -117,8 +117,9 @@ def _triton(a: Tensor, b: Tensor | None, options: MomentOptions, loss: Loss) -> 
     dual = options.is_dual(*a.shape)
     penalty = PENALTIES.index(loss.penalty), loss.floor, [loss.off, loss.distance, loss.columns]
     whole = dual or _fits(a, b, options.cross)
-    operator = torch.ops.sslfast.second_moment_triton
-    outputs: tuple[Tensor, ...] = operator(a, b, *_numbers(options), dual, *penalty, whole, _learns(a, b))
+    outputs: tuple[Tensor, ...] = _library.run(
+        "second_moment_triton", a, b, *_numbers(options), dual, *penalty, whole, _learns(a, b)
+    )
     return outputs
 
 

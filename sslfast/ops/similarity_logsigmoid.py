@@ -152,4 +152,4 @@ def similarity_logsigmoid(
     need_q = grad and (q.requires_grad or scale.requires_grad)  # dscale comes from q·dq
     need_k = grad and k.requires_grad
     name = "similarity_logsigmoid_triton" if backend == "triton" else "similarity_logsigmoid"
-    return getattr(torch.ops.sslfast, name)(q, k, scale, bias, row_ids, col_ids, need_q, need_k)[0]
+    return _library.run(name, q, k, scale, bias, row_ids, col_ids, need_q, need_k)[0]

@@ -9,12 +9,12 @@ is in ``docs/similarity_lse.md``; the operators are in ``_similarity_operators.p
 
 from __future__ import annotations
 
-from typing import Literal, cast, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
 
-from .. import _backends, _native
+from .. import _backends, _library, _native
 from .._checks import accumulator
 from . import _similarity_launches as _similarity_launches
 from ._similarity_operators import by_reference
@@ -118,8 +118,9 @@ def _by_reference(pairs: Pairs) -> SimilarityTerms:
     return by_reference(pairs)
 
 
-def _operator(name: str, backend: str) -> torch._ops.OpOverloadPacket:
-    return getattr(torch.ops.sslfast, f"{name}_triton" if backend == "triton" else name)
+def _run(name: str, backend: str, *args: Any) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = _library.run(f"{name}_triton" if backend == "triton" else name, *args)
+    return found
 
 
 def _by_self_kernel(backend: str, pairs: Pairs, want: Want) -> SimilarityTerms:
@@ -127,8 +128,8 @@ def _by_self_kernel(backend: str, pairs: Pairs, want: Want) -> SimilarityTerms:
     z, scale = pairs.q, pairs.scale
     learns = torch.is_grad_enabled() and (z.requires_grad or scale.requires_grad)
     cache = _self_tile_cache(z) if backend == "cpu" and learns else 0
-    operator = _operator("similarity_lse_self", backend)
-    row, positive, hardest, *_ = operator(z, scale, pairs.row_ids, pairs.positives, want.hardest, cache)
+    given = z, scale, pairs.row_ids, pairs.positives, want.hardest, cache
+    row, positive, hardest, *_ = _run("similarity_lse_self", backend, *given)
     return SimilarityTerms(row, None, positive, hardest)
 
 
@@ -140,12 +141,11 @@ def _by_kernel(backend: str, pairs: Pairs, k: Tensor, want: Want) -> SimilarityT
     # With a positive among the columns, scale·(attended − k_p) would cancel where the positive dominates: there the
     # gradient is made from weights in which it is already subtracted.
     if grad and q.requires_grad and pairs.positives is None and not (keys_learn or want.columns or want.hardest):
-        operator = _operator("similarity_lse_attend", backend)
-        row, _ = operator(q, k, pairs.scale, bias, pairs.row_ids, pairs.col_ids)
+        row, _ = _run("similarity_lse_attend", backend, q, k, pairs.scale, bias, pairs.row_ids, pairs.col_ids)
         return SimilarityTerms(row, None, None, None)
     learns = keys_learn or (grad and (q.requires_grad or pairs.scale.requires_grad))
     cache = _tile_cache(q, k) if backend == "cpu" and learns else 0
-    row, col, positive, hardest, *_ = _operator("similarity_lse", backend)(*pairs, *want, cache)
+    row, col, positive, hardest, *_ = _run("similarity_lse", backend, *pairs, *want, cache)
     return SimilarityTerms(row, col, positive, hardest)
 
 

@@ -15,12 +15,14 @@ from .mask_tokens import mask_tokens
 from .masked_feature_loss import masked_feature_loss
 from .masked_patch_loss import masked_patch_loss
 from .masked_rows import masked_rows
+from .mean_assignment import mean_assignment
 from .multiblock_mask import multiblock_mask
 from .nearest_neighbours import nearest_neighbours, neighbour_similarity
 from .negative_cosine import negative_cosine
-from .neighbour_distance import neighbour_distance
+from .neighbour_distance import neighbour_distance, sums_by_index
 from .nt_xent import nt_xent
 from .partition_mask import partition_mask
+from .prototype_columns import prototype_columns, prototype_rows
 from .prototype_cross_entropy import normalized_prototypes, prototype_cross_entropy
 from .random_mask import random_mask
 from .scatter_tokens import scatter_tokens
@@ -47,6 +49,7 @@ __all__ = [
     "masked_feature_loss",
     "masked_patch_loss",
     "masked_rows",
+    "mean_assignment",
     "multiblock_mask",
     "negative_cosine",
     "nearest_neighbours",
@@ -55,7 +58,9 @@ __all__ = [
     "normalized_prototypes",
     "nt_xent",
     "partition_mask",
+    "prototype_columns",
     "prototype_cross_entropy",
+    "prototype_rows",
     "random_mask",
     "scatter_patches",
     "scatter_tokens",
@@ -64,6 +69,7 @@ __all__ = [
     "similarity_lse",
     "similarity_terms",
     "unit_slices",
+    "sums_by_index",
     "sinkhorn_assign",
     "sinkhorn_bias",
     "sinkhorn_sums",

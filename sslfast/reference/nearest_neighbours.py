@@ -7,15 +7,24 @@ from torch import Tensor
 
 
 def nearest_neighbours(
-    q: Tensor, k: Tensor | None, count: int, *, row_ids: Tensor | None = None, col_ids: Tensor | None = None
+    q: Tensor,
+    k: Tensor | None,
+    count: int,
+    *,
+    bias: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The ``count`` largest ``q_i·k_j`` of each row [M, count], and their columns; −inf and −1 where there is none.
+    """The ``count`` largest ``q_i·k_j + bias_j`` of each row [M, count], and their columns; −inf and −1 for none.
 
-    Without ``k`` the columns are the rows themselves, and no row is its own neighbour. A pair with equal ids takes no
-    part. Of equal similarities the one of the smaller column comes first; NaN is the largest.
+    Without ``k`` the columns are the rows themselves, no row is its own neighbour, and ``bias_i`` is added too: that
+    moves all of a row alike. A pair with equal ids takes no part. Of equal similarities the one of the smaller column
+    comes first; NaN is the largest.
     """
     columns = q if k is None else k
     s = q @ columns.T  # [M, N]
+    if bias is not None:
+        s = s + (bias if k is not None else bias[:, None] + bias)
     if k is None:
         s = s.masked_fill(torch.eye(len(q), dtype=torch.bool, device=q.device), float("-inf"))
         col_ids = row_ids

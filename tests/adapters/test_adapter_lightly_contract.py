@@ -37,7 +37,9 @@ SERVED = {
     ),
     *("MMCRLoss", "FroSSLLoss", "WMSELoss", "Whitening2d", "SIGReg", "NegativeCosineSimilarity"),
     *("SwaVLoss", "DINOLoss", "IBOTPatchLoss", "KoLeoLoss"),
+    *("MACLLoss", "DetConSLoss", "DetConBLoss", "CO2Regularizer"),
     *("EMPSSLLoss", "PatchKernelAlignmentLoss", "NNMemoryBankModule"),
+    *("IBOTPlusPlusPatchLoss", "CAPILoss"),
 }
 
 
@@ -207,6 +209,8 @@ def test_compiled():
             continue  # their parts are compiled here
         if name == "WMSELoss":
             continue  # torch.compile refuses the tensor that lightly starts its sum from
+        if name == "CO2 with a bank":
+            continue  # whose pointer lightly reads, as it does for NTXentLoss where the anchors learn
         with sslfast.patch("lightly"):
             torch._dynamo.reset()
             expected = copy.deepcopy(criterion)(*inputs)

@@ -18,7 +18,8 @@ from solo_common import Newer, losses
 
 DTYPES = [torch.float32, torch.float64]
 SHAPES = [(64, 32), (101, 30), (9, 140), (2, 5), (3, 1)]
-OLDER = {"1.0.2": [f"{name}_loss_func" for name in ("barlow", "byol", "moco", "nnclr", "simclr", "simsiam", "vicreg")]}
+OLDER = ("barlow", "byol", "moco", "nnclr", "ressl", "simclr", "simsiam", "swav", "vicreg")
+SERVED = {"1.0.2": ["DINOLoss", "SinkhornKnopp", *(f"{name}_loss_func" for name in OLDER)]}
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +152,80 @@ def test_moco(newer, n, d, k, temperature, dtype):
     assert newer.mocov2plus_loss_func is call
 
 
+@pytest.fixture
+def balance(solo):
+    return sys.modules["solo.utils.sinkhorn_knopp"].SinkhornKnopp
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "k"), [(32, 200), (5, 7), (3, 1)])
+@pytest.mark.parametrize("count", [2, 3])
+def test_swav(solo, balance, count, n, k, dtype):
+    """Assignments and the loss, as its method calls them: two or more views."""
+    scores = 0.3 * torch.randn(count, n, k, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+
+    def call(*scores):
+        assigned = [balance(epsilon=0.2)(x.detach())[:n] for x in scores]
+        return solo.swav_loss_func(list(scores), assigned, 0.2), *assigned
+
+    same_as_package("solo", call, *scores.to(dtype), floor=10.0)
+
+
+def test_assignments_where_the_package_overflows(balance):
+    scores = torch.randn(8, 5)
+    scores[2, 1] = 5.0
+    assert balance()(scores).isnan().any()
+    with sslfast.patch("solo"):
+        torch.testing.assert_close(balance()(scores), sslfast.sinkhorn(scores.double()).float(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "k"), [(16, 200), (5, 7), (1, 3)])
+def test_dino(solo, n, k, dtype):
+    """Two steps of two epochs: the second has another center and another temperature."""
+    student, teacher = torch.randn(2, 2 * n, k, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+
+    def call(student):
+        loss, found = solo.DINOLoss(k, 0.04, 0.07, 2, 5), []
+        for epoch in (0, 1):
+            loss.epoch = epoch
+            found.append(loss(student * (1 + epoch), teacher.to(student)))
+        return *found, loss.center
+
+    same_as_package("solo", call, student.to(dtype), floor=20.0)
+
+
+def test_dino_of_other_views(solo):
+    student, teacher = torch.randn(2, 4, 6)
+
+    def call(x):
+        return solo.DINOLoss(6, 0.04, 0.07, 2, 5, num_large_crops=4)(x, teacher)
+
+    left_to_package("solo", call, student, reason="other views than two")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "d", "k"), [(32, 16, 200), (5, 7, 3), (1, 1, 1)])
+@pytest.mark.parametrize("temperatures", [{}, {"temperature_q": 0.5, "temperature_k": 0.2}], ids=str)
+def test_ressl(solo, n, d, k, temperatures, dtype):
+    q, key = (torch.nn.functional.normalize(z, dim=1) for z in views((n, d), dtype))
+    queue = views((k, d), dtype, count=1)[0]
+    call = solo.ressl_loss_func
+    same_as_package("solo", lambda q, key: call(q, key, queue.to(q), **temperatures), q, key, floor=20.0)
+
+
+def test_ressl_left_to_solo(solo):
+    a, b = views((5, 6), torch.float32)
+    queue = torch.randn(9, 6)
+    for reason, call in {
+        "a gradient for the queue": lambda a, b: solo.ressl_loss_func(a, b, queue + 0 * a.sum()),
+        "temperature=tensor": lambda a, b: solo.ressl_loss_func(a, b, queue, temperature_k=torch.tensor(0.2)),
+    }.items():
+        left_to_package("solo", call, a, b, reason=reason)
+    with sslfast.patch("solo"), pytest.raises(RuntimeError):
+        solo.ressl_loss_func(a, b, queue[:, 1:])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_comes_out_as_float32(solo, dtype):
     """The package returns its inputs' dtype, but for Barlow Twins."""
@@ -239,7 +314,7 @@ def test_names_imported_before_and_after(solo):
             assert before.barlow_loss_func is served and after.barlow_loss_func is served
             assert importlib.import_module("solo.losses.barlow").barlow_loss_func is served
             assert pickle.loads(pickle.dumps(served)) is served
-            assert "barlow_loss_func" in patched.replaced and "swav_loss_func" in patched.unchanged
+            assert "barlow_loss_func" in patched.replaced and "wmse_loss_func" in patched.unchanged
         for module in (before, after, solo, importlib.import_module("solo.losses.barlow")):
             assert module.barlow_loss_func is original
     finally:
@@ -248,7 +323,7 @@ def test_names_imported_before_and_after(solo):
 
 def test_what_is_served(solo):
     with sslfast.patch("solo") as patched:
-        expected = OLDER.get(patched.version)
+        expected = SERVED.get(patched.version)
         assert expected is None or list(patched.replaced) == expected
     names = ["barlow", "mae", "mocov2plus", "mocov3", "nnclr", "simclr", "vibcreg", "vicreg"]
     with Newer(), sslfast.patch("solo") as patched:

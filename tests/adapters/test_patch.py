@@ -297,7 +297,7 @@ def test_one_reason_is_said_once_however_deep_the_package_calls_itself(losses):
 
 def test_an_unknown_name():
     for name in ("lightning", "", None, 3):
-        with pytest.raises(ValueError, match=f"package={name!r} is not known to sslfast.patch; allowed: lightly, mae"):
+        with pytest.raises(ValueError, match=f"package={name!r} is not known .* allowed: dinov2, dinov3, lightly, m"):
             sslfast.patch(name)
         with pytest.raises(ValueError, match=f"package={name!r} is not patched by sslfast; patched: none"):
             sslfast.unpatch(name)
@@ -338,6 +338,8 @@ def test_the_tested_versions_are_those_of_the_requirements():
 
 def test_importing_sslfast_imports_none_of_them():
     names = [
+        "dinov2",
+        "dinov3",
         "lightly",
         "pytorch_metric_learning",
         "open_clip",

@@ -46,7 +46,7 @@ def test_every_bench_file_is_found_and_complete() -> None:
 
 
 @pytest.mark.parametrize("op", [
-    *("clip", "dcl", "koleo", "moco", "nearest_neighbours", "sig_lip", "sup_con"),
+    *("clip", "co2", "dcl", "det_con", "koleo", "moco", "msn", "nearest_neighbours", "sig_lip", "sup_con"),
     *("emp_ssl", "patch_kernel_alignment"),
 ])  # fmt: skip
 def test_the_fused_loss_and_its_peers_compute_the_formula(op: str) -> None:

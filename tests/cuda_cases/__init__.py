@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from .case import Case, difference, number_wrong, same_bits
 from .images import losses, patches, views
 from .masks import lists, masks, words
-from .prototypes import cross_entropies, sinkhorns
+from .prototypes import assignments, cross_entropies, sinkhorns
 from .rows import averages, cosines, gathered_tokens, normalized_rows, scattered_tokens
 
 __all__ = ["Case", "cases", "cases_with", "difference", "number_wrong", "same_bits"]
@@ -28,7 +28,7 @@ def cases() -> Iterator[Case]:
     for family in (
         *(normalized_rows, cosines, averages, gathered_tokens, scattered_tokens, masks, lists, words),
         *(patches, losses, views),
-        *(sinkhorns, cross_entropies),
+        *(sinkhorns, cross_entropies, assignments),
     ):
         yield from family()
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sslfast.ops.distillation_cross_entropy import distillation_cross_entropy as cross_entropy_of_rows
+from sslfast.ops.mean_assignment import mean_assignment
 from sslfast.ops.sinkhorn import assigned, bias_of, column_sums
 
 from .case import FLOATS, Case, case, given, name_of
@@ -79,3 +80,40 @@ def cross_entropies() -> Iterator[Case]:
                 continue
             name = f"distillation_cross_entropy {views} {name_of(dtype)} {given_targets} {diagonal} {count}"
             yield case(name, operators, partial(make, views, dtype, given_targets, diagonal, count), floor=1.0)
+
+    def chosen(dtype: torch.dtype, assigned: bool) -> tuple[Any, ...]:
+        """Of five rows of two teachers, three rows of the students meet two, each with the bias of where it lies."""
+        _, _, target, bias, _ = make((0, 2, 5, 301), dtype, assigned, False, False)
+
+        def call(student: torch.Tensor, target: torch.Tensor, bias: Any, meets: torch.Tensor) -> torch.Tensor:
+            return cross_entropy_of_rows([student], [target], bias, (0.3, 0.2), assigned=assigned, teacher_rows=meets)
+
+        return call, given(3, 3, 301, dtype=dtype), target, bias, torch.tensor([4, 1, 4])
+
+    for dtype, given_targets in itertools.product(FLOATS, (False, True)):
+        name = f"distillation_cross_entropy, chosen rows {name_of(dtype)} {given_targets}"
+        yield case(name, operators, partial(chosen, dtype, given_targets), floor=1.0)
+
+
+# Rows, prototypes, targets: several pieces, ragged tiles, one of everything, no row.
+ASSIGNED = ((70, 33, 7), (5, 600, 5), (1, 1, 1), (9, 257, 1), (0, 7, 1))
+
+
+def assignments() -> Iterator[Case]:
+    operators = ("mean_assignment", "mean_assignment_backward")
+
+    def make(sizes: tuple[int, ...], dtype: torch.dtype, whole: bool) -> tuple[Any, ...]:
+        batch, prototypes, count = sizes
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        targets = torch.randn(count, prototypes).softmax(-1).to(wide) if whole else None
+        weights = torch.rand(batch).to(wide) if whole else None
+
+        def call(x: torch.Tensor, targets: Any, weights: Any, rows: Any) -> list[torch.Tensor]:
+            found = mean_assignment(x, targets, weights, 0.3, rows)
+            return list(found if whole else found[:1])
+
+        return call, given(batch, prototypes, dtype=dtype), targets, weights, None if whole else torch.tensor(3)
+
+    for sizes, dtype, whole in itertools.product(ASSIGNED, FLOATS, (True, False)):
+        name = f"mean_assignment {sizes} {name_of(dtype)} {'targets' if whole else 'rows'}"
+        yield case(name, operators, partial(make, sizes, dtype, whole), floor=10.0)

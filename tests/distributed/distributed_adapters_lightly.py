@@ -29,6 +29,12 @@ def _loss(module: str, name: str, **options: Any) -> Any:
     return peers.lightly_loss(module, name, gather_distributed=True, **options)  # Unavailable skips the case
 
 
+def _regions(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    """Two regions of each image in two views, and their masks."""
+    masks = torch.arange(2 * len(a)).view(-1, 2) % 3
+    return a.view(-1, 2, 3), b.view(-1, 2, 3), masks, masks.flip(1)
+
+
 def _banked() -> Any:
     torch.manual_seed(1)
     return _loss("ntx_ent_loss", "NTXentLoss", memory_bank_size=(16, 6))
@@ -54,6 +60,11 @@ def _stateful(make: Callable[[], Any], steps: int = 3) -> Callable[..., Tensor]:
     return call
 
 
+def _capi(a: Tensor, b: Tensor) -> Tensor:
+    """Two tokens an image, and three clusters; none so far from all of them that lightly's epsilon counts."""
+    return _loss("capi_loss", "CAPILoss")(a.view(-1, 2, 3) / 20, (a + b).view(-1, 2, 3))
+
+
 def value_and_gradients(call: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
     leaves = [t.clone().requires_grad_() for t in inputs]
     loss = call(*leaves)
@@ -70,14 +81,17 @@ def lightly_with_sslfast_in_it(rank: int, world: int) -> None:
         "a bank": _stateful(_banked),
         "DCLLoss": _loss("dcl_loss", "DCLLoss"),
         "DCLWLoss": _loss("dcl_loss", "DCLWLoss", sigma=0.3),
+        "DetConSLoss": lambda a, b: _loss("detcon_loss", "DetConSLoss")(*_regions(a, b)),
+        "DetConBLoss": lambda a, b: _loss("detcon_loss", "DetConBLoss")(*_regions(a, b)[:2], *_regions(b, a)),
         "BarlowTwinsLoss": _loss("barlow_twins_loss", "BarlowTwinsLoss"),
         "VICRegLoss": _loss("vicreg_loss", "VICRegLoss"),
         "TiCoLoss": _stateful(lambda: _loss("tico_loss", "TiCoLoss")),
+        "CAPILoss": _capi,
     }
     for name, call in calls.items():
         for dtype in (torch.float32, torch.float64):
-            if name == "a bank" and dtype == torch.float64:
-                continue  # lightly's bank is float32
+            if name in ("a bank", "CAPILoss") and dtype == torch.float64:
+                continue  # lightly's bank is float32, and its epsilon left to it
             inputs = batch([ROWS] * world, dtype, 6)[1][rank][:2]
             own = value_and_gradients(copy.deepcopy(call), inputs)
             with sslfast.patch("lightly"), warnings.catch_warnings():

@@ -5,6 +5,7 @@ Its functions gather whenever a process group is there, and need as many rows on
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -114,3 +115,22 @@ def solo_as_it_is_installed_over_ranks(rank: int, world: int) -> None:
     torch.testing.assert_close(barlow[0], own[0], **near)
     for mine, theirs in zip(barlow[1:], own[1:], strict=True):
         torch.testing.assert_close(mine, world * theirs, **near)  # its sum over the ranks is outside autograd
+
+
+@case
+def solo_assignments_over_ranks(rank: int, world: int) -> None:
+    """``SinkhornKnopp`` balances over the rows of all ranks whenever a process group is there, as the package does."""
+    solo = losses()
+    scores, teacher = views(rank, torch.float64)
+    made = sys.modules["solo.utils.sinkhorn_knopp"].SinkhornKnopp(epsilon=0.4, world_size=world)
+
+    def run() -> list[Tensor]:
+        loss = solo.DINOLoss(WIDTH, 0.04, 0.07, 2, 5)
+        return [made(scores), loss(scores, teacher), loss.center, loss(scores, teacher)]
+
+    own = run()
+    with sslfast.patch("solo"), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="sslfast does not serve")
+        fast = run()
+    for mine, theirs in zip(fast, own, strict=True):
+        torch.testing.assert_close(mine, theirs)

@@ -61,6 +61,12 @@ def classes(x: Tensor) -> Tensor:
     return (x[:, 0] > 0).long() + 2 * (x[:, 1] > 0).long()
 
 
+def regions(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """Four regions of each image in two views, and masks that depend on the rows alone."""
+    views = [torch.stack([z, z.flip(1), z.roll(2, 1), z.roll(3, 1)], 1) for z in (x, y)]
+    return *views, *((view.detach()[..., 0] > 0).long() for view in views)
+
+
 # Each takes x, y [n, D], a learnable number, and the keywords that every loss takes.
 LOSSES: dict[str, Formula] = {
     "nt_xent": lambda x, y, s, **how: nt_xent_loss(x, y, s, **how),
@@ -75,8 +81,30 @@ LOSSES: dict[str, Formula] = {
     ),
     "moco": lambda x, y, s, **how: moco(x, y, torch.linspace(-1, 1, 77, dtype=x.dtype).view(11, 7), s, **how),
     "moco_v3": lambda x, y, s, **how: moco_v3(x, y, s, **how),
+    "re_ssl": lambda x, y, s, gather_distributed=False, strategy="gather": sslfast.re_ssl(
+        x * s,
+        y,
+        torch.linspace(-1, 1, 77, dtype=x.dtype).view(11, 7),
+        normalize=False,
+        gather_distributed=gather_distributed,
+    ),
     "dcl": lambda x, y, s, **how: dcl(x, y, s, **how),
     "dclw": lambda x, y, s, **how: dclw(x, y, s, **how),
+    "direct_clr": lambda x, y, s, **how: sslfast.direct_clr(x, y, s, loss_dim=5, **how),
+    "macl": lambda x, y, s, **how: sslfast.macl(x, y, s, **how),
+    "det_con_s": lambda x, y, s, **how: sslfast.det_con_s(*regions(x, y), s, **how),
+    "det_con_b": lambda x, y, s, **how: sslfast.det_con_b(
+        *regions(x, y)[:2], *regions(y.flip(1), x * y)[:2], *regions(x, y)[2:], s, **how
+    ),
+    "DetConSLoss": lambda x, y, s, gather_distributed=False, **how: sslfast.DetConSLoss(
+        s, **({} if gather_distributed else {"gather_distributed": False}), **how
+    )(*regions(x, y)),
+    "co2": lambda x, y, s, gather_distributed=False, strategy="gather": sslfast.co2(
+        x, y, None, s, gather_distributed=gather_distributed
+    ),
+    "co2, a queue": lambda x, y, s, gather_distributed=False, strategy="gather": sslfast.co2(
+        x, y, torch.linspace(-1, 1, 77, dtype=x.dtype).view(11, 7), s, gather_distributed=gather_distributed
+    ),
     "ranking": lambda x, y, s, **how: multiple_negatives_ranking(
         x,
         y,

@@ -117,6 +117,52 @@ def ibot_of_the_global_batch(rank: int, world: int) -> None:
 
 
 @case
+def ibot_plus_plus_of_the_global_batch(rank: int, world: int) -> None:
+    """Uneven numbers of images: each image counts once."""
+    for sizes in SIZES[world]:
+        teacher, student = logits(sum(sizes), 4), logits(sum(sizes), 4, seed=1)
+        masks = torch.arange(4 * sum(sizes)).view(-1, 4) % 3 == 0
+        mine = part(teacher, sizes, rank), part(student, sizes, rank)
+        for centering, masked in (("center", True), ("sinkhorn", True), ("center", False)):
+
+            def step(gather: bool, teacher: Tensor, student: Tensor, how=(centering, masked)) -> tuple[Tensor, Tensor]:
+                criterion = sslfast.IBOTPlusPlusPatchLoss(
+                    PROTOTYPES, teacher_temp=0.3, centering=how[0], gather_distributed=gather
+                ).double()
+                mask = (masks.split(list(sizes))[rank] if gather else masks) if how[1] else None  # noqa: B023
+                first = criterion(teacher, student, mask)
+                return first + criterion(teacher, student, mask, None, 0.3), criterion.center.clone()
+
+            same_as_one_process(step, (teacher, student), mine, sizes, 0)
+
+
+@case
+def capi_of_the_global_batch(rank: int, world: int) -> None:
+    """Uneven ranks: a position's tokens are those of all of them, and each predicted token counts once."""
+    for sizes in SIZES[world]:
+        teacher, student = logits(sum(sizes), 5), logits(sum(sizes), 3, seed=1)
+        index = torch.arange(3 * sum(sizes)).view(-1, 3) * 7 % 5
+        mine = part(teacher, sizes, rank), part(student, sizes, rank)
+
+        def step(gather: bool, teacher: Tensor, student: Tensor, index=index) -> tuple[Tensor, Tensor]:
+            criterion = sslfast.CAPILoss(0.3, 0.5, gather_distributed=gather)
+            meets = index.split(list(sizes))[rank] if gather else index  # noqa: B023
+            return criterion(teacher, student, meets) + criterion(teacher[:, :3], student), torch.zeros(())
+
+        same_as_one_process(step, (teacher, student), mine, sizes, 0)
+    if world == 1:
+        return
+    last = rank == world - 1
+    told = "sinkhorn: the ranks disagree on positions: 5 on rank"
+    raises(ValueError, told, lambda: sslfast.capi(*[logits(3, 4 if last else 5)] * 2, gather_distributed=True))
+    kind, told = (
+        (ValueError, "teacher_index must be positions") if last else (RuntimeError, f"of rank {world - 1} were")
+    )
+    beyond = torch.full((2, 3), 9 if last else 0)
+    raises(kind, told, lambda: sslfast.capi(logits(2, 5), logits(2, 3), beyond, gather_distributed=True))
+
+
+@case
 def swav_of_the_global_batch(rank: int, world: int) -> None:
     """Assignments are those of all ranks' rows; the loss is a mean over each rank's own, as swav's."""
     sizes = (6,) * world

@@ -70,6 +70,12 @@ def grad_cache_under_ddp(rank: int, world: int) -> None:
 # ---------------------------------------------------------------------------------------- numbers that the loss learns
 
 
+def _regions(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    """Two regions of each image in two views, and their masks."""
+    masks = torch.arange(2 * len(a)).view(len(a), 2) % 3
+    return *(x.view(len(x), 2, x.shape[1] // 2) for x in (a, b)), masks, masks.flip(1)
+
+
 def _unit(*views: Tensor) -> list[Tensor]:
     return [F.normalize(view) for view in views]
 
@@ -85,6 +91,10 @@ LEARNING: dict[str, Learning] = {
     "symmetric_info_nce": lambda a, b, t, **over: sslfast.symmetric_info_nce(a, b, t, **over),
     "dcl": lambda a, b, t, **over: sslfast.dcl(a, b, t, **over),
     "dclw": lambda a, b, t, **over: sslfast.dclw(a, b, t, **over),
+    "direct_clr": lambda a, b, t, **over: sslfast.direct_clr(a, b, t, loss_dim=4, **over),
+    "macl": lambda a, b, t, **over: sslfast.macl(a, b, t, **over),
+    "det_con_s": lambda a, b, t, **over: sslfast.det_con_s(*_regions(a, b), t, **over),
+    "co2": lambda a, b, t, strategy="gather", **over: sslfast.co2(a, b, None, t, **over),
     "moco": lambda a, b, t, **over: sslfast.moco(a, b, QUEUE, t, **over),
     "moco_v3": lambda a, b, t, **over: sslfast.moco_v3(a, b, t, **over),
     "sup_con": lambda a, b, t, **over: sslfast.sup_con(torch.stack(_unit(a, b), 1), temperature=t, **over),
@@ -139,6 +149,7 @@ def ranks_that_do_not_all_learn(rank: int, world: int) -> None:
 # Not of two views, or taking ranks without a row; their refusals are cases of their own.
 ELSEWHERE = {"sigreg", "le_jepa", "le_wm", "visreg", "swav", "sinkhorn", "sinkhorn_bias"}
 ELSEWHERE |= {"prototype_sinkhorn", "center_update_"}
+ELSEWHERE |= {"k_means", "self_labelling", "capi", "prototype_usage"}
 
 
 def _calls() -> dict[str, Callable[..., Any]]:
@@ -154,12 +165,17 @@ def _calls() -> dict[str, Callable[..., Any]]:
         "byol": lambda a, b, **over: sslfast.byol(a, b, b, a, **over),
         "sim_siam": lambda a, b, **over: sslfast.sim_siam(a, b, b, a, **over),
         "moco": lambda a, b, **over: sslfast.moco(a, b, QUEUE.to(a.dtype), **over),
+        "re_ssl": lambda a, b, **over: sslfast.re_ssl(a, b, QUEUE.to(a.dtype), **over),
         "sup_con": lambda a, b, **over: sslfast.sup_con(torch.stack([a, b], 1), **over),
         "clip": lambda a, b, **over: sslfast.clip(a, b, 2.0, **over),
         "sig_lip": lambda a, b, **over: sslfast.sig_lip(a, b, 2.0, **over),
         "uniformity": lambda a, b, **over: sslfast.uniformity(a, **over),
         "koleo": lambda a, b, **over: sslfast.koleo(a, **over),
+        "det_con_s": lambda a, b, **over: sslfast.det_con_s(*_regions(a, b), **over),
+        "det_con_b": lambda a, b, **over: sslfast.det_con_b(*_regions(a, b)[:2], *_regions(a, b), **over),
         "emp_ssl": lambda a, b, **over: sslfast.emp_ssl([a, b], **over),
+        "msn": lambda a, b, **over: sslfast.msn(a, b, QUEUE.to(a.dtype), **over),
+        "pmsn": lambda a, b, **over: sslfast.pmsn(a, b, QUEUE.to(a.dtype), **over),
         "frossl": lambda a, b, **over: sslfast.frossl([a, b], **over),
         "mmcr": lambda a, b, **over: sslfast.mmcr(torch.stack([a, b], 1), torch.stack([b, a], 1), **over),
         "vicregl": lambda a, b, **over: sslfast.vicregl([(a, _places(a)), (b, _places(b))], [_grid(a)] * 2, **over),
@@ -167,6 +183,8 @@ def _calls() -> dict[str, Callable[..., Any]]:
     }
     modules = {
         "NTXentLoss": lambda a, b, **over: sslfast.NTXentLoss(**over)(a, b),
+        "DirectCLRLoss": lambda a, b, **over: sslfast.DirectCLRLoss(4, **over)(a, b),
+        "CO2Regularizer": lambda a, b, **over: sslfast.CO2Regularizer(1, 0.2, (11, 6), **over).double()(a, b),
         "NTXentLoss with a bank": lambda a, b, **over: sslfast.NTXentLoss(0.2, (11, 6), **over).double()(a, b),
         "InfoNCELoss": lambda a, b, **over: sslfast.InfoNCELoss(**over)(a, b),
         "MultipleNegativesRankingLoss": lambda a, b, **over: sslfast.MultipleNegativesRankingLoss(**over)(a, b),
@@ -211,7 +229,7 @@ def a_rank_that_refuses_its_input(rank: int, world: int) -> None:
         _refused_by_one(
             f"{name}: {what}", rank, lambda x, y, call=call: call(x, y, gather_distributed=True), (a, b), spoil
         )
-    for name in ("nt_xent", "dcl", "dclw", "info_nce", "moco", "moco_v3", "sup_con"):
+    for name in ("nt_xent", "dcl", "dclw", "direct_clr", "macl", "det_con_s", "info_nce", "moco", "moco_v3", "sup_con"):
         number = float("nan") if rank == 1 else 0.2
         call = _calls()[name]
         for strategy in STRATEGIES:

@@ -13,15 +13,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import distributed_adapters_lightly  # noqa: F401  (registers its cases, as the others do)
+import distributed_adapters_dino  # noqa: F401  (registers its cases, as the others do)
+import distributed_adapters_lightly  # noqa: F401
 import distributed_adapters_open_clip  # noqa: F401
 import distributed_adapters_pml  # noqa: F401
 import distributed_adapters_sentence_transformers  # noqa: F401
 import distributed_adapters_solo  # noqa: F401
+import distributed_clustering  # noqa: F401
 import distributed_decorrelation  # noqa: F401
 import distributed_koleo  # noqa: F401
 import distributed_losses  # noqa: F401
 import distributed_moments  # noqa: F401
+import distributed_msn  # noqa: F401
 import distributed_prototype_features  # noqa: F401
 import distributed_prototypes  # noqa: F401
 import distributed_training  # noqa: F401

@@ -8,6 +8,7 @@ from .inputs import Case
 # Calls that look at values, as their documentation says: on fake and meta tensors they raise PyTorch's own error.
 WAITS = {
     "pair_nt_xent": "how many positives an anchor has decides how it is computed",
+    "self_labelling": "the error says whether to go on",
     "masking.multiblock_masks/the shortest": "the length of the result is that of the shortest context",
 }
 CASES: dict[str, Case] = {

@@ -6,13 +6,14 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from benchmarks import peers
 from sslfast.adapters._serve import Package
 
 from .inputs import PATCH, SIDE, B, Case, D, Inputs, L, N
-from .losses import vicregl_views
+from .losses import region_masks, vicregl_views
 
 
 def _adapter(package: str) -> Any:
@@ -37,6 +38,10 @@ def lightly() -> tuple[dict[str, Case], Package]:
         "NTXentLoss/with a bank": _views(adapter.NTXentLoss, memory_bank_size=(40, D)),
         "DCLLoss": _views(adapter.DCLLoss),
         "DCLWLoss": _views(adapter.DCLWLoss),
+        "MACLLoss": _views(adapter.MACLLoss),
+        "DetConSLoss": lambda x: adapter.DetConSLoss()(x.z(N, 3, D), x.z(N, 3, D), *region_masks(x)),
+        "DetConBLoss": lambda x: adapter.DetConBLoss()(*(x.z(N, 3, D) for _ in range(4)), *region_masks(x)),
+        "CO2Regularizer": _views(adapter.CO2Regularizer),
         "HypersphereLoss": _views(adapter.HypersphereLoss),
         "BarlowTwinsLoss": _views(adapter.BarlowTwinsLoss),
         "VICRegLoss": _views(adapter.VICRegLoss),
@@ -60,6 +65,15 @@ def lightly() -> tuple[dict[str, Case], Package]:
         "IBOTPatchLoss": lambda x: x.made(lambda: adapter.IBOTPatchLoss(D))(
             x.fixed(B * L // 4, D), x.z(B * L // 4, D), x.mask().view(B, 4, 4)
         ),
+        "IBOTPlusPlusPatchLoss": lambda x: x.made(lambda: adapter.IBOTPlusPlusPatchLoss(D))(
+            x.fixed(B, L, D), x.z(B, L, D), x.mask()
+        ),
+        "CAPILoss": lambda x: adapter.CAPILoss()(x.fixed(N, 4, D), x.z(N, 3, D), x.ids(N, 3)),
+        "sinkhorn": lambda x: adapter.sinkhorn(x.fixed()),
+        "sinkhorn_knopp": lambda x: adapter.sinkhorn_knopp(x.fixed(N, 3, D)),
+        "MSNLoss": lambda x: adapter.MSNLoss()(x.z(2 * N, D), x.fixed(), x.z(9, D)),
+        "PMSNLoss": lambda x: adapter.PMSNLoss()(x.z(2 * N, D), x.fixed(), x.z(9, D)),
+        "PMSNCustomLoss": lambda x: adapter.PMSNCustomLoss(lambda p: p.new_ones(9) / 9)(x.z(), x.fixed(), x.z(9, D)),
         "covariance_loss": lambda x: adapter.covariance_loss(x.z()),
         "get_at_index": lambda x: adapter.get_at_index(x.z(B, L, D), x.ids(B, 5)),
         "set_at_index": lambda x: adapter.set_at_index(x.z(B, L, D), x.ids(B, 5), x.z(B, 5, D)),
@@ -115,9 +129,14 @@ def solo() -> tuple[dict[str, Case], Package]:
 
     losses()
     adapter = _adapter("solo")
-    served = {f.__name__: f for f in adapter.contents().functions}
+    contents = adapter.contents()
+    served = {value.__name__: value for value in (*contents.classes, *contents.functions)}
     cases: dict[str, Case] = {
         "moco_loss_func": lambda x: served["moco_loss_func"](x.z(), x.fixed(), x.fixed(D, 40)),
+        "swav_loss_func": lambda x: served["swav_loss_func"]([x.z(), x.z()], [x.fixed(), x.fixed()]),
+        "DINOLoss": lambda x: x.made(lambda: served["DINOLoss"](D, 0.04, 0.07, 2, 5))(x.z(2 * N, D), x.fixed(2 * N, D)),
+        "SinkhornKnopp": lambda x: served["SinkhornKnopp"]()(x.z()),
+        "ressl_loss_func": lambda x: served["ressl_loss_func"](x.z(), x.fixed(), x.fixed(40, D)),
         "mae_loss_func": lambda x: served["mae_loss_func"](x.pixels(), x.z(B, L, 48), x.mask().float(), PATCH),
         **{
             name: lambda x, name=name: served[name](x.z(), x.z())  # type: ignore[misc]
@@ -132,7 +151,60 @@ def solo() -> tuple[dict[str, Case], Package]:
             + ("vibcreg_loss_func", "vicreg_loss_func", "mocov2plus_loss_func")
         },
     }
-    return {name: case for name, case in cases.items() if name in served}, adapter.contents()
+    return {name: case for name, case in cases.items() if name in served}, contents
+
+
+def _served(package: str) -> tuple[dict[str, Any], Package]:
+    contents = _adapter(package).contents()
+    return {cls.__name__: cls for cls in contents.classes}, contents
+
+
+def _tokens(served: dict[str, Any], x: Inputs) -> list[Tensor]:
+    """A step of iBOT's loss as the trainers have it."""
+    loss = x.made(lambda: served["iBOTPatchLoss"](D))
+    loss.center.zero_()
+    mask, count = x.mask(), B * L // 4
+    target = loss.softmax_center_teacher(x.fixed(1, count, D), 0.07).squeeze(0)
+    loss.update_center(x.fixed(1, count, D))
+    return [loss.forward_masked(x.z(count, D), target, mask), loss(x.z(B, L, D), x.fixed(B, L, D), mask)]
+
+
+def dinov2() -> tuple[dict[str, Case], Package]:
+    served, contents = _served("dinov2")
+
+    def rows(x: Inputs) -> Tensor:
+        loss = x.made(lambda: served["DINOLoss"](D))
+        centered = loss.softmax_center_teacher(x.fixed(), 0.07)
+        loss.update_center(x.fixed())
+        return loss([x.z(), x.z()], [centered, loss.sinkhorn_knopp_teacher(x.fixed(), 0.07)])
+
+    def balanced(x: Inputs) -> Tensor:
+        return served["iBOTPatchLoss"](D).sinkhorn_knopp_teacher(x.fixed(), 0.07, x.ids(1))
+
+    return {
+        "DINOLoss": rows,
+        "iBOTPatchLoss": lambda x: _tokens(served, x),
+        "iBOTPatchLoss/Sinkhorn": balanced,
+        "KoLeoLoss": lambda x: served["KoLeoLoss"]()(x.z()),
+    }, contents
+
+
+def dinov3() -> tuple[dict[str, Case], Package]:
+    served, contents = _served("dinov3")
+
+    def rows(x: Inputs) -> Tensor:
+        loss = x.made(lambda: served["DINOLoss"](D))
+        targets = torch.stack([loss.sinkhorn_knopp_teacher(x.fixed(), 0.07) for _ in range(2)])
+        return loss(x.z(3, N, D), targets, ignore_diagonal=True)
+
+    return {
+        "DINOLoss": rows,
+        "iBOTPatchLoss": lambda x: _tokens(served, x),
+        "SinkhornKnoppTeacher": lambda x: served["SinkhornKnoppTeacher"]()(x.fixed(), 0.07, x.ids(1)),
+        "KoLeoLoss": lambda x: served["KoLeoLoss"]()(x.z()),
+        "KoLeoLossDistributed": lambda x: served["KoLeoLossDistributed"](3)(x.z()),
+        "GramLoss": lambda x: served["GramLoss"]()(x.z(B, L, D), x.fixed(B, L, D)),
+    }, contents
 
 
 def mae() -> tuple[dict[str, Case], Package]:
@@ -158,6 +230,8 @@ WAITS = {
 
 
 PACKAGES: dict[str, Callable[[], tuple[dict[str, Case], Package]]] = {
+    "dinov2": dinov2,
+    "dinov3": dinov3,
     "lightly": lightly,
     "open_clip": open_clip,
     "sentence_transformers": sentence_transformers,

@@ -18,9 +18,11 @@ from sslfast.ops.characteristic_sums import characteristic_sums
 from sslfast.ops.distillation_cross_entropy import distillation_cross_entropy
 from sslfast.ops.gram_anchor import gram_anchor
 from sslfast.ops.koleo import koleo
+from sslfast.ops.mean_assignment import mean_assignment
 from sslfast.ops.negative_cosine import negative_cosine
-from sslfast.ops.neighbour_distance import neighbour_distance
+from sslfast.ops.neighbour_distance import neighbour_distance, sums_by_index
 from sslfast.ops.nt_xent import nt_xent
+from sslfast.ops.prototype_columns import TeacherRows, visit
 from sslfast.ops.sinkhorn import assigned, bias_of, column_sums
 from sslfast.ops.unit_slices import unit_slices
 
@@ -34,6 +36,11 @@ def _module(kind: Any, *options: Any, **named: Any) -> Case:
 
 def _function(function: Any, **named: Any) -> Case:
     return lambda x: function(x.z(), x.z(), **named)
+
+
+def region_masks(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Of three regions of each image, in two views."""
+    return x.labels(3 * N).view(N, 3), x.labels(3 * N).view(N, 3) // 2
 
 
 def _mixed(function: Any, *options: Any) -> Case:
@@ -90,6 +97,21 @@ CONTRASTIVE: dict[str, Case] = {
     "dclw": _function(sslfast.dclw),
     "DCLLoss": _module(sslfast.DCLLoss),
     "DCLWLoss": _module(sslfast.DCLWLoss),
+    "direct_clr": _function(sslfast.direct_clr, loss_dim=5),
+    "DirectCLRLoss": _module(sslfast.DirectCLRLoss, 5, memory_bank_size=(40, 5)),
+    "macl": lambda x: sslfast.macl(x.z(), x.z(), x.number(0.5)),
+    "MACLLoss": _module(sslfast.MACLLoss, diagnostics=True),
+    "det_con_s": lambda x: sslfast.det_con_s(x.z(N, 3, D), x.z(N, 3, D), *region_masks(x), x.number(0.5)),
+    "det_con_b": lambda x: sslfast.det_con_b(*(x.z(N, 3, D) for _ in range(4)), *region_masks(x)),
+    "det_con_b/fixed targets": lambda x: sslfast.det_con_b(
+        *(x.z(N, 3, D) for _ in range(2)), *(x.fixed(N, 3, D) for _ in range(2)), *region_masks(x)
+    ),
+    "DetConSLoss": lambda x: sslfast.DetConSLoss()(x.z(N, 3, D), x.z(N, 3, D), *region_masks(x)),
+    "DetConBLoss": lambda x: sslfast.DetConBLoss()(*(x.z(N, 3, D) for _ in range(4)), *region_masks(x)),
+    "co2": lambda x: sslfast.co2(x.z(), x.z(), None, x.number(0.5)),
+    "co2/a queue": lambda x: sslfast.co2(x.z(), x.z(), x.fixed(40, D)),
+    "CO2Regularizer": _module(sslfast.CO2Regularizer, 2.0, 0.5),
+    "CO2Regularizer/with a bank": _module(sslfast.CO2Regularizer, memory_bank_size=(40, D)),
     "clip": lambda x: sslfast.clip(x.z(), x.z(), x.number(10.0), x.number(-1.0)),
     "clip/a frozen tower": lambda x: sslfast.ClipLoss(diagnostics=True)(x.fixed(), x.z(), 10.0),
     "ClipLoss": lambda x: sslfast.ClipLoss()(x.z(), x.z(), x.number(10.0), output_dict=True),
@@ -139,9 +161,11 @@ CONTRASTIVE: dict[str, Case] = {
     ),
     "l2_normalize": lambda x: sslfast.l2_normalize(x.z()),
     "nearest_neighbours": lambda x: sslfast.nearest_neighbours(x.z(), x.z(30, D), 3, normalize=True),
+    "nearest_neighbours/by distance": lambda x: sslfast.nearest_neighbours(x.z(), x.z(30, D), 3, metric="euclidean"),
     "nearest_neighbours/itself": lambda x: sslfast.nearest_neighbours(x.z(), row_ids=x.labels()),
     "ops.nt_xent.nt_xent": _function(nt_xent),
     "ops.neighbour_distance.neighbour_distance": lambda x: neighbour_distance(x.z(), x.z(30, D), x.ids(N, 3)),
+    "ops.neighbour_distance.sums_by_index": lambda x: sums_by_index(x.fixed(), x.labels(), x.fixed(7, D)),
     "ops.koleo.koleo": lambda x: koleo(x.z(), 2, 1e-8),
     "nt_xent/in an autocast region": _mixed(sslfast.nt_xent),
     "info_nce/in an autocast region": _mixed(sslfast.info_nce),
@@ -214,6 +238,26 @@ _PROTOTYPES: dict[str, Case] = {
     ),
     "DINOHead": lambda x: _of_head(x.made(lambda: sslfast.DINOHead(D, 40, hidden_dim=24, bottleneck_dim=16)), x),
     "prototype_sinkhorn": lambda x: sslfast.prototype_sinkhorn(x.fixed(), x.fixed(40, D), row_weights=x.fixed(N)),
+    "k_means": lambda x: sslfast.k_means(x.fixed(), 5, 2),
+    "k_means/spherical, given centroids": lambda x: sslfast.k_means(x.fixed(), x.fixed(3, D), 2, metric="cosine"),
+    "self_labelling": lambda x: sslfast.self_labelling(x.fixed(), x.fixed(5, D), bias=x.fixed(5)),
+    "deep_cluster_v2": lambda x: sslfast.deep_cluster_v2(x.z(2, N, D), x.labels()[None], prototypes=x.z(9, D)),
+    "deep_cluster_v2/logits": lambda x: sslfast.deep_cluster_v2([x.z(2, N, D), x.z(2, N, 9)], x.ids(2, N) % 7),
+    "DeepClusterV2Loss": lambda x: _of_bank(x.made(lambda: sslfast.DeepClusterV2Loss(N, D, [7])), x),
+    "SwAVPrototypes": lambda x: _of_prototypes(x.made(lambda: sslfast.SwAVPrototypes(D, [9, 7])), x),
+    "re_ssl": lambda x: sslfast.re_ssl(x.z(), x.fixed(), x.fixed(40, D)),
+    "ReSSLLoss": lambda x: _and_queue(x.made(lambda: sslfast.ReSSLLoss(40, D)), x),
+    "PrototypeLoss": lambda x: x.made(lambda: sslfast.PrototypeLoss(40))(
+        x.z(3, N, D), x.fixed(2, N, D), x.z(40, D), x.fixed(40, D)
+    ),
+    "PrototypeLoss/masked tokens, Sinkhorn": lambda x: x.made(lambda: sslfast.PrototypeLoss(40, centering="sinkhorn"))(
+        x.z(2 * L, D), x.fixed(2 * L, D), x.z(40, D), x.fixed(40, D), x.mask()
+    ),
+    "prototype_usage": lambda x: sslfast.prototype_usage(x.fixed(), x.fixed(40, D), row_weights=x.fixed(N)),
+    "duplicate_prototypes": lambda x: sslfast.duplicate_prototypes(x.fixed(40, D)),
+    "ops.prototype_columns.visit": lambda x: visit(
+        TeacherRows.of(x.fixed(), x.fixed(40, D), 0.3, x.ids(N) > 3), x.fixed(40).float(), by_row=True
+    ),
     "center_update_": lambda x: sslfast.center_update_(x.fixed(40), x.fixed(2, N, D), x.fixed(40, D)),
     "center_update_/normalised": lambda x: sslfast.center_update_(
         x.fixed(1, 40), x.fixed(), sslfast.NormalizedPrototypes(x.fixed(40, D), x.fixed(40)), row_weights=x.fixed(N)
@@ -221,9 +265,24 @@ _PROTOTYPES: dict[str, Case] = {
 }
 
 
+def _and_queue(module: Any, x: Inputs) -> list[Tensor]:
+    return [module(x.z(), x.fixed()), module.memory_queue.queue]
+
+
 def _of_head(head: sslfast.DINOHead, x: Inputs) -> Tensor:
     z = x.z(2, N, D).to(next(head.parameters()).dtype)
     return sslfast.prototype_cross_entropy(head(z), x.fixed(2, N, 16), head.prototypes)
+
+
+def _of_bank(module: sslfast.DeepClusterV2Loss, x: Inputs) -> Tensor:
+    module.update(x.fixed(2, N, D), x.ids(N))
+    return module(x.z(2, N, D), x.ids(N), x.z(7, D))
+
+
+def _of_prototypes(head: sslfast.SwAVPrototypes, x: Inputs) -> Tensor:
+    head.normalize()
+    z = x.z(2, N, D).to(head.heads[0].weight.dtype)
+    return sslfast.deep_cluster_v2(z, x.ids(2, N) % 7, prototypes=head)
 
 
 _LOGITS: dict[str, Case] = {
@@ -244,11 +303,22 @@ _LOGITS: dict[str, Case] = {
     "ops.sinkhorn.column_sums": lambda x: column_sums(x.fixed(N, 2, D), None, 0.3)[1],
     "ops.sinkhorn.bias_of": lambda x: bias_of(x.fixed(N, 2, D), 0.3, 2, True),
     "ops.sinkhorn.assigned": lambda x: assigned(x.fixed(N, 2, D), bias_of(x.fixed(N, 2, D), 0.3, 2, False), 0.3),
+    "ops.distillation_cross_entropy.distillation_cross_entropy/rows of another teacher": lambda x: (
+        distillation_cross_entropy([x.z(2, 5, D)], [x.fixed(1, N, D)], None, (0.5, 0.5), teacher_rows=x.ids(5))
+    ),
     "assignment_cross_entropy": lambda x: sslfast.assignment_cross_entropy(x.z(), x.fixed()),
     "swav": lambda x: sslfast.swav(
         [x.z(), x.z()], [x.z()], [x.fixed(9, D), x.fixed(9, D)], temperature=0.5, sinkhorn_epsilon=0.5
     ),
     "SwAVLoss": lambda x: sslfast.SwAVLoss(0.5, 2, 0.5, diagnostics=True)([x.z(), x.z()], [x.z()]),
+    "mean_assignment": lambda x: sslfast.mean_assignment(x.z(), 0.5, row_weights=x.fixed(N), rows=x.ids(N)[5]),
+    "ops.mean_assignment.mean_assignment": lambda x: mean_assignment(x.z(), x.fixed(3, D), None, 0.5),
+    "msn": lambda x: sslfast.msn(x.z(2 * N, D), x.fixed(), x.z(9, D), temperature=0.5, entropy_weight=0.5),
+    "MSNLoss": lambda x: sslfast.MSNLoss(0.5, diagnostics=True)(x.z(), x.fixed(), x.z(9, D)),
+    "pmsn": lambda x: sslfast.pmsn(x.z(2 * N, D), x.fixed(), x.z(9, D), temperature=0.5, sinkhorn_iterations=0),
+    "PMSNLoss": lambda x: x.made(lambda: sslfast.PMSNLoss(0.5, target_distribution=torch.full((9,), 1 / 9)))(
+        x.z(), x.fixed(), x.z(9, D)
+    ),
     "DINOLoss": lambda x: _dino(x.made(lambda: sslfast.DINOLoss(D, diagnostics=True)), x),
     "DINOLoss/Sinkhorn": lambda x: x.made(lambda: sslfast.DINOLoss(D, centering="sinkhorn"))(
         x.fixed(2, N, D), [x.z(), x.z()], 0.5
@@ -256,7 +326,20 @@ _LOGITS: dict[str, Case] = {
     "IBOTPatchLoss": lambda x: x.made(lambda: sslfast.IBOTPatchLoss(D, diagnostics=True))(
         x.fixed(2 * L, D), x.z(2 * L, D), x.mask()
     ),
+    "IBOTPlusPlusPatchLoss": lambda x: x.made(lambda: sslfast.IBOTPlusPlusPatchLoss(D, diagnostics=True))(
+        x.fixed(B, L, D), x.z(B, L, D), x.mask(), visible_loss_weight=0.5
+    ),
+    "IBOTPlusPlusPatchLoss/no mask": lambda x: x.made(lambda: sslfast.IBOTPlusPlusPatchLoss(D))(
+        x.fixed(B, L, D), x.z(B, L, D)
+    ),
+    "capi": lambda x: sslfast.capi(x.fixed(N, 5, D), x.z(N, 3, D), x.ids(N, 3)),
+    "capi/itself": lambda x: _clustered(x.z(N, 3, D)),
+    "CAPILoss": lambda x: sslfast.CAPILoss(0.5, 0.5, diagnostics=True)(x.fixed(N, 3, D), x.z(N, 3, D)),
 }
+
+
+def _clustered(logits: Tensor) -> Tensor:
+    return sslfast.capi(logits, logits)
 
 
 def _dino(module: Any, x: Inputs) -> list[Any]:
@@ -358,6 +441,13 @@ MASKED: dict[str, Case] = {
         x.z(B, 5, D), x.fixed(B, L, D), x.ids(B, 5), loss="mse", layer_norm=False
     ),
     "MaskedFeatureLoss": lambda x: sslfast.MaskedFeatureLoss()(x.z(B, 5, D), x.fixed(B, L, D), x.ids(B, 5)),
+    "data2vec": lambda x: sslfast.data2vec(x.z(3, B, 5, D), x.fixed(4, B, L, D), x.ids(3, B, 5), top_k=3),
+    "data2vec/normalised": lambda x: sslfast.data2vec(
+        x.z(B, 5, D), [x.fixed(B, L, D)], x.ids(B, 5), top_k=1, normalize_layers="instance", normalize_targets="layer"
+    ),
+    "Data2VecLoss": lambda x: sslfast.Data2VecLoss(2, normalize_targets="batch", diagnostics=True)(
+        x.z(B, 5, D), x.fixed(2, B, L, D), x.ids(B, 5)
+    ),
     "masked_token_cross_entropy": lambda x: sslfast.masked_token_cross_entropy(*_token_losses(x), bias=x.z(50)),
     "masked_token_cross_entropy/capacity": lambda x: sslfast.masked_token_cross_entropy(*_token_losses(x), capacity=12),
     "MaskedTokenLoss": lambda x: sslfast.MaskedTokenLoss()(*_token_losses(x)),

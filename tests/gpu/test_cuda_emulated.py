@@ -51,6 +51,20 @@ def test_an_id_that_is_not_allowed_gives_nan() -> None:
         assert found.isnan().all(1).tolist() == [True, False, False, True] and not found[1:3].any()
 
 
+def test_a_teachers_row_that_is_not_there_gives_nan() -> None:
+    operator, views = torch.ops.sslfast.distillation_cross_entropy, torch.randn(2, 1, 4, 300)
+    student, teacher, bias = views[:1, 0], views[1:, 0, :3], torch.randn(1, 3, 300)
+    meets = torch.tensor([2, 3, 0, -1])
+    for assigned in (False, True):
+        options = (None if assigned else bias, 0.3, 0.2, False, assigned, None, meets)
+        with Emulated("random", 1):
+            of_row, *stats = operator([student], [teacher], *options)
+            given = (torch.ones(4), [student], [teacher], options[0], *stats, *options[1:])
+            (gradient,) = torch.ops.sslfast.distillation_cross_entropy_backward(*given)
+        for found in (of_row[:, None], gradient[0]):
+            assert found.isnan().all(1).tolist() == [False, True, False, True] and found[::2].isfinite().all()
+
+
 def test_ids_that_repeat_give_nan_in_every_order() -> None:
     """Of the gradient of the token that is meant twice; with no permutation, of all of an image's tokens."""
     twice, grad, images = torch.tensor([[0, 3, 3, 1], [2, 0, 1, 3]]), torch.randn(2, 4, 40), torch.randn(2, 4, 4)

@@ -25,12 +25,20 @@ def all_losses() -> dict[str, tuple]:
     loss = peer("lightly.loss")
     torch.manual_seed(2)
     a, b = pair((24, 6))
+    regions = [x.view(8, 3, 6) for x in (a, b, b, a)]
+    masks = [torch.arange(24).view(8, 3) % n for n in (2, 5)]
+    regularizer = peer("lightly.loss.regularizer").CO2Regularizer
     return {
         "NTXentLoss": (loss.NTXentLoss(0.3), (a, b)),
         "with a bank": (loss.NTXentLoss(memory_bank_size=(16, 6)), (a, b)),
         "DirectCLRLoss": (loss.DirectCLRLoss(4), (a, b)),
         "DCLLoss": (loss.DCLLoss(), (a, b)),
         "DCLWLoss": (loss.DCLWLoss(), (a, b)),
+        "MACLLoss": (loss.MACLLoss(0.3), (a, b)),
+        "DetConSLoss": (loss.DetConSLoss(), (*regions[:2], *masks)),
+        "DetConBLoss": (loss.DetConBLoss(), (*regions, *masks)),
+        "CO2Regularizer": (regularizer(2.0, 0.3), (a, b)),
+        "CO2 with a bank": (regularizer(2.0, 0.3, (16, 6)), (a, b)),
         "HypersphereLoss": (lightly_loss("hypersphere_loss").HypersphereLoss(), (a, b)),
         "BarlowTwinsLoss": (loss.BarlowTwinsLoss(), (a, b)),
         "VICRegLoss": (loss.VICRegLoss(), (a, b)),
@@ -44,5 +52,10 @@ def all_losses() -> dict[str, tuple]:
         "WMSELoss": (loss.WMSELoss(6, w_size=12), (a,)),
         "SwaVLoss": (loss.SwaVLoss(), ([a / 9, b / 9], [b / 5, a / 7])),
         "DINOLoss": (loss.DINOLoss(6), ([a, b], [b, a, b])),
+        "MSNLoss": (loss.MSNLoss(), (a, b[:12], b[:9])),
+        "PMSNLoss": (loss.PMSNLoss(), (a, b[:12], b[:9])),
+        "PMSNCustomLoss": (loss.PMSNCustomLoss(lambda p: p.new_ones(9) / 9), (a, b[:12], b[:9])),
         "IBOTPatchLoss": (loss.IBOTPatchLoss(6), (a, b, torch.arange(48).view(3, 4, 4) % 2 == 0)),
+        "IBOTPlusPlusPatchLoss": (loss.IBOTPlusPlusPatchLoss(6), (a, b, torch.arange(24).view(4, 6) % 5 == 0)),
+        "CAPILoss": (loss.CAPILoss(), (a.view(4, 6, 6), b.view(4, 6, 6)[:, 1:4], torch.tensor([[3, 1, 5]] * 4))),
     }

@@ -26,6 +26,7 @@ from sslfast.ops.nearest_neighbours import nearest_neighbours
 from sslfast.ops.negative_cosine import negative_cosine
 from sslfast.ops.neighbour_distance import neighbour_distance
 from sslfast.ops.nt_xent import nt_xent
+from sslfast.ops.prototype_columns import TeacherRows, visit
 from sslfast.ops.prototype_cross_entropy import prototype_cross_entropy
 from sslfast.ops.second_moment import second_moment
 from sslfast.ops.similarity_logsigmoid import similarity_logsigmoid
@@ -37,6 +38,9 @@ M, F, IMAGES = 400, 64, 64  # rows, features and images that are work for severa
 LARGE: dict[str, Case] = {
     "prototype_cross_entropy": lambda x: prototype_cross_entropy(
         x.z(3, M, F), x.fixed(2, M, F), NormalizedPrototypes(x.z(4 * M, F), x.z(4 * M)), x.fixed(4 * M, F)
+    ),
+    "prototype_columns": lambda x: (
+        visit(TeacherRows.of(x.fixed(M, F), x.fixed(4 * M, F), 0.1, None), x.fixed(4 * M), by_row=True).column_lse
     ),
     "nt_xent": lambda x: nt_xent(x.z(M, F), x.z(M, F), 0.01),
     "similarity_terms": lambda x: similarity_terms(
@@ -53,6 +57,7 @@ LARGE: dict[str, Case] = {
     "negative_cosine": lambda x: negative_cosine(x.z(4 * M, F), x.z(4 * M, F)),
     "nearest_neighbours": lambda x: nearest_neighbours(x.z(M, F), x.z(M, F), 70),
     "nearest_neighbours of rows among themselves": lambda x: nearest_neighbours(x.z(2 * M, F), None, 70),
+    "nearest_neighbours by distance": lambda x: nearest_neighbours(x.z(2 * M, F), x.z(M, F), metric="euclidean"),
     "neighbour_distance": lambda x: neighbour_distance(x.z(M, F), x.z(M, F), x.ids(M, 3)),
     "koleo": lambda x: koleo(x.z(2 * M, F), 3, 1e-8),
     **{

@@ -21,7 +21,7 @@ from benchmarks import peers
 
 
 def losses() -> Any:
-    """``solo.losses``. ``import solo`` wants a trainer and more; the losses need none of it.
+    """``solo.losses``. ``import solo`` wants a trainer and more; the losses, and ``SinkhornKnopp``, need none of it.
 
     Raises:
         Unavailable: solo-learn is not installed.
@@ -32,7 +32,12 @@ def losses() -> Any:
     except ImportError:
         for name in [name for name in sys.modules if name.partition(".")[0] == "solo"]:
             del sys.modules[name]
-    return bare("solo.losses")
+    found = bare("solo.losses")
+    utils = types.ModuleType("solo.utils")
+    utils.__path__ = [f"{path}/utils" for path in sys.modules["solo"].__path__]
+    sys.modules["solo.utils"] = utils
+    importlib.import_module("solo.utils.sinkhorn_knopp")
+    return found
 
 
 class _Gather(torch.autograd.Function):

@@ -171,8 +171,9 @@ KERNELS = {
         "nearest_neighbours",
         launches={
             "several": "Best ITSELF=0",
-            "all": "RowIds ColIds ColRanges Keys ITSELF=1",
-            "rows": "Keys ITSELF=0",
+            "all": "Bias RowIds ColIds ColRanges Keys ITSELF=1",
+            "rows": "Bias Keys ITSELF=0",
+            "by distance": "RowIds ColIds ColRanges Keys ITSELF=1",
         },
         table="_configs.NEAREST_NEIGHBOURS",
         sweep=SIMILARITY,

@@ -23,6 +23,11 @@ SEED, TOLERANCE = 7, 1e-8  # of float64, relative to the terms of the sum that i
 # Mixes dtypes as an autocast region makes them, or gives nothing that learns.
 WITHOUT = {
     "DINOHead",  # layers in float32
+    "SwAVPrototypes",
+    "k_means",
+    "k_means/spherical, given centroids",
+    "self_labelling",
+    "ops.neighbour_distance.sums_by_index",
     "MemoryQueue",
     "contrastive_diagnostics",
     "masking.gather_patches",
@@ -30,6 +35,9 @@ WITHOUT = {
     "center_update_",
     "center_update_/normalised",
     "prototype_sinkhorn",
+    "prototype_usage",
+    "duplicate_prototypes",
+    "ops.prototype_columns.visit",
     "sinkhorn",
     "sinkhorn_bias",
     "ops.sinkhorn.column_sums",

@@ -53,6 +53,28 @@ def test_plain_last_layer() -> None:
     torch.testing.assert_close(head.logits(x), features @ head.prototypes.T)
 
 
+class Published3(nn.Module):
+    """facebookresearch/dinov3's head: two layers, and a last one whose weights are not normalised."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(12, 24, bias), nn.GELU(), nn.Linear(24, 8, bias))
+        self.last_layer = nn.Linear(8, 40, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_checkpoints_of_dinov3_load_and_save(bias: bool) -> None:
+    published, head = Published3(bias), DINOHead(12, 40, nlayers=2, mlp_bias=bias, weight_norm=False, **SIZES)
+    head.load_state_dict(published.state_dict())
+    x = torch.randn(5, 12)
+    torch.testing.assert_close(head.logits(x), published(x))
+    published.load_state_dict(head.state_dict())
+    assert list(head.state_dict()) == list(published.state_dict())
+
+
 @pytest.mark.parametrize("norm_last_layer", [True, False])
 def test_a_step(norm_last_layer: bool) -> None:
     """The loss from the head is that of its logits; fixed norms get no gradient; a copy is made after a forward."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -37,13 +38,13 @@ def drawn(views: tuple[int, ...], dtype: torch.dtype, assigned: bool = False) ->
     return student.to(dtype), teacher.to(dtype), torch.randn(teachers, 2, prototypes).to(wide)
 
 
-def plain(student: Tensor, teacher: Tensor, bias: Tensor | None, grad: Tensor, **how: bool) -> tuple[Tensor, Tensor]:
+def plain(student: Tensor, teacher: Tensor, bias: Tensor | None, grad: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
     leaf = student.detach().clone().requires_grad_()
     of_row = reference.distillation_cross_entropy([leaf], [teacher], bias, *TEMPERATURES, **how)
     return of_row.detach(), torch.autograd.grad(of_row, leaf, grad.to(of_row.dtype))[0]
 
 
-def kernel(student: Sequence[Tensor], teacher: Sequence[Tensor], bias: Tensor | None, grad: Tensor, **how: bool):
+def kernel(student: Sequence[Tensor], teacher: Sequence[Tensor], bias: Tensor | None, grad: Tensor, **how: Any):
     leaves = [x.detach().clone().requires_grad_() for x in student]
     of_row = cross_entropy_of_rows(leaves, teacher, bias, TEMPERATURES, **how)
     return of_row.detach(), torch.cat(torch.autograd.grad(of_row, leaves, grad.to(of_row.dtype)))
@@ -130,6 +131,50 @@ def test_rows_that_count(count: int, device: str) -> None:
             torch.testing.assert_close(dstudent[:, :counted], expected[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.levels
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("assigned", [False, True], ids=["logits", "assigned"])
+def test_rows_of_another_teacher(assigned: bool, dtype: torch.dtype, device: str) -> None:
+    """Students that meet chosen rows of a teacher which has more of them, some twice, with the bias of those rows."""
+    student, _, _ = drawn((3, 2, 7, 301), dtype)
+    _, teacher, bias = (None if x is None else x.to(device) for x in drawn((1, 2, 12, 301), dtype, assigned))
+    assert teacher is not None
+    meets = torch.tensor([11, 0, 3, 3, 8, 5, 2], device=device)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    student, grad = student.to(device), torch.randn(7, device=device, dtype=torch.float64)
+    with sslfast.use_backend(device):
+        found = kernel([student], [teacher], bias, grad, assigned=assigned, teacher_rows=meets)
+        chosen = None if bias is None else bias[:, meets % 2]  # the same rows, gathered, with their bias
+        expected = kernel([student], [teacher[:, meets]], chosen, grad, assigned=assigned)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    formula = partial(plain, assigned=assigned, teacher_rows=meets)
+    single = roundings(formula, student.to(wide), teacher.to(wide), bias, grad)
+    truth = formula(student.double(), teacher.double(), None if bias is None else bias.double(), grad)
+    within_budget("value", found[0], single[0], truth[0], wide, floor=6.0)
+    size = 2 * grad.abs().max().item() / TEMPERATURES[0]
+    within_budget("gradient", found[1], single[1].to(dtype), truth[1], dtype, floor=size)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_that_the_teacher_has_not(device: str) -> None:
+    student, teacher, bias = (x.to(device) for x in drawn((2, 2, 4, 90), torch.float32) if x is not None)
+    meets, count = torch.tensor([1, 4, -1, 9], device=device), torch.tensor(1, device=device)
+    counted = kernel([student], [teacher], bias, torch.ones(4, device=device), teacher_rows=meets, rows=count)
+    assert counted[0].isfinite().all() and counted[1].isfinite().all()  # what does not count is not looked at
+    for assigned in (False, True):
+        leaf, given = student.clone().requires_grad_(), None if assigned else bias
+        call = partial(cross_entropy_of_rows, [leaf], [teacher], given, TEMPERATURES, assigned=assigned)
+        if device == "cpu":
+            with pytest.raises(RuntimeError, match="teacher_rows must be from 0 to 3, got 4"):
+                call(teacher_rows=meets)
+            continue
+        of_row = call(teacher_rows=meets)
+        (dstudent,) = torch.autograd.grad(of_row.sum(), leaf)
+        for x in (of_row, dstudent.sum((0, 2))):
+            assert x.isnan().tolist() == [False, True, True, True]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_gradcheck_and_double_backward(device: str) -> None:
     student, teacher, bias = (x.to(device) for x in drawn((3, 2, 3, 5), torch.float64) if x is not None)
@@ -162,10 +207,12 @@ def test_opcheck_and_compile(device: str) -> None:
     student, teacher, bias = (x.to(device) for x in drawn((2, 2, 6, 40), torch.float32) if x is not None)
     rows, operator = torch.tensor(4, device=device), torch.ops.sslfast.distillation_cross_entropy
     leaf = student.clone().requires_grad_()
-    torch.library.opcheck(operator.default, ([leaf], [teacher], bias, 0.3, 0.2, True, False, None))
-    torch.library.opcheck(operator.default, ([student], [teacher], None, 0.3, 0.2, False, True, rows))
-    found = operator([student], [teacher], bias, 0.3, 0.2, True, False, rows)
-    arguments = (found[0], [student], [teacher], bias, *found[1:], 0.3, 0.2, True, False, rows)
+    torch.library.opcheck(operator.default, ([leaf], [teacher], bias, 0.3, 0.2, True, False, None, None))
+    torch.library.opcheck(operator.default, ([student], [teacher], None, 0.3, 0.2, False, True, rows, None))
+    meets = torch.tensor([3, 0, 3, 3, 1, 2], device=device)
+    torch.library.opcheck(operator.default, ([leaf], [teacher[:, :4]], bias, 0.3, 0.2, False, False, None, meets))
+    found = operator([student], [teacher], bias, 0.3, 0.2, True, False, rows, None)
+    arguments = (found[0], [student], [teacher], bias, *found[1:], 0.3, 0.2, True, False, rows, None)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.sslfast.distillation_cross_entropy_backward.default, arguments, test_utils=tests)
 
@@ -184,7 +231,7 @@ def test_opcheck_and_compile(device: str) -> None:
 def test_operators_check_what_they_are_given() -> None:
     student, teacher, bias = drawn((2, 2, 6, 40), torch.float32)
     call = torch.ops.sslfast.distillation_cross_entropy
-    how = (0.3, 0.2, True, False, None)
+    how = (0.3, 0.2, True, False, None, None)
     for arguments, message in (
         (([], [teacher], bias), "student and teacher must have at least one view"),
         (([student[0]], [teacher], bias), "student must have three dimensions, got 2"),
@@ -192,11 +239,18 @@ def test_operators_check_what_they_are_given() -> None:
         (([student], [teacher.double()], bias), "teacher must be Float, got Double"),
         (([student], [teacher], bias[:, :, 1:]), "bias has an unexpected shape"),
         (([student], [teacher[:1]], bias), r"bias must be \[teachers or 1, positions, prototypes\]"),
+        (([student], [teacher[0]], bias), "teacher must have three dimensions, got 2"),
     ):
         with pytest.raises(RuntimeError, match=message):
             call(*arguments, *how)
     with pytest.raises(RuntimeError, match="temperatures must be finite and not zero, got 0"):
-        call([student], [teacher], bias, 0.0, 0.2, True, False, None)
+        call([student], [teacher], bias, 0.0, 0.2, True, False, None, None)
+    for meets, message in (
+        (torch.arange(5), "has an unexpected shape"),
+        (torch.arange(6.0), "must be Long, got Float"),
+    ):
+        with pytest.raises(RuntimeError, match=f"teacher_rows {message}"):
+            call([student], [teacher], bias, *how[:-1], meets)
     found = call([student], [teacher], bias, *how)
     backward = torch.ops.sslfast.distillation_cross_entropy_backward
     with pytest.raises(RuntimeError, match="grad has an unexpected shape"):

@@ -13,6 +13,7 @@ import sslfast
 from helpers import roundings, within_budget
 from neighbour_common import CASES, DTYPES, check_gradients, gradients, learning, rows, whole_rows, wide
 from sslfast import reference
+from sslfast.ops.nearest_neighbours import neighbours_of
 
 pytestmark = pytest.mark.sanitize
 
@@ -84,6 +85,22 @@ def test_ids_leave_pairs_out(size: tuple[int, int, int]) -> None:
     truth = gradients(partial(reference.neighbour_similarity, index=found.index), *exact)
     for mine, true in zip(gradients(function, *exact), truth, strict=True):
         torch.testing.assert_close(mine, true)
+
+
+@pytest.mark.levels
+@pytest.mark.parametrize("value", [0.0, float("nan"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(300, 0, 5), (40, 290, 9), (7, 5000, 9)], ids=str)
+def test_a_bias_for_each_column(size: tuple[int, int, int], dtype: torch.dtype, value: float) -> None:
+    """Of rows against themselves also for each row. Whole numbers, and one that is none."""
+    q, k = whole_rows(*size, dtype)
+    bias = torch.randint(-3, 4, (len(q if k is None else k),)).to(wide(q))
+    bias[100] += value
+    found = neighbours_of(q, k, 6, bias=bias)
+    with sslfast.use_backend("reference"):
+        expected = neighbours_of(q, k, 6, bias=bias)
+    torch.testing.assert_close(found.similarity, expected.similarity, rtol=0.0, atol=0.0, equal_nan=True)
+    assert torch.equal(found.index, expected.index)
 
 
 def test_no_row_is_its_own_neighbour_whatever_its_similarity() -> None:
@@ -169,7 +186,8 @@ def test_same_bits_every_time_and_on_any_number_of_threads() -> None:
 def test_operator_contracts() -> None:
     q, k = learning(*rows(20, 30, 6))
     ids = torch.arange(20), torch.arange(30)
-    for given in ((q, None, None, None, 3), (q, k, *ids, 2), (q.double(), k.double(), None, None, 1)):
+    bias = torch.linspace(-1, 1, 30)
+    for given in ((q, None, bias[:20], None, None, 3), (q, k, bias, *ids, 2), (q.double(), k.double(), *[None] * 3, 1)):
         torch.library.opcheck(torch.ops.sslfast.nearest_neighbours, given)
 
 
@@ -195,9 +213,11 @@ def test_compiles_without_graph_breaks() -> None:
 def test_operators_check_what_they_are_given() -> None:
     q, k = rows(6, 9, 4)
     with pytest.raises(RuntimeError, match="count must be positive, got 0"):
-        torch.ops.sslfast.nearest_neighbours(q, k, None, None, 0)
+        torch.ops.sslfast.nearest_neighbours(q, k, None, None, None, 0)
     with pytest.raises(RuntimeError, match="row_ids and col_ids must be given together"):
-        torch.ops.sslfast.nearest_neighbours(q, k, torch.arange(6), None, 1)
+        torch.ops.sslfast.nearest_neighbours(q, k, None, torch.arange(6), None, 1)
+    with pytest.raises(RuntimeError, match="bias"):
+        torch.ops.sslfast.nearest_neighbours(q, k, torch.zeros(6), None, None, 1)
 
 
 Z = torch.ones(4, 3)
@@ -215,6 +235,7 @@ Z = torch.ones(4, 3)
         ((Z, Z.double()), {}, TypeError, r"same dtype.*float32 and.*float64"),
         ((Z[:0], Z), {}, ValueError, r"q must have at least one row"),
         ((torch.ones(4),), {}, ValueError, r"q must be two-dimensional"),
+        ((Z,), {"metric": "cosine"}, ValueError, r"metric must be one of 'dot', 'euclidean', got 'cosine'"),
         ((Z.long(),), {}, TypeError, r"q must be float32"),
         ((Z, Z), {"row_ids": torch.arange(4)}, ValueError, r"row_ids and col_ids must be given together"),
         ((Z,), {"col_ids": torch.arange(4)}, ValueError, r"col_ids belong to k, and k is None"),

@@ -13,6 +13,7 @@ import sslfast
 from helpers import roundings, within_budget
 from sslfast import _native, reference
 from sslfast.ops.koleo import koleo
+from sslfast.ops.nearest_neighbours import neighbours_of
 from sslfast.ops.neighbour_distance import neighbour_distance
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -32,10 +33,11 @@ def rows(m: int, n: int, d: int, dtype: torch.dtype, whole: bool) -> tuple[Tenso
     return draw(m, d).to(DEVICE, dtype), draw(n, d).to(DEVICE, dtype) if n else None
 
 
+@pytest.mark.parametrize("metric", ["dot", "euclidean"])
 @pytest.mark.parametrize("ids", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_neighbours(case: tuple[int, int, int, int], dtype: torch.dtype, ids: bool) -> None:
+def test_the_neighbours(case: tuple[int, int, int, int], dtype: torch.dtype, ids: bool, metric: str) -> None:
     *size, count = case
     q, k = rows(*size, dtype, whole=True)
     row_ids = torch.arange(len(q), device=DEVICE) % 4 if ids else None
@@ -43,9 +45,10 @@ def test_the_neighbours(case: tuple[int, int, int, int], dtype: torch.dtype, ids
     results = []
     for backend in ("triton", "reference"):
         with sslfast.use_backend(backend):
-            results.append(sslfast.nearest_neighbours(q, k, count, row_ids=row_ids, col_ids=col_ids))
+            results.append(sslfast.nearest_neighbours(q, k, count, metric=metric, row_ids=row_ids, col_ids=col_ids))
     found, expected = results
-    assert torch.equal(found.similarity, expected.similarity) and torch.equal(found.index, expected.index)
+    torch.testing.assert_close(found.similarity, expected.similarity, rtol=0.0 if metric == "dot" else 1e-6, atol=0.0)
+    assert torch.equal(found.index, expected.index)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -71,6 +74,18 @@ def test_similarities_and_gradients(case: tuple[int, int, int, int], dtype: torc
         for what, mine, one, true in zip(("value", "dq", "dk"), kernel, single, exact, strict=False):
             budget = torch.float32 if what == "value" else dtype
             within_budget(f"{what} of {name}", mine, one.to(mine.dtype), true, budget, 1.0)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("n", [0, 70])
+def test_a_bias_for_each_column(n: int, count: int) -> None:
+    q, k = rows(50, n, 9, torch.float32, whole=True)
+    bias = torch.randint(-3, 4, (len(q if k is None else k),), device=DEVICE).float()
+    results = []
+    for backend in ("triton", "reference"):
+        with sslfast.use_backend(backend):
+            results.append(neighbours_of(q, k, count, bias=bias))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def value_and_gradients(function, *tensors: Tensor | None) -> list[Tensor]:
@@ -104,6 +119,7 @@ def test_bands_and_runs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernel, "multiprocessors", lambda z: 1)
         with sslfast.use_backend("triton"):
             results.append([*sslfast.nearest_neighbours(q, k, 4), *sslfast.nearest_neighbours(q, k)])
+            results[-1] += sslfast.nearest_neighbours(q, k, metric="euclidean")
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

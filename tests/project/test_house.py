@@ -17,7 +17,7 @@ FLOORS = (
     ("reference",),
     ("ops",),
     ("distributed",),
-    ("losses", "nn", "augment", "pretext", "masking", "grad_cache"),
+    ("losses", "nn", "augment", "pretext", "masking", "clustering", "grad_cache"),
     ("adapters",),
     ("__init__", "__main__"),
 )

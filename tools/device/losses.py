@@ -71,6 +71,41 @@ def _moco(n: int, d: int) -> Problem:
     )
 
 
+def _regions(n: int, d: int, views: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
+    """Four regions of each image and their masks, in two views."""
+    images = n // 4
+    z = tuple(rows(images, 4, d) + rows(images, 4, d, seed=1 + view) for view in range(views))
+    masks = labels(4 * images, 5).view(images, 4)
+    return z, (masks, masks.flip(1))
+
+
+def _det_con_s(n: int, d: int) -> Problem:
+    z, masks = _regions(n, d, 2)
+    return Problem(lambda a, b, t, m0, m1: sslfast.det_con_s(a, b, m0, m1, t), z, (0.3,), masks)
+
+
+def _det_con_b(n: int, d: int) -> Problem:
+    (*learn, t0, t1), masks = _regions(n, d, 4)
+    function = lambda a, b, t, c, d, m0, m1: sslfast.det_con_b(a, b, c, d, m0, m1, t)  # noqa: E731
+    return Problem(function, tuple(learn), (0.3,), (t0, t1, *masks))
+
+
+def _co2(n: int, d: int) -> Problem:
+    def function(q: Tensor, k: Tensor, t: Tensor, queue: Tensor) -> Tensor:
+        return sslfast.co2(q, k, None, t) + sslfast.co2(q, k, queue, t)
+
+    return Problem(function, two(n, d), (0.3,), (unit(2 * n + 3, d, 7),))
+
+
+def _regularizer(n: int, d: int) -> Problem:
+    def function(q: Tensor, k: Tensor) -> Tensor:
+        criterion = sslfast.CO2Regularizer(t_consistency=0.2, memory_bank_size=(2 * n, d)).to(q.device)
+        fill(criterion)
+        return criterion(q, k)
+
+    return Problem(function, two(n, d))
+
+
 def _similarity_terms(n: int, d: int) -> Problem:
     def function(
         q: Tensor, k: Tensor, bias: Tensor, scale: Tensor, row_ids: Tensor, col_ids: Tensor, at: Tensor
@@ -156,6 +191,11 @@ CONTRASTIVE = [
     ),
     of_two_views("dcl", lambda z0, z1, t: sslfast.dcl(z0, z1, t), 0.3),
     of_two_views("dclw", lambda z0, z1, t: sslfast.dclw(z0, z1, t), 0.3),
+    of_two_views("direct_clr", lambda z0, z1, t: sslfast.direct_clr(z0, z1, t, loss_dim=9), 0.3),
+    of_two_views("macl", lambda z0, z1, t: sslfast.macl(z0, z1, t), 0.5),
+    Loss("det_con_s", ("det_con_s",), _det_con_s),
+    Loss("det_con_b", ("det_con_b",), _det_con_b),
+    Loss("co2", ("co2",), _co2, triton=False),
     Loss("clip", ("clip",), lambda n, d: Problem(sslfast.clip, (unit(n, d), unit(n, d, 1)), (9.0, 0.5))),
     Loss("sig_lip", ("sig_lip",), lambda n, d: Problem(sslfast.sig_lip, (unit(n, d), unit(n, d, 1)), (9.0, -3.0))),
     Loss("multiple_negatives_ranking", ("multiple_negatives_ranking",), _ranking),
@@ -166,6 +206,7 @@ CONTRASTIVE = [
     Loss("similarity_lse", ("similarity_lse",), _similarity_lse),
     Loss("similarity_logsigmoid", ("similarity_logsigmoid",), _similarity_logsigmoid),
     Loss("NTXentLoss, memory bank", ("NTXentLoss",), _bank, waits=MADE_ANEW),
+    Loss("CO2Regularizer", ("CO2Regularizer",), _regularizer, triton=False, waits=MADE_ANEW),
     Loss("MoCoLoss", ("MoCoLoss", "MemoryQueue"), _queue, waits=MADE_ANEW),
 ]
 
@@ -299,6 +340,15 @@ def _features(n: int, d: int) -> Problem:
     return Problem(sslfast.masked_feature_loss, (rows(3, 5, d),), (), (rows(3, 20, d, seed=1), ids))
 
 
+def _blocks(n: int, d: int) -> Problem:
+    def function(prediction: Tensor, layers: Tensor, ids: Tensor) -> Tensor:
+        how = {"normalize_layers": "instance", "normalize_targets": "layer"}
+        return sslfast.data2vec(prediction, layers, ids, top_k=2, **how)
+
+    ids = rows(3, 20, seed=2).argsort(1)[:, :5].contiguous()
+    return Problem(function, (rows(3, 5, d),), (), (rows(3, 3, 20, d, seed=1), ids))
+
+
 def _tokens(n: int, d: int) -> Problem:
     def function(hidden: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Tensor:
         return sslfast.masked_token_cross_entropy(hidden, weight, y, bias=bias, capacity=n)
@@ -310,6 +360,7 @@ def _tokens(n: int, d: int) -> Problem:
 MASKED = [
     Loss("masked_patch_loss", ("masked_patch_loss", "MaskedPatchLoss"), _patches, triton=False),
     Loss("masked_feature_loss", ("masked_feature_loss", "MaskedFeatureLoss"), _features, triton=False),
+    Loss("data2vec", ("data2vec", "Data2VecLoss"), _blocks, triton=False),
     Loss("masked_token_cross_entropy", ("masked_token_cross_entropy", "MaskedTokenLoss"), _tokens),
     Loss("l2_normalize", ("l2_normalize",), lambda n, d: Problem(sslfast.l2_normalize, (rows(n, d),)), triton=False),
 ]
@@ -327,6 +378,7 @@ THIN = (
     *("BarlowTwinsLoss", "ClipLoss", "DCLLoss", "DCLWLoss", "FroSSLLoss", "HypersphereLoss", "InfoNCELoss", "MMCRLoss"),
     *("EMPSSLLoss", "PatchKernelAlignmentLoss"),
     *("KoLeoLoss", "MoCoV3Loss", "MultipleNegativesRankingLoss", "SigLipLoss", "SpectralContrastiveLoss", "SupConLoss"),
+    *("DetConBLoss", "DetConSLoss", "DirectCLRLoss", "MACLLoss"),
     *(
         "TiCoLoss",
         "VICRegLLoss",

@@ -7,6 +7,7 @@
 namespace sslfast {
 
 inline constexpr int64_t kLogitChunk = 512;  // columns worked on in the first cache
+inline constexpr int64_t kSummedRows = 4;    // rows whose softmax is added to the column sums together
 inline constexpr double kLog2E = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
 
 // A number of columns as whole vectors of every level and dtype.
@@ -68,6 +69,77 @@ static inline A exponentials_of(A* x, int64_t n, A shift) {
 
 static inline float exp2_of(float x) { return __builtin_exp2f(x); }
 static inline double exp2_of(double x) { return __builtin_exp2(x); }
+
+// out[k] = log2(e)·row[k]/τ − base, and −∞ up to a whole vector; returns their number. `buffer` holds a chunk.
+template <typename T, typename A>
+static inline int64_t scaled_chunk(const T* row, int64_t count, A factor, A base, A* buffer, A* __restrict__ out) {
+  const A* in = chunk_of(row, count, buffer);
+  int64_t k = 0;
+  for (; k < count; k += kLanes<A>) store(out + k, load(in + k) * factor - base);
+  return k;
+}
+
+// The base of a row whose first chunk this is.
+template <typename A>
+static inline A base_of(const A* chunk, int64_t n) {
+  const A top = largest_of(chunk, n);
+  return top > kLeast<A> && top < A(3.0e38) ? top : A(0);
+}
+
+template <typename A>
+static inline A sum_of(const A* x, int64_t n) {
+  vec<A> sum = {};
+  for (int64_t k = 0; k < n; k += kLanes<A>) sum += load(x + k);
+  return sum_lanes<A>(sum);
+}
+
+template <typename A>
+static inline A dot_of(const A* p, const A* y, int64_t n) {
+  vec<A> sum[4] = {};
+  int64_t k = 0;
+  for (; k + 4 * kLanes<A> <= n; k += 4 * kLanes<A>) {
+    for (int u = 0; u < 4; ++u) sum[u] += load(p + k + u * kLanes<A>) * load(y + k + u * kLanes<A>);
+  }
+  for (; k < n; k += kLanes<A>) sum[0] += load(p + k) * load(y + k);
+  return sum_lanes<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+// From the maximum and the sum of every chunk of a row of exponentials, each relative to its chunk's maximum: what makes
+// the row's softmax of them, in place of the sums; and log2 of the row's sum.
+template <typename A>
+static inline A chunk_weights(const A* shift, A* weight, int64_t chunks, A top) {
+  A total = 0;
+  for (int64_t c = 0; c < chunks; ++c) total += weight[c] * exp2_of(shift[c] - top);
+  for (int64_t c = 0; c < chunks; ++c) weight[c] = exp2_of(shift[c] - top) / total;
+  return top + A(__builtin_log2(total));
+}
+
+// sums[k] += Σ_r weight_r·E_r[k].
+template <int kRows, typename A>
+static inline void add_each(const A* __restrict__ e, int64_t padded, const A* weight, int64_t chunks,
+                            A* __restrict__ sums) {
+  for (int64_t c = 0; c < chunks; ++c) {
+    vec<A> w[kRows];
+    for (int r = 0; r < kRows; ++r) w[r] = broadcast(weight[r * chunks + c]);
+    const int64_t end = (c + 1) * kLogitChunk < padded ? (c + 1) * kLogitChunk : padded;
+    for (int64_t k = c * kLogitChunk; k < end; k += kLanes<A>) {
+      vec<A> sum = load(sums + k);
+      for (int r = 0; r < kRows; ++r) sum += load(e + r * padded + k) * w[r];
+      store(sums + k, sum);
+    }
+  }
+}
+
+// The same of 1 to kSummedRows rows.
+template <typename A>
+static inline void add_rows(int64_t rows, const A* e, int64_t padded, const A* weight, int64_t chunks, A* sums) {
+  switch (rows) {
+    case 4: return add_each<4>(e, padded, weight, chunks, sums);
+    case 3: return add_each<3>(e, padded, weight, chunks, sums);
+    case 2: return add_each<2>(e, padded, weight, chunks, sums);
+    default: return add_each<1>(e, padded, weight, chunks, sums);
+  }
+}
 
 }  // namespace SSLFAST_CPU_LEVEL
 }  // namespace sslfast

@@ -75,6 +75,18 @@ struct FeaturePlan {
   }
 };
 
+// As tile_similarity, with a leading dimension of s that is known at run time: a multiple of kColumns.
+template <typename T>
+void tile_similarity_rows(const T* panels, const T* transposed, int64_t height, int64_t rows, int64_t columns,
+                          int64_t d, const SplitFactor<T>& factor, T* s, int64_t lds) {
+  constexpr int C = kColumns<T>;
+  const int64_t chunks = (d + C - 1) / C, last = d - (chunks - 1) * C;
+  for (int64_t j = 0; j < columns; j += C)
+    for (int64_t i = 0; i < rows; i += kRows)
+      micro_rows<T, kVectors, C, 1, 0, Store::scaled>(rows - i, panels + i * C, transposed + j * d, chunks, C, last,
+                                                      height * C, s + i * lds + j, factor.high, factor.low, lds);
+}
+
 // out[rows × d] (+)= G·H: G [rows × depth] with leading dimension kTile, H in panels of `height`, out row-major without
 // gaps. `edge`: scratch [rows × kColumns] for the last features, where they are no whole panel.
 template <typename T, Store kStore>

@@ -13,6 +13,11 @@ constexpr int64_t kLeastKept = 24 << 20, kMostKept = 96 << 20;
 constexpr int64_t kPartKept = 6;
 constexpr int64_t kSplits = 16;  // parts of the prototypes that threads take in turns
 
+inline int64_t split_count(int64_t blocks, int64_t threads) {
+  const int64_t wanted = (kSplits + threads - 1) / threads * threads;
+  return wanted < blocks ? wanted : blocks;
+}
+
 // How many samples make a tile, how many tiles a chunk, and of how many blocks of prototypes the exponentials are kept.
 template <typename T>
 struct Tiling {
@@ -47,6 +52,46 @@ struct Tiling {
     in_chunk = in_chunk < tiles ? in_chunk : tiles;
     kept = learns ? budget / (in_chunk * block_bytes) : 0;
     kept = kept < of_k.count ? kept : of_k.count;
+  }
+};
+
+// Rows against all prototypes: how many make a tile [prototypes of a block × width], and how many tiles a chunk, whose
+// exponentials are in memory together; and of how many blocks the logits of all rows are kept.
+constexpr int64_t kMostOfChunk = 32 << 20;  // MOST_OF_CHUNK of ops/prototype_columns.py
+constexpr int64_t kTilesInChunk = 16;
+
+template <typename T>
+struct RowTiling {
+  int64_t width = 1, size = 0, kept = 0, in_chunk = 1, blocks;
+
+  RowTiling(int64_t rows, const Blocks<T>& of_k, int64_t keep, bool softmax) : blocks(of_k.count) {
+    constexpr int64_t C = kColumns<T>;
+    int64_t most = kMostOfChunk / (of_k.rows * static_cast<int64_t>(sizeof(T))) / C * C;
+    most = most < C ? C : most > kTile ? kTile : most;
+    int64_t all = 0, tiles = 0;  // columns of all tiles
+    for (int64_t w = most; w > 0 && 2 * w >= most; w -= C) {
+      const int64_t count = rows <= w ? 1 : (rows + w - 1) / w;
+      if (tiles != 0 && count * w >= all) continue;
+      width = w;
+      tiles = count;
+      all = count * w;
+    }
+    if (tiles == 1) width = round_up(rows < 1 ? 1 : rows, C);
+    size = of_k.height * width;
+    kept = keep / (tiles * size);
+    kept = kept < blocks ? kept : blocks;
+    const int64_t bytes = softmax ? (blocks - kept) * size * static_cast<int64_t>(sizeof(T)) : 0;
+    const int64_t fit = bytes == 0 ? kTilesInChunk : kMostOfChunk / bytes;
+    in_chunk = fit < 1 ? 1 : fit < kTilesInChunk ? fit : kTilesInChunk;
+    in_chunk = in_chunk < tiles ? in_chunk : tiles;
+  }
+  // Kept blocks are spread over all, so that threads have the same share of them.
+  int64_t kept_before(int64_t b) const { return b * kept / blocks; }
+  bool keeps(int64_t b) const { return kept_before(b + 1) != kept_before(b); }
+  // Rows of a tile in a chunk of `count`.
+  int64_t rows_of(int64_t slot, int64_t count) const {
+    const int64_t left = count - slot * width;
+    return left < width ? left : width;
   }
 };
 

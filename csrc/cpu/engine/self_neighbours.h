@@ -13,6 +13,9 @@ namespace sslfast {
 struct NeighbourInput {
   Rows q, k;  // [m, d], [n, d]; k has no data where q's rows are taken against themselves
   int64_t m, n, d;
+  // [n], float, or double for double rows; or null. Added to the similarities of a column; of rows against themselves to
+  // those of a row too, so that they stay symmetric: that moves all of a row alike.
+  const void* bias;
   const int64_t* row_ids;  // [m] and
   const int64_t* col_ids;  // [n], or both null: pairs with equal ids take no part
   int64_t count;
@@ -34,6 +37,14 @@ template <typename T>
 void exclude_equal(const NeighbourInput& input, int64_t row, int64_t rows, int64_t column, int64_t columns, T* x) {
   each_equal(input.row_ids + row, rows, input.col_ids + column, columns,
              [&](int64_t r, int64_t c) { x[r * kTile + c] = nothing<T, false>; });
+}
+
+// The largest squared norm of a block, +∞ where its biases are not finite: then its similarities may be NaN.
+template <typename T>
+double with_bias(double largest_square, const T* bias, int64_t count) {
+  for (int64_t i = 0; bias != nullptr && i < count; ++i)
+    if (!(bias[i] - bias[i] == 0)) return __builtin_inf();
+  return largest_square;
 }
 
 template <typename T>
@@ -59,6 +70,9 @@ struct SelfNeighbours {
     done = arena.take<int64_t>(blocks.count + 1);
   }
 
+  const T* bias_from(int64_t i) const {
+    return input.bias == nullptr ? nullptr : static_cast<const T*>(input.bias) + i;
+  }
   int64_t workers(int64_t threads) const { return threads < blocks.count ? threads : blocks.count; }
 
   void run(const NeighbourLists<T>& lists, const Parallel& parallel) {
@@ -67,8 +81,9 @@ struct SelfNeighbours {
       return static_cast<T*>(normalization->inv_norm)[index] = inverse_norm(square, static_cast<T>(normalization->eps));
     };
     auto pack = [&](int64_t i) {
-      per_block[i] = pack_block({input.q, input.q, input.m}, blocks, i, panels + i * blocks.size,
-                                transposed + i * blocks.size, scratch_rows + i * blocks.padded, row_factor);
+      const double square = pack_block({input.q, input.q, input.m}, blocks, i, panels + i * blocks.size,
+                                       transposed + i * blocks.size, scratch_rows + i * blocks.padded, row_factor);
+      per_block[i] = with_bias(square, bias_from(blocks.first(i)), blocks.length(i));
       if (input.row_ids != nullptr) ranges[i] = range_of(input.row_ids + blocks.first(i), blocks.length(i));
       lists.start(blocks.first(i), blocks.length(i));
     };
@@ -82,6 +97,7 @@ struct SelfNeighbours {
     const TilePlace at{blocks.first(i), blocks.length(i), blocks.first(j), blocks.length(j)};
     tile_similarity(panels + i * blocks.size, transposed + j * blocks.size, blocks.height, at.rows, at.columns,
                     blocks.d, one, x);
+    if (input.bias != nullptr) add_both(x, at);
     if (i == j) mask_diagonal(x, at.rows, false);
     if (input.row_ids != nullptr && ranges[i].meets(ranges[j]))
       exclude_equal(input, at.row, at.rows, at.column, at.columns, x);
@@ -90,6 +106,13 @@ struct SelfNeighbours {
       take_tile<T, false>(x, at, finite, lists, nullptr);
     else
       take_tile<T, true>(x, at, finite, lists, x + blocks.height * kTile);
+  }
+
+  // In the same order of additions for a pair and its mirror image.
+  void add_both(T* x, const TilePlace& at) const {
+    const T *of_row = bias_from(at.row), *of_column = bias_from(at.column);
+    for (int64_t i = 0; i < at.rows; ++i)
+      for (int64_t j = 0; j < at.columns; ++j) x[i * kTile + j] += of_row[i] + of_column[j];
   }
 };
 

@@ -9,15 +9,14 @@ from ..._checks import check_matrix, scalar_tensor
 from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...distributed.scope import Scope
-from ...ops.l2_normalize import l2_normalize
 from ...ops.similarity_lse import terms_of
 from ...ops.types import Pairs, SimilarityTerms, Want
-from .._inputs import check_fits, two_views
+from .._inputs import views_and_queue
+from ..memory_queue import MemoryQueue
 from ._info_nce_inputs import Formula, checked
 from ._inputs import ContrastiveLoss, inverse, row_dots, softplus
 from .diagnostics import Diagnosed, Diagnostics, diagnostics_of, with_diagnostics
 from .info_nce import diagnosed_info_nce
-from .memory_queue import MemoryQueue
 
 
 @over_ranks()
@@ -62,20 +61,8 @@ def moco(
         >>> round(loss.item(), 4)
         0.3537
     """
-    q, k, queue = _prepared(("q", q), ("k", k), queue, normalize)
+    q, k, queue = views_and_queue(("q", q), ("k", k), queue, normalize)
     return _moco(q, k, queue, temperature, scope_of(gather_distributed, strategy))[0]
-
-
-def _prepared(
-    named_q: tuple[str, Tensor], named_k: tuple[str, Tensor], queue: Tensor, normalize: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and queue, checked, in their widest dtype, rows of the first two normalised if asked."""
-    check_matrix("queue", queue)
-    q, k = two_views(*named_q, *named_k, normalize=False)
-    widest = torch.promote_types(q.dtype, queue.dtype)
-    q, k, queue = q.to(widest), k.to(widest), queue.detach().to(widest)
-    check_fits("queue", queue, named_q[0], q)
-    return (l2_normalize(q), l2_normalize(k), queue) if normalize else (q, k, queue)
 
 
 @over_ranks("temperature")
@@ -192,7 +179,7 @@ def contrast_and_enqueue(
     loss: ContrastiveLoss, queue: MemoryQueue, named_q: tuple[str, Tensor], named_k: tuple[str, Tensor]
 ) -> Tensor | tuple[Tensor, Diagnostics]:
     """:func:`moco` with a module's options; then, if the queries learn, the keys enter the queue."""
-    q, k, negatives = _prepared(named_q, named_k, queue.queue, normalize=True)
+    q, k, negatives = views_and_queue(named_q, named_k, queue.queue, normalize=True)
     diagnosed = _moco(q, k, negatives, loss.temperature, loss.scope(), loss.diagnostics)
     if q.requires_grad:
         queue.enqueue(k)

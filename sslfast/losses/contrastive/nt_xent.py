@@ -13,9 +13,9 @@ from ...distributed.scope import Scope
 from ...ops.nt_xent import nt_xent as local_nt_xent
 from ...ops.types import Pairs, Want
 from .._inputs import two_views
+from ..memory_queue import memory_bank
 from ._inputs import ContrastiveLoss, inverse
 from .diagnostics import Diagnosed, Diagnostics, diagnostics_of, with_diagnostics
-from .memory_queue import MemoryQueue
 from .moco import contrast_and_enqueue
 
 
@@ -131,9 +131,8 @@ class NTXentLoss(ContrastiveLoss):
         diagnostics: bool = False,
     ) -> None:
         super().__init__(temperature, gather_distributed, strategy, diagnostics)
-        size = _bank_size(memory_bank_size)
         self.memory_bank_size = memory_bank_size
-        self.memory_bank = MemoryQueue(*size, gather_distributed=gather_distributed) if size else None
+        self.memory_bank = memory_bank(memory_bank_size, gather_distributed)
 
     @over_ranks()
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor | tuple[Tensor, Diagnostics]:
@@ -141,17 +140,3 @@ class NTXentLoss(ContrastiveLoss):
         if self.memory_bank is not None:
             return contrast_and_enqueue(self, self.memory_bank, ("out0", out0), ("out1", out1))
         return with_diagnostics(diagnosed_nt_xent(out0, out1, self.temperature, True, self.scope(), self.diagnostics))
-
-
-def _bank_size(given: int | Sequence[int]) -> tuple[int, int] | None:
-    """(K, D), or ``None`` for no bank."""
-    sizes = (given,) if isinstance(given, int) else tuple(given)
-    if any(size < 0 for size in sizes):
-        raise ValueError(f"memory_bank_size must not be negative, got {given!r}")
-    if sizes == (0,):
-        return None
-    if len(sizes) != 2:
-        raise ValueError(
-            f"memory_bank_size={given!r} does not give the keys' width: it must be (K, D), or 0 for no memory bank"
-        )
-    return None if sizes[0] == 0 else (sizes[0], sizes[1])

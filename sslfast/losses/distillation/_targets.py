@@ -1,4 +1,4 @@
-"""What DINO's and iBOT's losses share: the teacher's centre or its Sinkhorn bias, and temperatures."""
+"""What DINO's and iBOT's losses share: the teacher's centre or its Sinkhorn bias, temperatures, what they return."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from ..._checks import accumulator, check_share
 from ...distributed.choose import scope_of
 from ...distributed.scope import Scope
-from ...ops.sinkhorn import check_iterations
+from ...ops.sinkhorn import check_iterations, check_number
 from .._inputs import check_gather
-from .cross_entropy import as_bias, stacked
+from ._views import Views, matching_views
+from .cross_entropy import Pairing, as_bias, mean_of_pairs, stacked
+from .diagnostics import Diagnosed, prototype_diagnostics
 
 CENTERINGS = ("center", "sinkhorn")
 
@@ -24,21 +26,32 @@ class TeacherTargets(nn.Module):
     for :meth:`update_center`, so that several small batches move it as one large one.
     """
 
+    teacher_temp: float
+    student_temp: float
     center: Tensor
     waiting_sum: Tensor
     waiting_rows: Tensor
 
     def __init__(
-        self, shape: tuple[int, ...], center_momentum: float, centering: str, sinkhorn_iterations: int, gather: bool
+        self,
+        shape: tuple[int, ...],
+        temperatures: tuple[float, float],
+        center_momentum: float,
+        centering: str,
+        sinkhorn_iterations: int,
+        gather_distributed: bool,
+        diagnostics: bool,
     ) -> None:
         super().__init__()
-        check_gather(gather)
+        check_gather(gather_distributed)
         if centering not in CENTERINGS:
             raise ValueError(f"centering must be one of {', '.join(map(repr, CENTERINGS))}, got {centering!r}")
+        self.student_temp, self.teacher_temp = temperatures
         self.center_momentum = check_share("center_momentum", center_momentum)
         self.centering = centering
         self.sinkhorn_iterations = check_iterations(sinkhorn_iterations)
-        self.gather_distributed = gather
+        self.gather_distributed = gather_distributed
+        self.diagnostics = diagnostics
         self.register_buffer("center", torch.zeros(shape))
         self.register_buffer("waiting_sum", torch.zeros(shape[-1]), persistent=False)
         self.register_buffer("waiting_rows", torch.zeros(()), persistent=False)
@@ -46,6 +59,33 @@ class TeacherTargets(nn.Module):
 
     def scope(self) -> Scope:
         return scope_of(self.gather_distributed)
+
+    def checked(self, student_out: Views, teacher_out: Views, teacher_temp: float) -> tuple[list[Tensor], list[Tensor]]:
+        """Views [v, B, K] of the student and of the teacher, which temperatures can divide."""
+        student, teacher = matching_views("student_out", student_out, "teacher_out", teacher_out)
+        check_number("student_temp", self.student_temp, student[0])
+        check_number("teacher_temp", teacher_temp, student[0])
+        return student, teacher
+
+    def distilled(
+        self,
+        student: list[Tensor],
+        teacher: list[Tensor],
+        teacher_temp: float,
+        update_center: bool,
+        *,
+        weights: Tensor | None,
+        rows: Tensor | None = None,
+        ignore_diagonal: bool = False,
+    ) -> Diagnosed:
+        """The loss of checked views with these row weights; then the centre takes them in."""
+        with torch.no_grad():
+            bias = self.bias_of(teacher, teacher_temp, rows)
+        pairing = Pairing(ignore_diagonal, False, (self.student_temp, teacher_temp))
+        loss = mean_of_pairs(student, teacher, bias, pairing, weights, rows)
+        found = prototype_diagnostics(loss, teacher, bias, teacher_temp, rows) if self.diagnostics else None
+        self.take_in(teacher, update_center, rows)
+        return loss, found
 
     def bias_of(self, teacher: list[Tensor], temperature: float, rows: Tensor | None = None) -> Tensor:
         """The bias [1, 1, K] that makes targets of the teacher's logits over τt."""
@@ -61,9 +101,12 @@ class TeacherTargets(nn.Module):
     @torch.no_grad()
     def take_in(self, teacher: list[Tensor], now: bool, rows: Tensor | None = None) -> None:
         """Moves the centre by the teacher's logits [v, B, K], or keeps them for the next :meth:`update_center`."""
-        if self.centering != "center":
-            return
-        total, count = _row_sum(teacher, accumulator(self.center), rows)
+        if self.centering == "center":
+            self.take_in_sum(*_row_sum(teacher, accumulator(self.center), rows), now)
+
+    @torch.no_grad()
+    def take_in_sum(self, total: Tensor, count: Tensor | int, now: bool) -> None:
+        """As :meth:`take_in`, of rows of logits with this sum [K]."""
         if now and not self.waiting:
             self._move(total, count)
             return
@@ -99,6 +142,12 @@ class TeacherTargets(nn.Module):
             return
         moved = self.center * self.center_momentum + (total / rows).view_as(self.center) * weight
         self.center.copy_(torch.where(rows == 0, self.center, moved))
+
+    def extra_repr(self) -> str:
+        return (
+            f"output_dim={self.center.shape[-1]}, teacher_temp={self.teacher_temp}, student_temp={self.student_temp}, "
+            f"centering={self.centering!r}, gather_distributed={self.gather_distributed}"
+        )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         self._adopt_center(state_dict, prefix)

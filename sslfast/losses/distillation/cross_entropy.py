@@ -121,8 +121,9 @@ def mean_of_pairs(
     pairing: Pairing,
     row_weights: Tensor | None,
     rows: Tensor | None,
+    teacher_rows: Tensor | None = None,
 ) -> Tensor:
-    """The loss of checked views [v, B, K] and bias [T or 1, P, K]."""
+    """The loss of checked views [v, B, K] and bias [T or 1, P, K]; ``teacher_rows``: [B] into a teacher's [v, R, K]."""
     students, teachers = count_of(student), count_of(teacher)
     pairs = pairing.pairs(students, teachers)
     if pairs == 0:
@@ -141,13 +142,15 @@ def mean_of_pairs(
         ignore_diagonal=pairing.ignore_diagonal,
         assigned=pairing.assigned,
         rows=count,
+        teacher_rows=teacher_rows,
     )
     if row_weights is not None:
-        return (of_row * _checked_weights(row_weights, student[0], batch)).sum() / pairs
+        return (of_row * checked_weights(row_weights, student[0], batch)).sum() / pairs
     return of_row.sum() / (pairs * (batch if count is None else count))
 
 
-def _checked_weights(weights: Tensor, like: Tensor, batch: int) -> Tensor:
+def checked_weights(weights: Tensor, like: Tensor, batch: int) -> Tensor:
+    """``row_weights`` [B] of logits like ``like``, in the accumulator's dtype."""
     if not isinstance(weights, Tensor):
         raise TypeError(f"row_weights must be a torch.Tensor, got {type(weights).__name__}")
     if weights.shape != (batch,):

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..._checks import accumulator
 
+PART = 1 << 24  # numbers of a view at a time: of all rows, softmaxes would be more than all else
+
 
 class PrototypeDiagnostics(NamedTuple):
     """Means over this rank's rows, each [] float32 (float64 for float64 logits), without gradient.
@@ -47,17 +49,18 @@ def prototype_diagnostics(
     kind = accumulator(teacher[0])
     prototypes, batch = teacher[0].shape[2], teacher[0].shape[1]
     count = torch.full((), batch, device=loss.device) if rows is None else rows
-    counted = torch.arange(batch, device=loss.device) < count
+    places = torch.arange(batch, device=loss.device).split(max(1, PART // prototypes))
     usage, entropy = loss.new_zeros(prototypes, dtype=kind), loss.new_zeros((), dtype=kind)
     views = [view for part in teacher for view in part]
     for t, view in enumerate(views):
-        x = view.to(kind) / temperature
-        if bias is not None:
-            of_view = bias[t if len(bias) > 1 else 0]
-            x = x + of_view[torch.arange(batch, device=x.device) % len(of_view)]
-        p = torch.where(counted[:, None], torch.softmax(x, 1), 0.0)
-        usage += p.sum(0)
-        entropy += torch.special.entr(p).sum()
+        for at, part in zip(places, view.split(max(1, PART // prototypes)), strict=True):
+            x = part.to(kind) / temperature
+            if bias is not None:
+                of_view = bias[t if len(bias) > 1 else 0]
+                x = x + of_view[at % len(of_view)]
+            p = torch.where((at < count)[:, None], torch.softmax(x, 1), 0.0)
+            usage += p.sum(0)
+            entropy += torch.special.entr(p).sum()
     total = count * len(views)
     return PrototypeDiagnostics(
         loss_above_uniform=loss.detach() - math.log(prototypes),

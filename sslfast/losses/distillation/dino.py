@@ -7,11 +7,9 @@ from torch import Tensor
 
 from ..._checks import accumulator
 from ...distributed.agreement import over_ranks
-from ...ops.sinkhorn import check_number
 from ._targets import TeacherTargets
-from ._views import Views, matching_views
-from .cross_entropy import Pairing, mean_of_pairs
-from .diagnostics import Diagnosed, PrototypeDiagnostics, prototype_diagnostics, with_diagnostics
+from ._views import Views
+from .diagnostics import Diagnosed, PrototypeDiagnostics, with_diagnostics
 
 
 class DINOLoss(TeacherTargets):
@@ -68,12 +66,11 @@ class DINOLoss(TeacherTargets):
         gather_distributed: bool = False,
         diagnostics: bool = False,
     ) -> None:
-        super().__init__((1, 1, output_dim), center_momentum, centering, sinkhorn_iterations, gather_distributed)
+        temperatures, shape = (student_temp, teacher_temp), (1, 1, output_dim)
+        options = (center_momentum, centering, sinkhorn_iterations, gather_distributed, diagnostics)
+        super().__init__(shape, temperatures, *options)
         self.warmup_teacher_temp = warmup_teacher_temp
-        self.teacher_temp = teacher_temp
         self.warmup_teacher_temp_epochs = warmup_teacher_temp_epochs
-        self.student_temp = student_temp
-        self.diagnostics = diagnostics
 
     def temperature_at(self, epoch: int) -> float:
         """τt in this epoch: the warm-up's line, and ``teacher_temp`` after it."""
@@ -105,23 +102,9 @@ class DINOLoss(TeacherTargets):
 
     @over_ranks()
     def _loss(self, teacher_out: Views, student_out: Views, teacher_temp: float, update_center: bool) -> Diagnosed:
-        student, teacher = matching_views("student_out", student_out, "teacher_out", teacher_out)
-        check_number("student_temp", self.student_temp, student[0])
-        check_number("teacher_temp", teacher_temp, student[0])
+        student, teacher = self.checked(student_out, teacher_out, teacher_temp)
         batch, weights = student[0].shape[1], None
         if self.gather_distributed:
             weight = self.scope().shard(student[0][0]).weight
             weights = torch.full((batch,), weight, dtype=accumulator(student[0]), device=student[0].device)
-        with torch.no_grad():
-            bias = self.bias_of(teacher, teacher_temp)
-        pairing = Pairing(True, False, (self.student_temp, teacher_temp))
-        loss = mean_of_pairs(student, teacher, bias, pairing, weights, None)
-        found = prototype_diagnostics(loss, teacher, bias, teacher_temp) if self.diagnostics else None
-        self.take_in(teacher, update_center)
-        return loss, found
-
-    def extra_repr(self) -> str:
-        return (
-            f"output_dim={self.center.shape[-1]}, teacher_temp={self.teacher_temp}, student_temp={self.student_temp}, "
-            f"centering={self.centering!r}, gather_distributed={self.gather_distributed}"
-        )
+        return self.distilled(student, teacher, teacher_temp, update_center, weights=weights, ignore_diagonal=True)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import reference
-from ..._checks import accumulator, check_matrix, check_share, is_real, whole_number, without_autocast
+from ..._checks import accumulator, check_matrix, check_share, whole_number, without_autocast
 from ...distributed.agreement import over_ranks
 from ...distributed.choose import scope_of
 from ...distributed.scope import Scope
-from ...ops.similarity_lse import similarity_lse
+from ...ops.prototype_columns import TeacherRows, numbers_to_keep, visit
+from ...ops.prototype_cross_entropy import check_temperature
 from ...ops.types import NormalizedPrototypes
-
-PART = 8192  # prototypes at a time: kernels pack their rows, and of a hundred thousand that is more than all else
 
 
 @over_ranks()
@@ -30,7 +28,7 @@ def prototype_sinkhorn(
 
     After any number of iterations, which end with the rows, the assignments are ``softmax_k(T + f)`` of the logits
     ``T = h·uᵀ/τ``, so f says all: it is the ``teacher_bias`` of :func:`sslfast.prototype_cross_entropy`. Iterations
-    are in the log domain and streamed, so no logit overflows and none is stored:
+    are in the log domain, so no logit overflows; each visits the rows once, and a bounded part of the logits is stored:
 
         f = −log Σ_n exp(T_n − r_n),   r_n = log Σ_k exp(T_nk + f_k)          (r = 0 at first; f ``iterations`` times)
 
@@ -61,31 +59,23 @@ def prototype_sinkhorn(
         >>> [round(x, 3) for x in p.sum(0).tolist()]  # each gets half of the rows
         [2.0, 2.0]
     """
-    _check(teacher, prototypes)
-    if not is_real(temperature):
-        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
-    if not 1e-8 <= abs(temperature) <= 1e8:
-        raise ValueError(f"temperature must be finite and not zero, 1e-8 to 1e8 in size, got {temperature}")
+    check_teacher(teacher, prototypes)
+    check_temperature("temperature", temperature)
     count = whole_number("iterations", iterations, 1)
-    taken = _taken(row_weights, teacher)
     scope = scope_of(gather_distributed)
-    kind = accumulator(teacher)
-    with torch.no_grad(), without_autocast(teacher):
-        h = teacher if taken is None else torch.where(taken[:, None], teacher, 0)
-        u = _rows(prototypes).to(h.dtype)
-        nothing = None if taken is None else torch.where(taken, 0.0, float("-inf")).to(kind)
-        level: Tensor | None = nothing  # −r_n, −∞ for a row that takes no part
-        f = u.new_zeros(len(u), dtype=kind)
-        scope.shard(h, {"how many iterations": count})  # or the ranks would wait for each other for ever
+    rows = TeacherRows.of(teacher, prototypes, temperature, rows_taken(row_weights, teacher))
+    with torch.no_grad():
+        # Or the ranks would wait for each other for ever. Of rows a rank may have none.
+        scope.shard(rows.prototypes, {"how many prototypes": len(rows.prototypes), "how many iterations": count})
+        keep = numbers_to_keep(rows) if count > 1 else 0
+        f: Tensor | None = None
+        kept: Tensor | None = None
         for step in range(count):
-            columns = [similarity_lse(part, h, 1 / temperature, bias=level) for part in u.split(PART)]
-            f = -_over_ranks(torch.cat(columns), scope)
+            found = visit(rows, f, kept=kept, keep=0 if step else keep)
+            kept = found.kept if step == 0 else kept
+            f = -_over_ranks(found.column_lse, scope)
             f = f.masked_fill(f == float("inf"), 0.0)  # no row takes part
-            if step + 1 < count:
-                parts = zip(u.split(PART), f.split(PART), strict=True)
-                rows = [similarity_lse(h, part, 1 / temperature, bias=bias) for part, bias in parts]  # [N] each
-                level = -(rows[0] if len(rows) == 1 else torch.stack(rows).logsumexp(0))
-                level = level if nothing is None else level + nothing
+    assert f is not None
     return f
 
 
@@ -140,14 +130,14 @@ def center_update_(
     if row_weights is not None and teacher.dim() == 3 and isinstance(row_weights, Tensor):
         row_weights = row_weights.repeat(len(teacher))
     teacher = teacher.reshape(-1, teacher.shape[-1])
-    _check(teacher, prototypes)
+    check_teacher(teacher, prototypes)
     u = prototypes.direction if isinstance(prototypes, NormalizedPrototypes) else prototypes
     if not isinstance(center, Tensor) or not center.is_floating_point():
         raise TypeError("center must be a torch.Tensor of floating-point numbers")
     if center.numel() != len(u):
         raise ValueError(f"center must have one number for each of {len(u)} prototypes, got {center.numel()}")
     share = check_share("momentum", momentum)
-    taken = _taken(row_weights, teacher)
+    taken = rows_taken(row_weights, teacher)
     scope = scope_of(gather_distributed)
     kind = accumulator(teacher)
     with torch.no_grad(), without_autocast(teacher):
@@ -158,19 +148,26 @@ def center_update_(
             h, count = torch.where(taken[:, None], h, 0), taken.sum(dtype=kind)[None]
         sums = scope.gather(torch.cat([h.sum(0), count])[None]).sum(0)  # [D + 1], over the ranks in their order
         mean = sums[:-1] / sums[-1].clamp_min(1)
-        logits = u.to(kind) @ mean  # [K]
-        if isinstance(prototypes, NormalizedPrototypes):
-            logits = logits / torch.linalg.vector_norm(u, dim=1, dtype=kind).clamp_min(1e-12)
-            if prototypes.gain is not None:
-                logits = logits * prototypes.gain.reshape(-1).to(kind)
+        logits = logits_of(mean, prototypes)
         before = center.to(kind)
         after = torch.lerp(logits.view(center.shape), before, share)
         center.copy_(torch.where(sums[-1] > 0, after, before))
     return center
 
 
-def _check(teacher: Tensor, prototypes: Tensor | NormalizedPrototypes) -> None:
-    check_matrix("teacher", teacher)
+def logits_of(feature: Tensor, prototypes: Tensor | NormalizedPrototypes) -> Tensor:
+    """``h·uᵀ`` [K] of one feature [D], in its dtype."""
+    if not isinstance(prototypes, NormalizedPrototypes):
+        return prototypes.to(feature.dtype) @ feature
+    u, gain = prototypes
+    logits = u.to(feature.dtype) @ feature
+    logits = logits / torch.linalg.vector_norm(u, dim=1, dtype=feature.dtype).clamp_min(1e-12)
+    return logits if gain is None else logits * gain.reshape(-1).to(feature.dtype)
+
+
+def check_teacher(teacher: Tensor, prototypes: Tensor | NormalizedPrototypes) -> None:
+    if not isinstance(teacher, Tensor) or teacher.dim() != 2 or len(teacher) > 0:  # a rank may have no row
+        check_matrix("teacher", teacher)
     u = prototypes.direction if isinstance(prototypes, NormalizedPrototypes) else prototypes
     check_matrix("prototypes", u)
     if u.shape[1] != teacher.shape[1]:
@@ -179,15 +176,7 @@ def _check(teacher: Tensor, prototypes: Tensor | NormalizedPrototypes) -> None:
         raise ValueError(f"prototypes must be on teacher's device {teacher.device}, got {u.device}")
 
 
-def _rows(prototypes: Tensor | NormalizedPrototypes) -> Tensor:
-    if not isinstance(prototypes, NormalizedPrototypes):
-        return prototypes.detach()
-    direction, gain = prototypes
-    kind = accumulator(direction)
-    return reference.normalized_prototypes(direction.detach().to(kind), None if gain is None else gain.reshape(-1))
-
-
-def _taken(row_weights: Tensor | None, teacher: Tensor) -> Tensor | None:
+def rows_taken(row_weights: Tensor | None, teacher: Tensor) -> Tensor | None:
     """Which rows take part, [N]; ``None`` for all."""
     if row_weights is None:
         return None

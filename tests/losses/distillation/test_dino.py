@@ -1,4 +1,4 @@
-"""DINO's and iBOT's losses: values by formula, the centre and its state, Sinkhorn's targets, masks of every kind."""
+"""DINO's, iBOT's and iBOT++'s losses: values by formula, the centre and its state, Sinkhorn's targets, masks."""
 
 from __future__ import annotations
 
@@ -147,6 +147,81 @@ def test_ibot_without_a_masked_token() -> None:
         assert (torch.autograd.grad(loss, student)[0] == 0).all()
 
 
+def all_tokens(student: Tensor, teacher: Tensor, mask: Tensor, visible: float) -> Tensor:
+    """iBOT++ of logits [B, N, K], image by image."""
+    p = torch.softmax(teacher.to(student) / 0.2, -1)
+    ce = -(p * F.log_softmax(student / 0.1, -1)).sum(-1)
+    terms = [x[m].sum() / max(int(m.sum()), 1) for x, m in zip(ce, mask.flatten(1), strict=True)]
+    terms += [visible * x[~m].sum() / max(int((~m).sum()), 1) for x, m in zip(ce, mask.flatten(1), strict=True)]
+    return sum(terms) / len(student)
+
+
+def masks() -> Tensor:
+    """Of four images: 4, 1, no and all 6 tokens."""
+    mask = torch.zeros(4, 2, 3, dtype=torch.bool)
+    mask[0, :, 1:], mask[1, 0, 0], mask[3] = True, True, True
+    return mask
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("visible", [1.0, 0.3, 0.0])
+def test_ibot_plus_plus(visible: float, dtype: torch.dtype) -> None:
+    mask, (teacher, student) = masks(), views(2, 24, dtype).view(2, 4, 6, K)
+
+    def loss(student: Tensor) -> Tensor:
+        criterion = sslfast.IBOTPlusPlusPatchLoss(K, teacher_temp=0.2)
+        return criterion(teacher, student, mask, visible_loss_weight=visible)
+
+    check_loss(loss, lambda s: all_tokens(s, teacher, mask, visible), (student,), floor=10.0, terms=4)
+    criterion = sslfast.IBOTPlusPlusPatchLoss(K, teacher_temp=0.2)
+    rows = criterion(teacher.flatten(0, 1), student.flatten(0, 1), mask.flatten(1), visible_loss_weight=visible)
+    assert torch.equal(rows, loss(student))
+
+
+@pytest.mark.parametrize("centering", ["center", "sinkhorn"])
+def test_ibot_plus_plus_without_visible_tokens_is_ibot(centering: str) -> None:
+    """Of the same centre; its own is that of all tokens."""
+    mask, (teacher, student) = masks(), views(2, 24).view(2, 4, 6, K)
+    plus, plain = (
+        make(K, centering=centering).double() for make in (sslfast.IBOTPlusPlusPatchLoss, sslfast.IBOTPatchLoss)
+    )
+    for _ in range(2):
+        found = plus(teacher, student, mask, visible_loss_weight=0.0, update_center=False)
+        chosen = mask.flatten(1)
+        if centering == "center":
+            torch.testing.assert_close(found, plain(teacher[chosen], student[chosen], mask, update_center=False))
+        plus.update_center()
+        if centering == "center":
+            torch.testing.assert_close(plus.center, plus.center_momentum * plain.center + 0.1 * teacher.mean((0, 1)))
+        plain.load_state_dict(plus.state_dict())
+
+
+def test_ibot_plus_plus_without_a_mask_is_the_mean_over_all_tokens() -> None:
+    teacher, student = views(2, 24).view(2, 4, 6, K)
+    loss, found = sslfast.IBOTPlusPlusPatchLoss(K, diagnostics=True).double()(teacher, student)
+    flat = [x.flatten(0, 1) for x in (student, teacher)]
+    torch.testing.assert_close(loss, sslfast.distillation_cross_entropy(*flat))
+    entropy = torch.special.entr(torch.softmax(flat[1] / 0.04, 1)).sum(1).mean()
+    torch.testing.assert_close(found.teacher_entropy, entropy)
+
+
+def test_bad_input_of_ibot_plus_plus() -> None:
+    teacher, student = views(2, 24).view(2, 4, 6, K)
+    criterion, mask = sslfast.IBOTPlusPlusPatchLoss(K), masks()
+    with pytest.raises(ValueError, match=r"mask must be given with logits \[B·N, K\]"):
+        criterion(teacher.flatten(0, 1), student.flatten(0, 1))
+    with pytest.raises(ValueError, match="tensors of one shape"):
+        criterion(teacher[:, :6], student.flatten(0, 1)[:6])
+    with pytest.raises(
+        ValueError, match=r"mask must have one entry for each token of logits \(4, 6, 24\), got \(3, 2, 3\)"
+    ):
+        criterion(teacher, student, mask[:3])
+    with pytest.raises(ValueError, match="mask must be a bool tensor"):
+        criterion(teacher, student, mask.float())
+    with pytest.raises(ValueError, match="visible_loss_weight must be finite, got nan"):
+        criterion(teacher, student, mask, visible_loss_weight=float("nan"))
+
+
 def test_bad_input() -> None:
     teacher, student = views(2), views(2)
     with pytest.raises(ValueError, match="leaves no pair of views: 1 of the teacher and 1"):
@@ -168,11 +243,13 @@ def test_bad_input() -> None:
         ibot(teacher, student, torch.ones(3, 4, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("make", [sslfast.DINOLoss, sslfast.IBOTPatchLoss])
+@pytest.mark.parametrize("make", [sslfast.DINOLoss, sslfast.IBOTPatchLoss, sslfast.IBOTPlusPlusPatchLoss])
 def test_compiled_in_one_graph(make: type) -> None:
     teacher, student = views(2, dtype=torch.float32), views(2, dtype=torch.float32)
     mask = torch.arange(40).view(2, 20) % 4 == 0
     arguments = (teacher, student) if make is sslfast.DINOLoss else (teacher[0], student[0], mask)
+    if make is sslfast.IBOTPlusPlusPatchLoss:
+        arguments = (teacher, student, mask[:, :10])
     plain, traced = make(K), make(K)
     compiled = torch.compile(traced, backend="aot_eager", fullgraph=True)
     for _ in range(2):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import sslfast
 from helpers import within_budget
 from sslfast import NormalizedPrototypes, center_update_, prototype_sinkhorn
+from sslfast.ops import prototype_columns
 
 
 def published(scores: Tensor, temperature: float, iterations: int) -> Tensor:
@@ -75,6 +76,19 @@ def test_rows_that_take_no_part() -> None:
     torch.testing.assert_close(center, 0.5 * (h[weights != 0] @ u.T).mean(0))
     before = center.clone()
     assert torch.equal(center_update_(center, h, u, row_weights=torch.zeros(12)), before)
+
+
+def test_more_logits_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of the first visit's logits is kept, the rest computed again; and with torch.compile."""
+    h, u = unit(300, 12), unit(3000, 12)
+    right = published(h @ u.T, 0.05, 3)
+    for most in (0, 2 << 20):
+        monkeypatch.setattr(prototype_columns, "LEAST_KEPT", most)
+        monkeypatch.setattr(prototype_columns, "MOST_KEPT", most)
+        monkeypatch.setattr(prototype_columns, "MOST_OF_CHUNK", 0)
+        for call in (prototype_sinkhorn, torch.compile(prototype_sinkhorn, fullgraph=True)):
+            found = torch.softmax(h @ u.T / 0.05 + call(h, u, 0.05), 1)
+            torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(9,), (1, 9), (1, 1, 9)])

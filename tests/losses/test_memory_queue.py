@@ -8,7 +8,7 @@ from collections import deque
 import pytest
 import torch
 
-from sslfast.losses.contrastive.memory_queue import MemoryQueue
+from sslfast.losses.memory_queue import MemoryQueue
 
 
 @pytest.mark.parametrize("sizes", [[3, 3, 3], [7, 7], [10, 1], [4, 9, 2], [23], [1] * 12], ids=str)

@@ -1,15 +1,17 @@
-"""``MemoryQueue``: the last K keys, as negatives for the losses that contrast with a queue."""
+"""``MemoryQueue``: the last K keys, for the losses that compare with a queue."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..._checks import check_matrix
-from ...distributed.agreement import over_ranks
-from ...distributed.choose import scope_of
-from ...ops.nearest_neighbours import nearest_neighbours
-from .._inputs import check_fits, check_gather
+from .._checks import check_matrix
+from ..distributed.agreement import over_ranks
+from ..distributed.choose import scope_of
+from ..ops.nearest_neighbours import nearest_neighbours
+from ._inputs import check_fits, check_gather
 
 
 class MemoryQueue(nn.Module):
@@ -101,3 +103,21 @@ class MemoryQueue(nn.Module):
 
     def extra_repr(self) -> str:
         return f"size={self.queue.shape[0]}, dim={self.queue.shape[1]}"
+
+
+def memory_bank(size: int | Sequence[int], gather_distributed: bool) -> MemoryQueue | None:
+    """The bank that lightly's ``memory_bank_size`` names: ``(K, D)``, or 0 for none.
+
+    Raises:
+        ValueError: it is negative, a bare number above 0, or not two numbers.
+    """
+    sizes = (size,) if isinstance(size, int) else tuple(size)
+    if any(number < 0 for number in sizes):
+        raise ValueError(f"memory_bank_size must not be negative, got {size!r}")
+    if sizes == (0,):
+        return None
+    if len(sizes) != 2:
+        raise ValueError(
+            f"memory_bank_size={size!r} does not give the keys' width: it must be (K, D), or 0 for no memory bank"
+        )
+    return MemoryQueue(*sizes, gather_distributed=gather_distributed) if sizes[0] else None
