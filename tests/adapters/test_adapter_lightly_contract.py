@@ -40,6 +40,7 @@ SERVED = {
     *("MACLLoss", "DetConSLoss", "DetConBLoss", "CO2Regularizer"),
     *("EMPSSLLoss", "PatchKernelAlignmentLoss", "NNMemoryBankModule"),
     *("IBOTPlusPlusPatchLoss", "CAPILoss"),
+    *("MSNLoss", "PMSNLoss", "PMSNCustomLoss"),
 }
 
 

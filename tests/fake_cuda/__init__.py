@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import images, losses
+from . import distillation, images, losses
 from .inputs import Case
 
 # Calls that look at values, as their documentation says: on fake and meta tensors they raise PyTorch's own error.
@@ -14,7 +14,7 @@ WAITS = {
 CASES: dict[str, Case] = {
     **losses.CONTRASTIVE,
     **losses.DECORRELATION,
-    **losses.DISTILLATION,
+    **distillation.DISTILLATION,
     **losses.MASKED,
     **losses.AVERAGES,
     **images.TOKENS,

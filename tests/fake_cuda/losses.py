@@ -15,42 +15,18 @@ import sslfast
 from sslfast import masking, nn as nn_
 from sslfast._checks import accumulator
 from sslfast.ops.characteristic_sums import characteristic_sums
-from sslfast.ops.distillation_cross_entropy import distillation_cross_entropy
-from sslfast.ops.gram_anchor import gram_anchor
 from sslfast.ops.koleo import koleo
-from sslfast.ops.mean_assignment import mean_assignment
-from sslfast.ops.negative_cosine import negative_cosine
 from sslfast.ops.neighbour_distance import neighbour_distance, sums_by_index
 from sslfast.ops.nt_xent import nt_xent
-from sslfast.ops.prototype_columns import TeacherRows, visit
-from sslfast.ops.sinkhorn import assigned, bias_of, column_sums
 from sslfast.ops.unit_slices import unit_slices
 
+from .calls import of_function, of_mixed, of_module
 from .inputs import PATCH, B, Case, D, Inputs, L, N
-
-
-def _module(kind: Any, *options: Any, **named: Any) -> Case:
-    """A module of two matrices."""
-    return lambda x: x.made(lambda: kind(*options, **named))(x.z(), x.z())
-
-
-def _function(function: Any, **named: Any) -> Case:
-    return lambda x: function(x.z(), x.z(), **named)
 
 
 def region_masks(x: Inputs) -> tuple[Tensor, Tensor]:
     """Of three regions of each image, in two views."""
     return x.labels(3 * N).view(N, 3), x.labels(3 * N).view(N, 3) // 2
-
-
-def _mixed(function: Any, *options: Any) -> Case:
-    """Of two dtypes, as an autocast region makes them."""
-
-    def call(x: Inputs) -> Any:
-        with x.autocast():
-            return function(x.z(), x.z().float(), *options)
-
-    return call
 
 
 def vicregl_views(x: Inputs, n: int = N, d: int = D) -> tuple[list[Any], list[Tensor]]:
@@ -63,44 +39,44 @@ def _moments(x: Inputs, **options: Any) -> Any:
 
 
 CONTRASTIVE: dict[str, Case] = {
-    "nt_xent": _function(sslfast.nt_xent),
+    "nt_xent": of_function(sslfast.nt_xent),
     "nt_xent/a learnt temperature": lambda x: sslfast.nt_xent(x.z(), x.z(), x.number(0.5), normalize=False),
     "contrastive_diagnostics": lambda x: sslfast.contrastive_diagnostics(
         x.z(), x.z(30, D), row_ids=x.labels(), col_ids=x.labels(30), positives=x.ids(N)
     ),
-    "NTXentLoss/diagnostics": _module(sslfast.NTXentLoss, diagnostics=True),
-    "NTXentLoss": _module(sslfast.NTXentLoss, 0.3),
-    "NTXentLoss/with a bank": _module(sslfast.NTXentLoss, memory_bank_size=(40, D)),
+    "NTXentLoss/diagnostics": of_module(sslfast.NTXentLoss, diagnostics=True),
+    "NTXentLoss": of_module(sslfast.NTXentLoss, 0.3),
+    "NTXentLoss/with a bank": of_module(sslfast.NTXentLoss, memory_bank_size=(40, D)),
     "NTXentLoss/a learnt temperature": lambda x: x.made(lambda: sslfast.NTXentLoss(nn.Parameter(torch.tensor(0.3))))(
         x.z(), x.z()
     ),
-    "info_nce": _function(sslfast.info_nce),
+    "info_nce": of_function(sslfast.info_nce),
     "info_nce/fixed keys": lambda x: sslfast.info_nce(x.z(), x.fixed()),
-    "info_nce/symmetric": _module(sslfast.InfoNCELoss, symmetric=True, diagnostics=True),
-    "smoothed_info_nce": _function(sslfast.smoothed_info_nce),
-    "debiased_info_nce": _function(sslfast.debiased_info_nce),
-    "symmetric_info_nce": _function(sslfast.symmetric_info_nce, label_smoothing=0.1, tau_plus=0.1),
-    "InfoNCELoss/smoothed and debiased": _module(sslfast.InfoNCELoss, label_smoothing=0.1, tau_plus=0.1),
+    "info_nce/symmetric": of_module(sslfast.InfoNCELoss, symmetric=True, diagnostics=True),
+    "smoothed_info_nce": of_function(sslfast.smoothed_info_nce),
+    "debiased_info_nce": of_function(sslfast.debiased_info_nce),
+    "symmetric_info_nce": of_function(sslfast.symmetric_info_nce, label_smoothing=0.1, tau_plus=0.1),
+    "InfoNCELoss/smoothed and debiased": of_module(sslfast.InfoNCELoss, label_smoothing=0.1, tau_plus=0.1),
     "info_nce/negatives": lambda x: sslfast.info_nce(x.z(), x.z(), x.number(0.1), negatives=(x.z(9, D), x.z(N, 3, D))),
     "info_nce/several positives": lambda x: sslfast.info_nce(x.z(), x.z(), positives=x.ids(N, 2)),
     "info_nce/ids": lambda x: sslfast.info_nce(x.z(), x.z(), positives=x.ids(N), ids=(x.labels(), x.labels() + 1)),
-    "InfoNCELoss": _module(sslfast.InfoNCELoss, label_smoothing=0.1),
+    "InfoNCELoss": of_module(sslfast.InfoNCELoss, label_smoothing=0.1),
     "moco": lambda x: sslfast.moco(x.z(), x.fixed(), x.fixed(40, D)),
     "moco/a queue": lambda x: sslfast.moco(x.z(), x.fixed(), x.fixed(40, D), x.number(0.1)),
-    "MoCoLoss/diagnostics": _module(sslfast.MoCoLoss, 40, D, diagnostics=True),
-    "MoCoLoss": _module(sslfast.MoCoLoss, 40, D),
-    "moco_v3": _function(sslfast.moco_v3),
-    "MoCoV3Loss": _module(sslfast.MoCoV3Loss),
+    "MoCoLoss/diagnostics": of_module(sslfast.MoCoLoss, 40, D, diagnostics=True),
+    "MoCoLoss": of_module(sslfast.MoCoLoss, 40, D),
+    "moco_v3": of_function(sslfast.moco_v3),
+    "MoCoV3Loss": of_module(sslfast.MoCoV3Loss),
     "MemoryQueue": lambda x: _enqueued(x.made(lambda: sslfast.MemoryQueue(40, D)), x),
-    "dcl": _function(sslfast.dcl),
-    "dcl/weights": _function(sslfast.dcl, weight_fn=lambda a, b: (a * b).sum(1)),
-    "dclw": _function(sslfast.dclw),
-    "DCLLoss": _module(sslfast.DCLLoss),
-    "DCLWLoss": _module(sslfast.DCLWLoss),
-    "direct_clr": _function(sslfast.direct_clr, loss_dim=5),
-    "DirectCLRLoss": _module(sslfast.DirectCLRLoss, 5, memory_bank_size=(40, 5)),
+    "dcl": of_function(sslfast.dcl),
+    "dcl/weights": of_function(sslfast.dcl, weight_fn=lambda a, b: (a * b).sum(1)),
+    "dclw": of_function(sslfast.dclw),
+    "DCLLoss": of_module(sslfast.DCLLoss),
+    "DCLWLoss": of_module(sslfast.DCLWLoss),
+    "direct_clr": of_function(sslfast.direct_clr, loss_dim=5),
+    "DirectCLRLoss": of_module(sslfast.DirectCLRLoss, 5, memory_bank_size=(40, 5)),
     "macl": lambda x: sslfast.macl(x.z(), x.z(), x.number(0.5)),
-    "MACLLoss": _module(sslfast.MACLLoss, diagnostics=True),
+    "MACLLoss": of_module(sslfast.MACLLoss, diagnostics=True),
     "det_con_s": lambda x: sslfast.det_con_s(x.z(N, 3, D), x.z(N, 3, D), *region_masks(x), x.number(0.5)),
     "det_con_b": lambda x: sslfast.det_con_b(*(x.z(N, 3, D) for _ in range(4)), *region_masks(x)),
     "det_con_b/fixed targets": lambda x: sslfast.det_con_b(
@@ -110,8 +86,8 @@ CONTRASTIVE: dict[str, Case] = {
     "DetConBLoss": lambda x: sslfast.DetConBLoss()(*(x.z(N, 3, D) for _ in range(4)), *region_masks(x)),
     "co2": lambda x: sslfast.co2(x.z(), x.z(), None, x.number(0.5)),
     "co2/a queue": lambda x: sslfast.co2(x.z(), x.z(), x.fixed(40, D)),
-    "CO2Regularizer": _module(sslfast.CO2Regularizer, 2.0, 0.5),
-    "CO2Regularizer/with a bank": _module(sslfast.CO2Regularizer, memory_bank_size=(40, D)),
+    "CO2Regularizer": of_module(sslfast.CO2Regularizer, 2.0, 0.5),
+    "CO2Regularizer/with a bank": of_module(sslfast.CO2Regularizer, memory_bank_size=(40, D)),
     "clip": lambda x: sslfast.clip(x.z(), x.z(), x.number(10.0), x.number(-1.0)),
     "clip/a frozen tower": lambda x: sslfast.ClipLoss(diagnostics=True)(x.fixed(), x.z(), 10.0),
     "ClipLoss": lambda x: sslfast.ClipLoss()(x.z(), x.z(), x.number(10.0), output_dict=True),
@@ -130,19 +106,19 @@ CONTRASTIVE: dict[str, Case] = {
     ),
     "labelled_nt_xent": lambda x: sslfast.labelled_nt_xent(x.z(), x.labels()),
     "pair_nt_xent": lambda x: sslfast.pair_nt_xent(x.z(), x.labels()),
-    "multiple_negatives_ranking": _function(sslfast.multiple_negatives_ranking),
+    "multiple_negatives_ranking": of_function(sslfast.multiple_negatives_ranking),
     "multiple_negatives_ranking/all directions": lambda x: sslfast.multiple_negatives_ranking(
         x.z(), x.z(), x.z(N, 2, D), directions=("query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc")
     ),
-    "multiple_negatives_ranking/apart": _function(
+    "multiple_negatives_ranking/apart": of_function(
         sslfast.multiple_negatives_ranking, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"
     ),
     "MultipleNegativesRankingLoss": lambda x: sslfast.MultipleNegativesRankingLoss(x.number(20.0))(
         x.z(), x.z(), x.z(N, 2, D)
     ),
-    "hypersphere": _function(sslfast.hypersphere),
-    "HypersphereLoss": _module(sslfast.HypersphereLoss),
-    "alignment": _function(sslfast.alignment, normalize=True),
+    "hypersphere": of_function(sslfast.hypersphere),
+    "HypersphereLoss": of_module(sslfast.HypersphereLoss),
+    "alignment": of_function(sslfast.alignment, normalize=True),
     "uniformity": lambda x: sslfast.uniformity(x.z(), normalize=True),
     "uniformity/as they are": lambda x: sslfast.uniformity(x.z()),
     "similarity_lse": lambda x: sslfast.similarity_lse(x.z(), x.z(30, D), 5.0),
@@ -163,40 +139,40 @@ CONTRASTIVE: dict[str, Case] = {
     "nearest_neighbours": lambda x: sslfast.nearest_neighbours(x.z(), x.z(30, D), 3, normalize=True),
     "nearest_neighbours/by distance": lambda x: sslfast.nearest_neighbours(x.z(), x.z(30, D), 3, metric="euclidean"),
     "nearest_neighbours/itself": lambda x: sslfast.nearest_neighbours(x.z(), row_ids=x.labels()),
-    "ops.nt_xent.nt_xent": _function(nt_xent),
+    "ops.nt_xent.nt_xent": of_function(nt_xent),
     "ops.neighbour_distance.neighbour_distance": lambda x: neighbour_distance(x.z(), x.z(30, D), x.ids(N, 3)),
     "ops.neighbour_distance.sums_by_index": lambda x: sums_by_index(x.fixed(), x.labels(), x.fixed(7, D)),
     "ops.koleo.koleo": lambda x: koleo(x.z(), 2, 1e-8),
-    "nt_xent/in an autocast region": _mixed(sslfast.nt_xent),
-    "info_nce/in an autocast region": _mixed(sslfast.info_nce),
-    "clip/in an autocast region": _mixed(sslfast.clip, 10.0),
+    "nt_xent/in an autocast region": of_mixed(sslfast.nt_xent),
+    "info_nce/in an autocast region": of_mixed(sslfast.info_nce),
+    "clip/in an autocast region": of_mixed(sslfast.clip, 10.0),
 }
 
 DECORRELATION: dict[str, Case] = {
-    "barlow_twins": _function(sslfast.barlow_twins),
-    "barlow_twins/in an autocast region": _mixed(sslfast.barlow_twins),
-    "barlow_twins/primal": _function(sslfast.barlow_twins, form="primal"),
-    "BarlowTwinsLoss": _module(sslfast.BarlowTwinsLoss),
-    "cross_correlation_loss": _function(sslfast.cross_correlation_loss, form="dual"),
-    "vicreg": _function(sslfast.vicreg),
+    "barlow_twins": of_function(sslfast.barlow_twins),
+    "barlow_twins/in an autocast region": of_mixed(sslfast.barlow_twins),
+    "barlow_twins/primal": of_function(sslfast.barlow_twins, form="primal"),
+    "BarlowTwinsLoss": of_module(sslfast.BarlowTwinsLoss),
+    "cross_correlation_loss": of_function(sslfast.cross_correlation_loss, form="dual"),
+    "vicreg": of_function(sslfast.vicreg),
     "vicreg/wide": lambda x: sslfast.vicreg(x.z(N, 128), x.z(N, 128), variance_reduction="sum"),
-    "VICRegLoss": _module(sslfast.VICRegLoss),
+    "VICRegLoss": of_module(sslfast.VICRegLoss),
     "vicregl/a local view": lambda x: sslfast.vicregl(*vicregl_views(x), *(part[:1] for part in vicregl_views(x))),
     "VICRegLLoss": lambda x: sslfast.VICRegLLoss()(*vicregl_views(x)),
-    "vibcreg": _function(sslfast.vibcreg),
-    "VIbCRegLoss": _module(sslfast.VIbCRegLoss),
+    "vibcreg": of_function(sslfast.vibcreg),
+    "VIbCRegLoss": of_module(sslfast.VIbCRegLoss),
     "covariance_loss": lambda x: sslfast.covariance_loss(x.z()),
     "variance_loss": lambda x: sslfast.variance_loss(x.z()),
-    "invariance_loss": _function(sslfast.invariance_loss),
+    "invariance_loss": of_function(sslfast.invariance_loss),
     "emp_ssl": lambda x: sslfast.emp_ssl([x.z(), x.z(), x.z()]),
     "emp_ssl/wide": lambda x: sslfast.emp_ssl([x.z(N, 128), x.z(N, 128)], convention="paper"),
     "EMPSSLLoss": lambda x: sslfast.EMPSSLLoss()([x.z(), x.z()]),
     "frossl": lambda x: sslfast.frossl([x.z(), x.z(), x.z()]),
     "frossl/wide": lambda x: sslfast.frossl([x.z(N, 128), x.z(N, 128)]),
     "FroSSLLoss": lambda x: sslfast.FroSSLLoss()([x.z(), x.z()]),
-    "spectral_contrastive": _function(sslfast.spectral_contrastive),
-    "SpectralContrastiveLoss": _module(sslfast.SpectralContrastiveLoss, mu=None),
-    "tico": _function(sslfast.tico),
+    "spectral_contrastive": of_function(sslfast.spectral_contrastive),
+    "SpectralContrastiveLoss": of_module(sslfast.SpectralContrastiveLoss, mu=None),
+    "tico": of_function(sslfast.tico),
     "tico/covariance": lambda x: sslfast.tico(x.z(), x.z(), x.fixed(D, D)),
     "TiCoLoss": lambda x: _twice(x.made(sslfast.TiCoLoss), x),
     "ops.characteristic_sums.characteristic_sums": lambda x: _characteristic_sums(x.z(2, N, D), x.fixed(D, 9)),
@@ -217,7 +193,7 @@ DECORRELATION: dict[str, Case] = {
     "mmcr": lambda x: sslfast.mmcr(x.z(N, 3, D), x.z(N, 3, D)),
     "mmcr/few": lambda x: sslfast.mmcr(x.z(4, 20, D), x.z(4, 20, D)),
     "MMCRLoss": lambda x: sslfast.MMCRLoss()(x.z(N, 3, D), x.z(N, 3, D)),
-    "norm_mse_loss": _function(sslfast.norm_mse_loss),
+    "norm_mse_loss": of_function(sslfast.norm_mse_loss),
     "Whitening2d": lambda x: x.made(lambda: sslfast.Whitening2d(D))(x.z()),
     "Whitening2d/evaluated": lambda x: x.made(lambda: sslfast.Whitening2d(D, eps=0.1)).eval()(x.z()),
     "WMSELoss": lambda x: x.made(lambda: sslfast.WMSELoss(4, w_size=12))(x.z(2 * N, 4)),
@@ -225,129 +201,6 @@ DECORRELATION: dict[str, Case] = {
     "second_moment/cross": lambda x: _moments(x, cross=True, scale="variance", form="primal"),
     "second_moment/wide": lambda x: sslfast.second_moment(x.z(N, 256), center=False),
 }
-
-_PROTOTYPES: dict[str, Case] = {
-    "prototype_cross_entropy": lambda x: sslfast.prototype_cross_entropy(
-        x.z(3, N, D), x.fixed(2, N, D), x.z(40, D), x.fixed(40, D), teacher_bias=x.fixed(40), row_weights=x.fixed(N)
-    ),
-    "prototype_cross_entropy/rows, shared prototypes": lambda x: sslfast.prototype_cross_entropy(
-        x.z(), x.fixed(), x.z(40, D)
-    ),
-    "NormalizedPrototypes": lambda x: sslfast.prototype_cross_entropy(
-        x.z(2, N, D), x.fixed(2, N, D), sslfast.NormalizedPrototypes(x.z(40, D), x.z(40))
-    ),
-    "DINOHead": lambda x: _of_head(x.made(lambda: sslfast.DINOHead(D, 40, hidden_dim=24, bottleneck_dim=16)), x),
-    "prototype_sinkhorn": lambda x: sslfast.prototype_sinkhorn(x.fixed(), x.fixed(40, D), row_weights=x.fixed(N)),
-    "k_means": lambda x: sslfast.k_means(x.fixed(), 5, 2),
-    "k_means/spherical, given centroids": lambda x: sslfast.k_means(x.fixed(), x.fixed(3, D), 2, metric="cosine"),
-    "self_labelling": lambda x: sslfast.self_labelling(x.fixed(), x.fixed(5, D), bias=x.fixed(5)),
-    "deep_cluster_v2": lambda x: sslfast.deep_cluster_v2(x.z(2, N, D), x.labels()[None], prototypes=x.z(9, D)),
-    "deep_cluster_v2/logits": lambda x: sslfast.deep_cluster_v2([x.z(2, N, D), x.z(2, N, 9)], x.ids(2, N) % 7),
-    "DeepClusterV2Loss": lambda x: _of_bank(x.made(lambda: sslfast.DeepClusterV2Loss(N, D, [7])), x),
-    "SwAVPrototypes": lambda x: _of_prototypes(x.made(lambda: sslfast.SwAVPrototypes(D, [9, 7])), x),
-    "re_ssl": lambda x: sslfast.re_ssl(x.z(), x.fixed(), x.fixed(40, D)),
-    "ReSSLLoss": lambda x: _and_queue(x.made(lambda: sslfast.ReSSLLoss(40, D)), x),
-    "PrototypeLoss": lambda x: x.made(lambda: sslfast.PrototypeLoss(40))(
-        x.z(3, N, D), x.fixed(2, N, D), x.z(40, D), x.fixed(40, D)
-    ),
-    "PrototypeLoss/masked tokens, Sinkhorn": lambda x: x.made(lambda: sslfast.PrototypeLoss(40, centering="sinkhorn"))(
-        x.z(2 * L, D), x.fixed(2 * L, D), x.z(40, D), x.fixed(40, D), x.mask()
-    ),
-    "prototype_usage": lambda x: sslfast.prototype_usage(x.fixed(), x.fixed(40, D), row_weights=x.fixed(N)),
-    "duplicate_prototypes": lambda x: sslfast.duplicate_prototypes(x.fixed(40, D)),
-    "ops.prototype_columns.visit": lambda x: visit(
-        TeacherRows.of(x.fixed(), x.fixed(40, D), 0.3, x.ids(N) > 3), x.fixed(40).float(), by_row=True
-    ),
-    "center_update_": lambda x: sslfast.center_update_(x.fixed(40), x.fixed(2, N, D), x.fixed(40, D)),
-    "center_update_/normalised": lambda x: sslfast.center_update_(
-        x.fixed(1, 40), x.fixed(), sslfast.NormalizedPrototypes(x.fixed(40, D), x.fixed(40)), row_weights=x.fixed(N)
-    ),
-}
-
-
-def _and_queue(module: Any, x: Inputs) -> list[Tensor]:
-    return [module(x.z(), x.fixed()), module.memory_queue.queue]
-
-
-def _of_head(head: sslfast.DINOHead, x: Inputs) -> Tensor:
-    z = x.z(2, N, D).to(next(head.parameters()).dtype)
-    return sslfast.prototype_cross_entropy(head(z), x.fixed(2, N, 16), head.prototypes)
-
-
-def _of_bank(module: sslfast.DeepClusterV2Loss, x: Inputs) -> Tensor:
-    module.update(x.fixed(2, N, D), x.ids(N))
-    module.assignments.copy_(x.ids(1, N) % 7)
-    return module(x.z(2, N, D), x.ids(N), x.z(7, D))
-
-
-def _of_prototypes(head: sslfast.SwAVPrototypes, x: Inputs) -> Tensor:
-    head.normalize()
-    z = x.z(2, N, D).to(head.heads[0].weight.dtype)
-    return sslfast.deep_cluster_v2(z, x.ids(2, N) % 7, prototypes=head)
-
-
-_LOGITS: dict[str, Case] = {
-    "koleo": lambda x: sslfast.koleo(x.z(), 2),
-    "koleo/groups": lambda x: sslfast.koleo(x.z(), loss_group_size=N // 2),
-    "KoLeoLoss": lambda x: sslfast.KoLeoLoss()(x.z()),
-    "sinkhorn": lambda x: sslfast.sinkhorn(x.fixed(), 0.3, rows=x.ids(N)[5]),
-    "sinkhorn_bias": lambda x: sslfast.sinkhorn_bias(x.fixed(N, 3, D), 0.3, start="rows"),
-    "distillation_cross_entropy": lambda x: sslfast.distillation_cross_entropy(
-        [x.z(), x.z(), x.z()], [x.fixed(), x.fixed()], teacher_bias=x.fixed(D), ignore_diagonal=True
-    ),
-    "distillation_cross_entropy/weighted rows of a buffer": lambda x: sslfast.distillation_cross_entropy(
-        x.z(3, N, D), x.fixed(2, N, D), teacher_bias=x.fixed(2, D), row_weights=x.fixed(N), rows=x.ids(N)[5]
-    ),
-    "ops.distillation_cross_entropy.distillation_cross_entropy": lambda x: distillation_cross_entropy(
-        [x.z(2, N, D), x.z(1, N, D)], [x.fixed(2, N, D)], None, (0.5, 0.5), ignore_diagonal=True
-    ),
-    "ops.sinkhorn.column_sums": lambda x: column_sums(x.fixed(N, 2, D), None, 0.3)[1],
-    "ops.sinkhorn.bias_of": lambda x: bias_of(x.fixed(N, 2, D), 0.3, 2, True),
-    "ops.sinkhorn.assigned": lambda x: assigned(x.fixed(N, 2, D), bias_of(x.fixed(N, 2, D), 0.3, 2, False), 0.3),
-    "ops.distillation_cross_entropy.distillation_cross_entropy/rows of another teacher": lambda x: (
-        distillation_cross_entropy([x.z(2, 5, D)], [x.fixed(1, N, D)], None, (0.5, 0.5), teacher_rows=x.ids(5))
-    ),
-    "assignment_cross_entropy": lambda x: sslfast.assignment_cross_entropy(x.z(), x.fixed()),
-    "swav": lambda x: sslfast.swav(
-        [x.z(), x.z()], [x.z()], [x.fixed(9, D), x.fixed(9, D)], temperature=0.5, sinkhorn_epsilon=0.5
-    ),
-    "SwAVLoss": lambda x: sslfast.SwAVLoss(0.5, 2, 0.5, diagnostics=True)([x.z(), x.z()], [x.z()]),
-    "mean_assignment": lambda x: sslfast.mean_assignment(x.z(), 0.5, row_weights=x.fixed(N), rows=x.ids(N)[5]),
-    "ops.mean_assignment.mean_assignment": lambda x: mean_assignment(x.z(), x.fixed(3, D), None, 0.5),
-    "msn": lambda x: sslfast.msn(x.z(2 * N, D), x.fixed(), x.z(9, D), temperature=0.5, entropy_weight=0.5),
-    "MSNLoss": lambda x: sslfast.MSNLoss(0.5, diagnostics=True)(x.z(), x.fixed(), x.z(9, D)),
-    "pmsn": lambda x: sslfast.pmsn(x.z(2 * N, D), x.fixed(), x.z(9, D), temperature=0.5, sinkhorn_iterations=0),
-    "PMSNLoss": lambda x: x.made(lambda: sslfast.PMSNLoss(0.5, target_distribution=torch.full((9,), 1 / 9)))(
-        x.z(), x.fixed(), x.z(9, D)
-    ),
-    "DINOLoss": lambda x: _dino(x.made(lambda: sslfast.DINOLoss(D, diagnostics=True)), x),
-    "DINOLoss/Sinkhorn": lambda x: x.made(lambda: sslfast.DINOLoss(D, centering="sinkhorn"))(
-        x.fixed(2, N, D), [x.z(), x.z()], 0.5
-    ),
-    "IBOTPatchLoss": lambda x: x.made(lambda: sslfast.IBOTPatchLoss(D, diagnostics=True))(
-        x.fixed(2 * L, D), x.z(2 * L, D), x.mask()
-    ),
-    "IBOTPlusPlusPatchLoss": lambda x: x.made(lambda: sslfast.IBOTPlusPlusPatchLoss(D, diagnostics=True))(
-        x.fixed(B, L, D), x.z(B, L, D), x.mask(), visible_loss_weight=0.5
-    ),
-    "IBOTPlusPlusPatchLoss/no mask": lambda x: x.made(lambda: sslfast.IBOTPlusPlusPatchLoss(D))(
-        x.fixed(B, L, D), x.z(B, L, D)
-    ),
-    "capi": lambda x: sslfast.capi(x.fixed(N, 5, D), x.z(N, 3, D), x.ids(N, 3)),
-    "capi/itself": lambda x: _clustered(x.z(N, 3, D)),
-    "CAPILoss": lambda x: sslfast.CAPILoss(0.5, 0.5, diagnostics=True)(x.fixed(N, 3, D), x.z(N, 3, D)),
-}
-
-
-def _clustered(logits: Tensor) -> Tensor:
-    return sslfast.capi(logits, logits)
-
-
-def _dino(module: Any, x: Inputs) -> list[Any]:
-    teacher = [x.fixed(), x.fixed()]
-    first = module(teacher, [x.z(), x.z(), x.z()], epoch=1, update_center=False)
-    module.update_center()
-    return [*first, *module(teacher, [x.z(), x.z()], 0.5), module.center]
 
 
 def _enqueued(queue: Any, x: Inputs) -> list[Tensor]:
@@ -375,35 +228,6 @@ def _masks(x: Inputs) -> masking.Masks:
 def _token_losses(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     labels = torch.where(x.ids(B, L) % 4 == 0, x.ids(B, L), -100)
     return x.z(B, L, D), x.z(50, D), labels
-
-
-def _of_four(function: Any) -> Case:
-    return lambda x: function(x.z(), x.z(), x.fixed(), x.fixed())
-
-
-DISTILLATION: dict[str, Case] = {
-    **_PROTOTYPES,
-    **_LOGITS,
-    "negative_cosine": _function(sslfast.negative_cosine),
-    "negative_cosine/a target": lambda x: sslfast.negative_cosine(x.z(), x.fixed(), convention="distance"),
-    "negative_cosine/in an autocast region": _mixed(sslfast.negative_cosine),
-    "NegativeCosineLoss": _module(sslfast.NegativeCosineLoss),
-    "NegativeCosineLoss/diagnostics": _module(sslfast.NegativeCosineLoss, diagnostics=True),
-    "byol": _of_four(sslfast.byol),
-    "BYOLLoss": _of_four(sslfast.BYOLLoss()),
-    "sim_siam": _of_four(sslfast.sim_siam),
-    "SimSiamLoss": _of_four(sslfast.SimSiamLoss(diagnostics=True)),
-    "gram_anchor": lambda x: sslfast.gram_anchor(x.z(B, L, D), x.fixed(B, L, D)),
-    "gram_anchor/as they are": lambda x: sslfast.gram_anchor(x.z(B, L, D), x.fixed(B, L, D), normalize=False),
-    "GramLoss": lambda x: sslfast.GramLoss(img_level=False, remove_neg=False)(x.z(B, L, D), x.fixed(B, L, D)),
-    "patch_kernel_alignment": lambda x: sslfast.patch_kernel_alignment(x.z(B, L, D), x.fixed(B, L, D), x.mask()),
-    "patch_kernel_alignment/samples of wide tokens": lambda x: sslfast.patch_kernel_alignment(
-        x.z(B, L, 128), x.fixed(B, L, 128), x.mask(), max_tokens=5
-    ),
-    "PatchKernelAlignmentLoss": lambda x: sslfast.PatchKernelAlignmentLoss()(x.z(B, L, D), x.fixed(B, L, D)),
-    "ops.gram_anchor.gram_anchor": lambda x: gram_anchor(x.z(B, L, D), x.fixed(B, L, D)),
-    "ops.negative_cosine.negative_cosine": lambda x: negative_cosine(x.z(), x.z()),
-}
 
 
 def _averaged(x: Inputs, momentum: Any, *, copied: bool = False) -> list[Tensor]:

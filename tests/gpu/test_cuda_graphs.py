@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fake_cuda import WAITS
+from fake_cuda.distillation import DISTILLATION
 from fake_cuda.inputs import Case, Inputs
-from fake_cuda.losses import CONTRASTIVE, DECORRELATION, DISTILLATION, MASKED
+from fake_cuda.losses import CONTRASTIVE, DECORRELATION, MASKED
 
 DOCS = Path(__file__).parents[2] / "docs"
 LOSSES = {**CONTRASTIVE, **DECORRELATION, **DISTILLATION, **MASKED}

@@ -12,9 +12,10 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import sslfast
+from fake_cuda.distillation import DISTILLATION
 from fake_cuda.images import TOKENS
 from fake_cuda.inputs import Case, D, Inputs, N
-from fake_cuda.losses import CONTRASTIVE, DECORRELATION, DISTILLATION, MASKED
+from fake_cuda.losses import CONTRASTIVE, DECORRELATION, MASKED
 from fake_cuda.worker import tensors
 
 SEED, TOLERANCE = 7, 1e-8  # of float64, relative to the terms of the sum that is compared
