@@ -1,6 +1,7 @@
-// The weighted sum of rows' softmaxes over prototypes on the CPU, and in the same visit each row's cross entropy against
-// a target and its entropy. Forward, a row is read once: its exponentials stay in the cache until its sum is known, and
-// are then added to the column sums, a few rows at a time. Backward, it is read once and its gradient written:
+// The weighted sum of rows' softmaxes over prototypes on the CPU, and in the same visit each row's cross entropy
+// against a target and its entropy. Forward, a row is read once: its exponentials stay in the cache until its sum is
+// known, and are then added to the column sums, a few rows at a time. Backward, it is read once and its gradient
+// written:
 //     dx = 1/τ·(w p ⊙ (v − <p, v>) + g(mass p − t) − h p ⊙ (ln p + entropy))
 #include "cpu/mean_assignment.h"
 

@@ -1,5 +1,5 @@
-// Sums over rows for every column of a matrix: a block of threads has a tile of columns, a warp wide, for a piece of the
-// rows; its warps take rows in turn, and their results are joined in their order.
+// Sums over rows for every column of a matrix: a block of threads has a tile of columns, a warp wide, for a piece of
+// the rows; its warps take rows in turn, and their results are joined in their order.
 #pragma once
 #include <algorithm>
 

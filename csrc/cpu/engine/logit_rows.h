@@ -104,8 +104,8 @@ static inline A dot_of(const A* p, const A* y, int64_t n) {
   return sum_lanes<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
-// From the maximum and the sum of every chunk of a row of exponentials, each relative to its chunk's maximum: what makes
-// the row's softmax of them, in place of the sums; and log2 of the row's sum.
+// From the maximum and the sum of every chunk of a row of exponentials, each relative to its chunk's maximum: what
+// makes the row's softmax of them, in place of the sums; and log2 of the row's sum.
 template <typename A>
 static inline A chunk_weights(const A* shift, A* weight, int64_t chunks, A top) {
   A total = 0;

@@ -13,8 +13,8 @@ namespace sslfast {
 struct NeighbourInput {
   Rows q, k;  // [m, d], [n, d]; k has no data where q's rows are taken against themselves
   int64_t m, n, d;
-  // [n], float, or double for double rows; or null. Added to the similarities of a column; of rows against themselves to
-  // those of a row too, so that they stay symmetric: that moves all of a row alike.
+  // [n], float, or double for double rows; or null. Added to the similarities of a column; of rows against themselves
+  // to those of a row too, so that they stay symmetric: that moves all of a row alike.
   const void* bias;
   const int64_t* row_ids;  // [m] and
   const int64_t* col_ids;  // [n], or both null: pairs with equal ids take no part
