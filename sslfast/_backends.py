@@ -76,7 +76,7 @@ def use_gradient_form(name: str | None) -> Iterator[None]:
             rows, and multiplied by the library), or ``None``.
 
     The setting belongs to the process, not to the thread, and counts when a gradient is computed: in ``backward`` for
-    the softmax losses, in the forward for the pairwise sigmoid loss.
+    the softmax losses, in the forward for the pairwise sigmoid loss and for :func:`sslfast.prototype_cross_entropy`.
 
     Raises:
         ValueError: ``name`` is none of these.

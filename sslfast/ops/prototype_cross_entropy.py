@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .. import _backends, _library, _native
 from .._checks import FLOATS, accumulator, is_real, readable, warn_once, whole_numbers
-from ._prototype_operators import Inputs, by_reference, by_triton
+from ._prototype_gpu import by_triton
+from ._prototype_operators import Inputs, by_reference
 from .types import NormalizedPrototypes
 
 BACKENDS = ("cpu", "triton", "reference")
@@ -125,14 +126,14 @@ def prototype_cross_entropy(
         False,
         False,
     )
+    learns = torch.is_grad_enabled()
+    need_prototypes = learns and (w.requires_grad or (gain is not None and gain.requires_grad))
+    inputs = inputs._replace(need_student=learns and student.requires_grad, need_prototypes=need_prototypes)
     backend = _backends.serve("prototype_cross_entropy", student, "triton", why_not)
     if backend == "reference":
         return by_reference(inputs)
     if backend == "triton":
         return by_triton(inputs)
-    learns = torch.is_grad_enabled()
-    need_prototypes = learns and (w.requires_grad or (gain is not None and gain.requires_grad))
-    inputs = inputs._replace(need_student=learns and student.requires_grad, need_prototypes=need_prototypes)
     loss: Tensor = _library.run("prototype_cross_entropy", *inputs)[0]
     return loss
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,10 +20,17 @@ pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 if torch.cuda.is_available():  # else these tests run in the interpreter
     pytestmark.append(pytest.mark.gpu)
 
+FORMS = ["streamed", "banded"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (student's views, samples, features, prototypes): one row, one prototype, one feature; ragged tiles; two products;
 # more than one chunk of the gradient.
 SHAPES = [(1, 1, 8, 40), (2, 7, 5, 1), (1, 20, 1, 33), (3, 13, 24, 67), (2, 20, 130, 35), (2, 17, 300, 33)]
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest) -> Iterator[str]:
+    with sslfast.use_gradient_form(request.param):
+        yield request.param
 
 
 def make(views: int, samples: int, d: int, k: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -63,12 +71,12 @@ def check(given: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_shapes(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+def test_shapes(shape: tuple[int, int, int, int], dtype: torch.dtype, form: str) -> None:
     check(make(*shape, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bias_and_weights(dtype: torch.dtype) -> None:
+def test_bias_and_weights(dtype: torch.dtype, form: str) -> None:
     given = make(3, 13, 24, 67, dtype)
     given["bias"] = torch.randn(67, device=DEVICE)
     given["weights"] = torch.rand(13, device=DEVICE)
@@ -76,7 +84,7 @@ def test_bias_and_weights(dtype: torch.dtype) -> None:
     check(given)
 
 
-def test_normalized_prototypes_and_second_order() -> None:
+def test_normalized_prototypes_and_second_order(form: str) -> None:
     given = make(2, 5, 8, 19)
     w = (3 * given["w"]).requires_grad_()
     gain = (torch.rand(19, device=DEVICE) + 0.5).requires_grad_()
@@ -92,6 +100,56 @@ def test_normalized_prototypes_and_second_order() -> None:
         torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_bands(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two samples each, the last of one."""
+    from sslfast.kernels import prototype_bands
+
+    monkeypatch.setattr(prototype_bands, "BAND_BYTES", 2 * 67 * (4 * (2 * 3 + 2) + 2 * 3))
+    given = make(3, 13, 24, 67, dtype)
+    given["weights"] = torch.rand(13, device=DEVICE)
+    given["weights"][::3] = 0
+    with sslfast.use_gradient_form("banded"):
+        check(given)
+
+
+def test_a_row_without_weight_may_hold_anything(form: str) -> None:
+    given = make(2, 5, 8, 19)
+    given["weights"] = torch.tensor([1.0, 0, 2, 0, 1], device=DEVICE)
+    given["student"][:, 1], given["teacher"][:, 3] = float("nan"), float("inf")
+    with sslfast.use_backend("triton"):
+        found = run(prototype_cross_entropy, given, torch.float32)
+    assert all(x.isfinite().all() for x in found) and found[1].abs().max() > 0
+
+
+def test_second_backward_and_parts_that_learn(form: str) -> None:
+    given = make(2, 5, 8, 19)
+    for learning in (("student",), ("w",), ("student", "w")):
+        leaves = {name: given[name].clone().requires_grad_(name in learning) for name in ("student", "w")}
+        with sslfast.use_backend("triton"):
+            loss = prototype_cross_entropy(leaves["student"], given["teacher"], leaves["w"], given["u"])
+        wanted = [leaves[name] for name in learning]
+        first = torch.autograd.grad(loss, wanted, retain_graph=True)
+        again = torch.autograd.grad(2 * loss, wanted)
+        assert all(torch.equal(2 * a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_pairs_that_bands_do_not_serve_are_streamed() -> None:
+    given = make(3, 4, 8, 19)
+    given["pairs"] = [(0, 2), (1, 0)]
+    with sslfast.use_gradient_form("banded"):
+        check(given)
+
+
+def test_choice_of_the_form() -> None:
+    """Few features are streamed; where one product does not take them all, bands cost less."""
+    from sslfast.kernels.prototype_bands import costs
+
+    for ratio in (0.2, 1.0):
+        few, many = costs(128, 2, ratio, 128), costs(384, 2, ratio, 128)
+        assert few["streamed"] < few["banded"] and many["banded"] < many["streamed"]
+
+
 def test_many_programs_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     from sslfast.kernels import _owner
 
@@ -105,3 +163,13 @@ def test_opcheck() -> None:
     w = torch.randn(9, 8, device=DEVICE, requires_grad=True)
     scale = torch.tensor(2.0, device=DEVICE)
     torch.library.opcheck(torch.ops.sslfast.prototype_attend_triton.default, (teacher, u, w, bias, scale))
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_opcheck_of_bands(learns: bool) -> None:
+    given = make(2, 5, 8, 19)
+    student, w = given["student"].requires_grad_(learns), given["w"].requires_grad_(learns)
+    gain, bias = torch.rand(19, device=DEVICE).requires_grad_(learns), torch.randn(19, device=DEVICE)
+    tensors = student, given["teacher"], w, gain, given["u"], None, bias, torch.rand(5, device=DEVICE)
+    options = [0, 1], [1, 0], 0.1, 0.04, True, False, learns, learns
+    torch.library.opcheck(torch.ops.sslfast.prototype_cross_entropy_banded.default, (*tensors, *options))

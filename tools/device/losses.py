@@ -366,10 +366,10 @@ MASKED = [
 ]
 
 # Each form of the gradient at every width: the cost model takes one of them for a width and dtype.
-WITH_FORMS = ("nt_xent", "clip", "sig_lip", "moco", "similarity_terms")
+WITH_FORMS = ("nt_xent", "clip", "sig_lip", "moco", "similarity_terms", "prototype_cross_entropy")
 FORMS = [
     loss._replace(name=f"{loss.name}, {form}", form=form)
-    for loss in CONTRASTIVE if loss.name in WITH_FORMS for form in ("streamed", "banded")
+    for loss in (*CONTRASTIVE, *DISTILLATION) if loss.name in WITH_FORMS for form in ("streamed", "banded")
 ]  # fmt: skip
 
 LOSSES: Sequence[Loss] = [*CONTRASTIVE, *FORMS, *MOMENTS, *DISTILLATION, *MASKED]

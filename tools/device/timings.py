@@ -23,7 +23,7 @@ from .sweep import SWEEP, run_sweep
 SECONDS = 0.4  # of timing, a case and mode
 MODES = ("forward", "backward", "both")
 FORMS = ("sslfast-streamed", "sslfast-banded")
-WITH_FORMS = ("nt_xent", "clip", "sig_lip", "moco")
+WITH_FORMS = ("nt_xent", "clip", "sig_lip", "moco", "prototype_cross_entropy")
 
 
 @dataclass(frozen=True)
