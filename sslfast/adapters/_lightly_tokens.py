@@ -74,18 +74,20 @@ def fast_ibot_plus_plus(
     if not is_number(visible_loss_weight):
         return Unserved("a visible_loss_weight that is no number")
     teacher, student = teacher_out.flatten(0, -2), student_out.flatten(0, -2)
+    weights = None
     if mask is None:
-        return (
-            Unserved("logits [B·N, K] without a mask")
-            if dim == 2
-            else (_from_center(self, teacher, student, temperature, None))
-        )
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() < 2 or mask.device != student.device:
-        return Unserved("a mask that is no bool tensor [B, H, W] or [B, N] on the logits' device")
-    if mask.numel() != len(student) or (dim == 3 and len(mask) != len(student_out)):
-        return Unserved("a mask of another number of tokens")
-    weights = all_token_weights(mask, visible_loss_weight, accumulator(student)) / len(mask)
-    return _from_center(self, teacher, student, temperature, weights)
+        if dim == 2:
+            return Unserved("logits [B·N, K] without a mask")
+    else:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() < 2 or mask.device != student.device:
+            return Unserved("a mask that is no bool tensor [B, H, W] or [B, N] on the logits' device")
+        if mask.numel() != len(student) or (dim == 3 and len(mask) != len(student_out)):
+            return Unserved("a mask of another number of tokens")
+        weights = all_token_weights(mask, visible_loss_weight, accumulator(student)) / len(mask)
+    loss = _from_center(self, teacher, student, temperature, weights)
+    like = self.center.value.new_empty(0, dtype=torch.promote_types(student.dtype, self.center.value.dtype))
+    result: Tensor = in_dtype_of(like, loss)
+    return result
 
 
 def _unserved_epsilon(logits: Tensor, epsilon: object) -> Unserved | None:

@@ -81,7 +81,8 @@ def test_copies_pickles_and_states():
             torch.manual_seed(4)
             copies = [copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))]
             expected = criterion(*inputs)
-            torch.testing.assert_close(expected, own, msg=lambda m, n=name: f"{n}: {m}")
+            allowed = {"rtol": 1e-4, "atol": 0} if name == "CAPILoss" else {}  # lightly's epsilon
+            torch.testing.assert_close(expected, own, **allowed, msg=lambda m, n=name: f"{n}: {m}")
             for other in copies:
                 torch.manual_seed(4)
                 assert type(other) is type(criterion)

@@ -47,14 +47,17 @@ _PROTOTYPES: dict[str, Case] = {
     ),
     "prototype_usage": lambda x: sslfast.prototype_usage(x.fixed(), x.fixed(40, D), row_weights=x.fixed(N)),
     "duplicate_prototypes": lambda x: sslfast.duplicate_prototypes(x.fixed(40, D)),
-    "ops.prototype_columns.visit": lambda x: visit(
-        TeacherRows.of(x.fixed(), x.fixed(40, D), 0.3, x.ids(N) > 3), x.fixed(40).float(), by_row=True
-    ),
+    "ops.prototype_columns.visit": lambda x: _visited(x),
     "center_update_": lambda x: sslfast.center_update_(x.fixed(40), x.fixed(2, N, D), x.fixed(40, D)),
     "center_update_/normalised": lambda x: sslfast.center_update_(
         x.fixed(1, 40), x.fixed(), sslfast.NormalizedPrototypes(x.fixed(40, D), x.fixed(40)), row_weights=x.fixed(N)
     ),
 }
+
+
+def _visited(x: Inputs) -> Any:
+    rows = TeacherRows.of(x.fixed(), x.fixed(40, D), 0.3, x.ids(N) > 3)
+    return visit(rows, x.fixed(40).to(rows.kind), by_row=True)
 
 
 def _and_queue(module: Any, x: Inputs) -> list[Tensor]:

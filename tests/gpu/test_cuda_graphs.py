@@ -25,6 +25,7 @@ WAITING = {
     "WMSELoss": "a permutation of the CPU, and a Cholesky decomposition",
     "Whitening2d": "a Cholesky decomposition",
     "pair_nt_xent": "a number of positives",
+    "self_labelling": "an error that says whether to go on",
 }
 CAPTURED = {name: case for name, case in LOSSES.items() if name.partition("/")[0] not in WAITING}
 # All in float32; in bfloat16, too, those with nothing particular about them.

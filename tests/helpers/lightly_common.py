@@ -20,6 +20,11 @@ def pair(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Te
     return tuple(torch.randn(2, *shape, dtype=torch.float64).to(dtype).unbind())
 
 
+def uniform_of_nine(mean: torch.Tensor) -> torch.Tensor:
+    """A distribution that pickle finds by its name."""
+    return mean.new_ones(9) / 9
+
+
 def all_losses() -> dict[str, tuple]:
     """Each class that is served: an instance, and inputs for it."""
     loss = peer("lightly.loss")
@@ -54,7 +59,7 @@ def all_losses() -> dict[str, tuple]:
         "DINOLoss": (loss.DINOLoss(6), ([a, b], [b, a, b])),
         "MSNLoss": (loss.MSNLoss(), (a, b[:12], b[:9])),
         "PMSNLoss": (loss.PMSNLoss(), (a, b[:12], b[:9])),
-        "PMSNCustomLoss": (loss.PMSNCustomLoss(lambda p: p.new_ones(9) / 9), (a, b[:12], b[:9])),
+        "PMSNCustomLoss": (loss.PMSNCustomLoss(uniform_of_nine), (a, b[:12], b[:9])),
         "IBOTPatchLoss": (loss.IBOTPatchLoss(6), (a, b, torch.arange(48).view(3, 4, 4) % 2 == 0)),
         "IBOTPlusPlusPatchLoss": (loss.IBOTPlusPlusPatchLoss(6), (a, b, torch.arange(24).view(4, 6) % 5 == 0)),
         "CAPILoss": (loss.CAPILoss(), (a.view(4, 6, 6), b.view(4, 6, 6)[:, 1:4], torch.tensor([[3, 1, 5]] * 4))),

@@ -25,7 +25,7 @@ def cross_entropy(run: Run, *views: Tensor) -> Tensor:
     """Of an operator that takes lists of tensors."""
     targets = [x[None] for x in torch.softmax(VIEWS[:2], -1)]
     student = [x[None] for x in views]
-    of_row: Tensor = run("distillation_cross_entropy", student, targets, None, 0.1, 1.0, True, True, None)[0]
+    of_row: Tensor = run("distillation_cross_entropy", student, targets, None, 0.1, 1.0, True, True, None, None)[0]
     return of_row.sum()
 
 
