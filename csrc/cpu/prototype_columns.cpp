@@ -95,15 +95,6 @@ struct Columns {
   }
   static int64_t whole(int64_t some) { return round_up(some, kLanes<T>); }
 
-  // Calls f(block, scratch) for every block, the blocks of a split by one thread in their order.
-  template <typename F>
-  void each_block(const Parallel& parallel, F&& f) const {
-    each_task(parallel, splits, next, [&](int64_t worker, int64_t split) {
-      const Scratch mine = scratch_of(worker);
-      for (int64_t b = split * of_k.count / splits; b < (split + 1) * of_k.count / splits; ++b) f(b, mine);
-    });
-  }
-
   // y of a block, which is packed, and some rows; −∞ beyond the last of them.
   void logits(const T* block, int64_t b, int64_t slot, int64_t some, T* y) const {
     tile_similarity_rows(block, transposed + slot * features.size, of_k.height, of_k.length(b), some, in.d, factor, y,
@@ -251,11 +242,14 @@ struct Columns {
         features.pack(in.teacher, rows + slot * tiling.width, tiling.rows_of(slot, some), mine.panels,
                       transposed + slot * features.size, mine.row);
       });
-      each_block(parallel, [&](int64_t b, const Scratch& mine) { visit_block(b, first_tile, some, mine); });
+      const auto scratch_at = [&](int64_t worker) { return scratch_of(worker); };
+      each_block(parallel, splits, of_k.count, next, scratch_at,
+                 [&](int64_t, int64_t b, const Scratch& mine) { visit_block(b, first_tile, some, mine); });
       if (!softmax) continue;
       auto merge_one = [&](int64_t slot) { merge(slot, rows + slot * tiling.width, tiling.rows_of(slot, some)); };
       parallel_each(parallel, tiles, merge_one);
-      each_block(parallel, [&](int64_t b, const Scratch&) { sum_block(b, first_tile, some); });
+      each_block(parallel, splits, of_k.count, next, scratch_at,
+                 [&](int64_t, int64_t b, const Scratch&) { sum_block(b, first_tile, some); });
     }
     for (int64_t k = 0; k < in.prototypes; ++k) {
       const double log_sum = __builtin_log2(static_cast<double>(sum[k]));

@@ -32,7 +32,8 @@ struct CrossEntropy {
   const int64_t lent, most_tiles;         // tiles that dW has room for, and of the first chunk
   const int64_t splits, workers, stride;  // stride: numbers that a block and a tile leave: max and sum, and crosses
   const SplitFactor<T> student_factor, teacher_factor;  // log2(e)/τ
-  int64_t *order, *starts, *teachers, *next;            // samples that count; pairs by student view
+  SamplePairs<T> pairs;
+  int64_t* next;
   T *student_panels, *student_transposed, *teacher_panels, *teacher_transposed, *rows;
   T *merged, *statistics, *exponentials, *dstudent, *scratch;
   double* losses;  // [tiles of a chunk]
@@ -52,11 +53,9 @@ struct CrossEntropy {
         workers(threads < splits ? threads : splits),
         stride(2 * (tiling.lds + tiling.ldt) + input.pairs * tiling.ldb),
         student_factor(kLog2e / input.student_temperature),
-        teacher_factor(kLog2e / input.teacher_temperature) {
+        teacher_factor(kLog2e / input.teacher_temperature),
+        pairs(input, arena) {
     const int64_t tiles = most_tiles;
-    order = arena.take<int64_t>(in.samples);
-    starts = arena.take<int64_t>(in.student.count + 1);
-    teachers = arena.take<int64_t>(in.pairs);
     next = arena.take<int64_t>(1);
     student_panels = arena.take<T>(tiles * student.size);
     student_transposed = arena.take<T>(tiles * student.size);
@@ -122,33 +121,9 @@ struct CrossEntropy {
     return exponentials + (slot * tiling.in_chunk + tile) * of_k.height * columns;
   }
   T* dstudent_of(int64_t split, int64_t tile) const { return dstudent + (split * most_tiles + tile) * student.size; }
-  // Samples of a tile in a chunk of `count`.
-  int64_t samples_of(int64_t tile, int64_t count) const {
-    const int64_t left = count - tile * tiling.in_tile;
-    return left < tiling.in_tile ? left : tiling.in_tile;
-  }
-  double weight_of(int64_t sample) const {
-    return in.row_weights == nullptr ? 1.0 / static_cast<double>(in.samples)
-                                     : static_cast<double>(static_cast<const T*>(in.row_weights)[sample]);
-  }
-
-  // Samples that count, and pairs by the student's view. Returns how many samples.
-  int64_t prepare() {
-    int64_t count = 0, pair = 0;
-    for (int64_t b = 0; b < in.samples; ++b)
-      if (weight_of(b) != 0) order[count++] = b;
-    for (int64_t v = 0; v < in.student.count; ++v) {
-      starts[v] = pair;
-      for (int64_t p = 0; p < in.pairs; ++p)
-        if (in.student_views[p] == v) teachers[pair++] = in.teacher_views[p];
-    }
-    starts[in.student.count] = pair;
-    return count;
-  }
-
   void pack_features(const Parallel& parallel, const int64_t* samples, int64_t count, int64_t tiles) {
     auto body = [&](int64_t task) {
-      const int64_t tile = task / 2, first = tile * tiling.in_tile, some = samples_of(tile, count);
+      const int64_t tile = task / 2, first = tile * tiling.in_tile, some = tiling.samples_of(tile, count);
       T* row = rows + task * of_k.padded;
       if (task % 2 == 0)
         student.pack(in.student.rows, samples + first, some, student_panels + tile * student.size,
@@ -166,8 +141,8 @@ struct CrossEntropy {
     pack_prototypes(in.of_teacher, of_k, b, mine.teacher_block, mine.row);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       T* e = exponentials_of(tile, b, fresh);
-      observe_tile(b, tile, samples_of(tile, count), e == nullptr ? mine.exponentials : e, statistics_of(tile, b),
-                   mine);
+      observe_tile(b, tile, tiling.samples_of(tile, count), e == nullptr ? mine.exponentials : e,
+                   statistics_of(tile, b), mine);
     }
   }
 
@@ -197,28 +172,23 @@ struct CrossEntropy {
   // next view's first ones: what is stored for them is stored again, from all of their own, when their turn comes.
   void observe_view(const T* x, int64_t rows_k, int64_t some, int64_t v, int64_t i, T* e, const T* p,
                     const Statistics& found) const {
-    const int64_t j = v * some + i, first = starts[v], pairs = starts[v + 1] - first;
+    const int64_t j = v * some + i, first = pairs.starts[v], met = pairs.starts[v + 1] - first;
     const vec<T> top = column_maximum(x + j, rows_k), shift = shifts_of<T>(top);
     const T* of[2] = {};
     vec<T> sum, cross[2];
-    for (int64_t t = 0; t < pairs && t < 2; ++t) of[t] = p + teachers[first + t] * some + i;
+    for (int64_t t = 0; t < met && t < 2; ++t) of[t] = p + pairs.teachers[first + t] * some + i;
     T* to = e == nullptr ? nullptr : e + j;
-    if (pairs == 0)
+    if (met == 0)
       observe_columns<T, 0>(x + j, rows_k, shift, to, tiling.lds, &sum, of, tiling.ldt, cross);
-    else if (pairs == 1)
+    else if (met == 1)
       observe_columns<T, 1>(x + j, rows_k, shift, to, tiling.lds, &sum, of, tiling.ldt, cross);
     else
       observe_columns<T, 2>(x + j, rows_k, shift, to, tiling.lds, &sum, of, tiling.ldt, cross);
     store(found.student_max + j, references_of<T>(top));
     store(found.student_sum + j, sum);
-    for (int64_t t = 0; t < pairs; ++t)
+    for (int64_t t = 0; t < met; ++t)
       store(found.cross + (first + t) * tiling.ldb + i,
-            t < 2 ? cross[t] : cross_columns(x + j, rows_k, p + teachers[first + t] * some + i, tiling.ldt));
-  }
-
-  static void add_row_bias(T* y, int64_t rows_k, int64_t columns, const T* bias) {
-    for (int64_t k = 0; k < rows_k; ++k)
-      for (int64_t j = 0; j < columns; ++j) y[k * kTile + j] += bias[k] * T(kLog2e);
+            t < 2 ? cross[t] : cross_columns(x + j, rows_k, p + pairs.teachers[first + t] * some + i, tiling.ldt));
   }
 
   // The loss of a tile; and in place of each block's sums what its exponentials are multiplied by in G.
@@ -231,25 +201,27 @@ struct CrossEntropy {
       const Statistics at = statistics_of(tile, b);
       for (int64_t j = 0; j < of_teachers; ++j) at.teacher_sum[j] /= total[j];
       for (int64_t v = 0; v < student.views; ++v)
-        for (int64_t p = starts[v]; p < starts[v + 1]; ++p)
+        for (int64_t p = pairs.starts[v]; p < pairs.starts[v + 1]; ++p)
           for (int64_t i = 0; i < some; ++i)
-            loss -= weight_of(samples[i]) * static_cast<double>(at.cross[p * tiling.ldb + i]) *
-                    static_cast<double>(at.teacher_sum[teachers[p] * some + i]);
+            loss -= pairs.weight_of(samples[i]) * static_cast<double>(at.cross[p * tiling.ldb + i]) *
+                    static_cast<double>(at.teacher_sum[pairs.teachers[p] * some + i]);
     }
     merge_blocks(first.student_max, first.student_sum, stride, of_k.count, of_students, max, total);
     for (int64_t v = 0; v < student.views; ++v)
-      for (int64_t i = 0, j = v * some; i < some && starts[v + 1] > starts[v]; ++i, ++j)
-        loss += weight_of(samples[i]) * static_cast<double>(starts[v + 1] - starts[v]) *
+      for (int64_t i = 0, j = v * some; i < some && pairs.starts[v + 1] > pairs.starts[v]; ++i, ++j)
+        loss += pairs.weight_of(samples[i]) * static_cast<double>(pairs.starts[v + 1] - pairs.starts[v]) *
                 (static_cast<double>(max[j]) + __builtin_log2(static_cast<double>(total[j])));
     const double scale = 1 / (static_cast<double>(in.pairs) * in.student_temperature);
     for (int64_t b = 0; learns && b < of_k.count; ++b) {
       const Statistics at = statistics_of(tile, b);
       for (int64_t t = 0, j = 0; t < teacher.views; ++t)
-        for (int64_t i = 0; i < some; ++i, ++j) at.teacher_sum[j] *= static_cast<T>(scale * weight_of(samples[i]));
+        for (int64_t i = 0; i < some; ++i, ++j)
+          at.teacher_sum[j] *= static_cast<T>(scale * pairs.weight_of(samples[i]));
       for (int64_t v = 0, j = 0; v < student.views; ++v)
         for (int64_t i = 0; i < some; ++i, ++j)
-          at.student_sum[j] *=
-              static_cast<T>(scale * weight_of(samples[i]) * static_cast<double>(starts[v + 1] - starts[v])) / total[j];
+          at.student_sum[j] *= static_cast<T>(scale * pairs.weight_of(samples[i]) *
+                                              static_cast<double>(pairs.starts[v + 1] - pairs.starts[v])) /
+                               total[j];
     }
     return kLn2 / static_cast<double>(in.pairs) * loss;
   }
@@ -264,7 +236,7 @@ struct CrossEntropy {
       for (int64_t v = 0; v < student.views; ++v)
         for (int64_t i = 0, j = v * some; i < some; i += kLanes<T>, j += kLanes<T>) {
           vec<T> w = load(e + j) * load(factor.student_sum + j);
-          for (int64_t t = starts[v]; t < starts[v + 1]; ++t) w -= load(p + teachers[t] * some + i);
+          for (int64_t t = pairs.starts[v]; t < pairs.starts[v + 1]; ++t) w -= load(p + pairs.teachers[t] * some + i);
           store(g + j, w);
         }
     }
@@ -277,7 +249,7 @@ struct CrossEntropy {
     if (again || dstudent != nullptr) pack_prototypes(in.of_student, of_k, b, mine.student_block, mine.row);
     if (again) pack_prototypes(in.of_teacher, of_k, b, mine.teacher_block, mine.row);
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t some = samples_of(tile, count), columns = student.views * some;
+      const int64_t some = tiling.samples_of(tile, count), columns = student.views * some;
       T* e = exponentials_of(tile, b, fresh);
       if (e == nullptr) {
         e = mine.exponentials;
@@ -321,60 +293,50 @@ struct CrossEntropy {
       }
   }
 
-  // Calls f(split, block, scratch) for every block, the blocks of a split by one thread in their order.
-  template <typename F>
-  void each_block(const Parallel& parallel, F&& f) const {
-    each_task(parallel, splits, next, [&](int64_t worker, int64_t split) {
-      const Scratch mine = scratch_of(worker);
-      const int64_t first = split * of_k.count / splits, end = (split + 1) * of_k.count / splits;
-      for (int64_t b = first; b < end; ++b) f(split, b, mine);
-    });
-  }
-
   // One chunk: `count` samples; `fresh`, `last`: the first and the last chunk. Returns its loss.
   double chunk(const int64_t* samples, int64_t count, bool fresh, bool last, const Parallel& parallel) {
     const int64_t tiles = (count + tiling.in_tile - 1) / tiling.in_tile;
     pack_features(parallel, samples, count, tiles);
-    each_block(parallel, [&](int64_t, int64_t b, const Scratch& mine) { observe(b, count, tiles, fresh, mine); });
+    const auto scratch_at = [&](int64_t worker) { return scratch_of(worker); };
+    each_block(parallel, splits, of_k.count, next, scratch_at,
+               [&](int64_t, int64_t b, const Scratch& mine) { observe(b, count, tiles, fresh, mine); });
     auto merge_one = [&](int64_t tile) {
       T* max = merged + tile * 2 * (kTile + kSlack);
-      losses[tile] = merge(tile, samples + tile * tiling.in_tile, samples_of(tile, count), max, max + kTile + kSlack);
+      losses[tile] =
+          merge(tile, samples + tile * tiling.in_tile, tiling.samples_of(tile, count), max, max + kTile + kSlack);
     };
     parallel_each(parallel, tiles, merge_one);
     double loss = 0;
     for (int64_t tile = 0; tile < tiles; ++tile) loss += losses[tile];
     if (!learns) return loss;
     if (dstudent != nullptr) {
-      auto clear = [&](int64_t s) {
-        for (int64_t x = 0; x < tiles * student.size; ++x) dstudent_of(s, 0)[x] = 0;
-      };
+      auto clear = [&](int64_t s) { clear_numbers<T>(dstudent_of(s, 0), tiles * student.size); };
       parallel_each(parallel, splits, clear);
     }
-    each_block(parallel, [&](int64_t split, int64_t b, const Scratch& mine) {
+    each_block(parallel, splits, of_k.count, next, scratch_at, [&](int64_t split, int64_t b, const Scratch& mine) {
       descend(split, b, count, tiles, fresh, mine);
       if (last) finish_prototypes(b, mine);
     });
-    auto finish = [&](int64_t tile) { finish_student(tile, samples + tile * tiling.in_tile, samples_of(tile, count)); };
+    auto finish = [&](int64_t tile) {
+      finish_student(tile, samples + tile * tiling.in_tile, tiling.samples_of(tile, count));
+    };
     if (dstudent != nullptr) parallel_each(parallel, tiles, finish);
     return loss;
   }
 
-  static void clear(void* x, int64_t count) {
-    for (int64_t k = 0; x != nullptr && k < count; ++k) static_cast<T*>(x)[k] = 0;
-  }
-
   double run(const Parallel& parallel) {
-    const int64_t count = prepare();
-    if (count < in.samples) clear(out.student, in.student.count * in.samples * in.d);  // rows that take no part
+    const int64_t count = pairs.prepare();
+    if (count < in.samples)
+      clear_numbers<T>(out.student, in.student.count * in.samples * in.d);  // rows that take no part
     if (count == 0) {
-      clear(out.prototypes, in.prototypes * in.d);
-      clear(out.gain, in.prototypes);
+      clear_numbers<T>(out.prototypes, in.prototypes * in.d);
+      clear_numbers<T>(out.gain, in.prototypes);
     }
     double loss = 0;
     int64_t at_once = most_tiles * tiling.in_tile;
     for (int64_t first = 0; first < count; first += at_once, at_once = tiling.in_chunk * tiling.in_tile) {
       const int64_t left = count - first;
-      loss += chunk(order + first, left < at_once ? left : at_once, first == 0, left <= at_once, parallel);
+      loss += chunk(pairs.order + first, left < at_once ? left : at_once, first == 0, left <= at_once, parallel);
     }
     return loss;
   }

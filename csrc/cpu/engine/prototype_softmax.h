@@ -21,6 +21,13 @@ inline vec<T> references_of(vec<T> max) {
   return max == infinity ? zero : max;
 }
 
+// y[k][j] += log2(e)·bias[k]: a bias in units of the logits.
+template <typename T>
+inline void add_row_bias(T* y, int64_t rows, int64_t columns, const T* bias) {
+  for (int64_t k = 0; k < rows; ++k)
+    for (int64_t j = 0; j < columns; ++j) y[k * kTile + j] += bias[k] * T(kLog2e);
+}
+
 // The largest of `rows` numbers in each of a vector's columns.
 template <typename T>
 inline vec<T> column_maximum(const T* x, int64_t rows) {

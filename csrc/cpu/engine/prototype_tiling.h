@@ -24,6 +24,11 @@ struct Tiling {
   int64_t in_tile = 1, in_chunk = 1, kept = 0;
   int64_t lds = 0, ldt = 0, ldb = 0;  // columns of a tile of the student, of the teacher, of one view; readable
 
+  // Samples of a tile in a chunk of `count`.
+  int64_t samples_of(int64_t tile, int64_t count) const {
+    const int64_t left = count - tile * in_tile;
+    return left < in_tile ? left : in_tile;
+  }
   static int64_t columns(int64_t views, int64_t samples) {
     return round_up((views - 1) * samples + round_up(samples, kLanes<T>), kLanes<T>);
   }
@@ -52,6 +57,37 @@ struct Tiling {
     in_chunk = in_chunk < tiles ? in_chunk : tiles;
     kept = learns ? budget / (in_chunk * block_bytes) : 0;
     kept = kept < of_k.count ? kept : of_k.count;
+  }
+};
+
+// Which samples count, and which views of the teacher each view of the student meets.
+template <typename T>
+struct SamplePairs {
+  const PrototypeInput& in;
+  int64_t *order, *starts, *teachers;  // samples that count; those of view v are teachers[starts[v]] … [starts[v + 1]]
+
+  SamplePairs(const PrototypeInput& input, Arena& arena)
+      : in(input),
+        order(arena.take<int64_t>(input.samples)),
+        starts(arena.take<int64_t>(input.student.count + 1)),
+        teachers(arena.take<int64_t>(input.pairs)) {}
+
+  // Returns how many samples count.
+  int64_t prepare() {
+    int64_t count = 0, pair = 0;
+    for (int64_t b = 0; b < in.samples; ++b)
+      if (weight_of(b) != 0) order[count++] = b;
+    for (int64_t v = 0; v < in.student.count; ++v) {
+      starts[v] = pair;
+      for (int64_t p = 0; p < in.pairs; ++p)
+        if (in.student_views[p] == v) teachers[pair++] = in.teacher_views[p];
+    }
+    starts[in.student.count] = pair;
+    return count;
+  }
+  double weight_of(int64_t sample) const {
+    return in.row_weights == nullptr ? 1.0 / static_cast<double>(in.samples)
+                                     : static_cast<double>(static_cast<const T*>(in.row_weights)[sample]);
   }
 };
 
@@ -94,6 +130,22 @@ struct RowTiling {
     return left < width ? left : width;
   }
 };
+
+// Zeros into x, or nowhere.
+template <typename T>
+void clear_numbers(void* x, int64_t count) {
+  for (int64_t k = 0; x != nullptr && k < count; ++k) static_cast<T*>(x)[k] = 0;
+}
+
+// Calls f(split, block, scratch) for every block, the blocks of a split by one thread in their order.
+template <typename At, typename F>
+void each_block(const Parallel& parallel, int64_t splits, int64_t blocks, int64_t* next, At&& scratch_at, F&& f) {
+  each_task(parallel, splits, next, [&](int64_t worker, int64_t split) {
+    const auto mine = scratch_at(worker);
+    const int64_t first = split * blocks / splits, end = (split + 1) * blocks / splits;
+    for (int64_t b = first; b < end; ++b) f(split, b, mine);
+  });
+}
 
 }  // namespace
 }  // namespace SSLFAST_CPU_LEVEL
