@@ -262,7 +262,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         out.write_line("none")
     out.section("calls by operation and backend")
     for pair, runnable in PAIRS.items():
-        out.write_line(f"{pair[0]:<24}{pair[1]:<12}{_ran[pair] if runnable else 'cannot run on this machine'}")
+        out.write_line(f"{pair[0]:<28}{pair[1]:<12}{_ran[pair] if runnable else 'cannot run on this machine'}")
     if is_full_run(config) and missing_pairs():
         names = ", ".join(f"{op} on {backend}" for op, backend in missing_pairs())
         out.write_line(f"FAILED: could have run here, but no test ran: {names}", red=True)

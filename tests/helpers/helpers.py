@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import sslfast
 from roundings import Rounded, every_rounding, roundings
@@ -133,3 +135,16 @@ def same_value_and_gradients(function: Callable[..., Tensor], other: Callable[..
     found, expected = (value_and_gradients(f, *inputs) for f in (function, other))
     for mine, true in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, true)
+
+
+class Sizes(TorchDispatchMode):
+    """``largest``: the numbers of the largest tensor that an operator has returned inside."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor):
+                self.largest = max(self.largest, t.numel())
+        return out

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import sslfast
 from benchmarks import Unavailable, peers
-from helpers import DTYPES, GRAD_LOSS, roundings, same_value_and_gradients, value_and_gradients, within_budget
+from helpers import DTYPES, GRAD_LOSS, Sizes, roundings, same_value_and_gradients, value_and_gradients, within_budget
 from sslfast import EMPSSLLoss, emp_ssl
 
 # Fewer rows than features, as many and one off, more; one row, one feature.
@@ -127,24 +127,12 @@ def test_training_lowers_the_rate_of_lightly_and_raises_that_of_the_paper() -> N
 
 def test_no_matrix_of_the_longer_side() -> None:
     """Nothing is larger than all views together."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            out = function(*args, **(kwargs or {}))
-            for t in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(t, Tensor):
-                    largest = max(largest, t.numel())
-            return out
-
+    sizes = Sizes()
     for shape in ((5, 500), (500, 5)):
         inputs = views(2, *shape, torch.float32)
-        with Watch():
+        with sizes:
             value_and_gradients(lambda *z: emp_ssl(z), *inputs)
-    assert largest == 2 * 5 * 500
+    assert sizes.largest == 2 * 5 * 500
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (5, 3)], ids=str)
