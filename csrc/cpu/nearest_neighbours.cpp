@@ -83,7 +83,7 @@ struct CrossNeighbours {
         const double square =
             pack_block({input.k, input.k, input.n}, of_k, first + b, k_panels + b * of_k.size,
                        k_transposed + b * of_k.size, scratch_rows + (of_q.count + b) * of_q.padded, one_each);
-        of_k_block[b] = with_bias(square, bias_from(of_k.first(first + b)), of_k.length(first + b));
+        of_k_block[b] = bounding_square(square, bias_from(of_k.first(first + b)), of_k.length(first + b));
         if (input.col_ids == nullptr) return;
         col_ranges[b] = range_of(input.col_ids + of_k.first(first + b), of_k.length(first + b));
       };

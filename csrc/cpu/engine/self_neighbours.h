@@ -41,7 +41,7 @@ void exclude_equal(const NeighbourInput& input, int64_t row, int64_t rows, int64
 
 // The largest squared norm of a block, +∞ where its biases are not finite: then its similarities may be NaN.
 template <typename T>
-double with_bias(double largest_square, const T* bias, int64_t count) {
+double bounding_square(double largest_square, const T* bias, int64_t count) {
   for (int64_t i = 0; bias != nullptr && i < count; ++i)
     if (!(bias[i] - bias[i] == 0)) return __builtin_inf();
   return largest_square;
@@ -83,7 +83,7 @@ struct SelfNeighbours {
     auto pack = [&](int64_t i) {
       const double square = pack_block({input.q, input.q, input.m}, blocks, i, panels + i * blocks.size,
                                        transposed + i * blocks.size, scratch_rows + i * blocks.padded, row_factor);
-      per_block[i] = with_bias(square, bias_from(blocks.first(i)), blocks.length(i));
+      per_block[i] = bounding_square(square, bias_from(blocks.first(i)), blocks.length(i));
       if (input.row_ids != nullptr) ranges[i] = range_of(input.row_ids + blocks.first(i), blocks.length(i));
       lists.start(blocks.first(i), blocks.length(i));
     };
